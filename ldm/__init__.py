@@ -1,0 +1,1 @@
+"""Latent diffusion models with token merging built into the attention."""

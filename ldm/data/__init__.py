@@ -1,0 +1,1 @@
+"""Training pictures: rendered scenes and folders of pictures."""

@@ -1,0 +1,1 @@
+"""Measuring what merging costs and gains."""

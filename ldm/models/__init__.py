@@ -1,0 +1,1 @@
+"""Trainable models: the first stage and the diffusion model."""

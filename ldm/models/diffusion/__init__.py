@@ -1,0 +1,1 @@
+"""Diffusion: schedule, guidance, samplers and the latent diffusion model."""

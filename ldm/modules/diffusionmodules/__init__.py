@@ -1,0 +1,1 @@
+"""Convolutional and U-Net blocks."""

@@ -1,0 +1,1 @@
+"""Token merging: matching, configuration, and what happens in a forward pass."""
