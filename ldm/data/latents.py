@@ -1,0 +1,94 @@
+"""Pictures encoded once by a trained first stage, so that diffusion training need not do it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ldm.errors import InputError
+from ldm.util import instantiate_from_config
+
+
+class EncodedPictures(Dataset):
+    """Latents and captions of another data set's pictures.
+
+    An item is the inner data set's item with ``image`` replaced by ``latent``: the posterior's
+    mean times ``scale_factor``, (C, h, w) float32.
+
+    Args:
+        pictures: ``target``/``params`` of the inner data set; its pictures must not vary from
+            one reading to the next (no random crop or flip), its captions may.
+        first_stage: ``target``/``params`` of the trained autoencoder.
+        weights: safetensors file of the first stage, names below ``first_stage_model.``.
+        scale_factor: the diffusion model's.
+        cache_dir: where the latents are kept, float16, written whole or not at all.
+        image_key: where the inner item holds its picture, (H, W, 3) in [-1, 1].
+        batch_size: pictures encoded at a time.
+    """
+
+    def __init__(
+        self,
+        pictures: dict[str, Any],
+        first_stage: dict[str, Any],
+        weights: str,
+        scale_factor: float,
+        cache_dir: str,
+        image_key: str = "image",
+        batch_size: int = 16,
+    ) -> None:
+        if not Path(weights).is_file():
+            raise InputError(f"weights {weights!r}: no such file; train the first stage first")
+        self.pictures = instantiate_from_config(pictures)
+        self.scale_factor = scale_factor
+        self.image_key = image_key
+        settings = json.dumps([pictures, first_stage], sort_keys=True).encode()
+        digest = hashlib.sha256(settings + Path(weights).read_bytes()).hexdigest()[:16]
+        path = Path(cache_dir) / f"latents-{digest}.npy"
+        if not path.is_file():
+            self._encode(path, first_stage, weights, batch_size)
+        self.latents = np.load(path, mmap_mode="r")
+
+    @torch.no_grad()
+    def _encode(self, path: Path, config: dict[str, Any], weights: str, batch_size: int) -> None:
+        from safetensors.torch import load_file
+
+        model = instantiate_from_config(config).eval()
+        prefix = "first_stage_model."
+        state = {k.removeprefix(prefix): v.float() for k, v in load_file(weights).items()}
+        model.load_state_dict(state)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.part")
+        starts = range(0, len(self.pictures), batch_size)
+        latents: np.ndarray | None = None
+        try:
+            for start in tqdm(starts, desc="Encoding pictures"):
+                stop = min(start + batch_size, len(self.pictures))
+                batch = [self.pictures[i][self.image_key] for i in range(start, stop)]
+                x = rearrange(np.stack(batch), "b h w c -> b c h w")
+                z = model.encode(torch.from_numpy(np.ascontiguousarray(x))).mode().numpy()
+                if latents is None:
+                    shape = (len(self.pictures), *z.shape[1:])
+                    latents = np.lib.format.open_memmap(unfinished, "w+", np.float16, shape)
+                latents[start:stop] = z
+            assert latents is not None, "the inner data set is empty"
+            latents.flush()
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = {k: v for k, v in self.pictures[index].items() if k != self.image_key}
+        latent = self.latents[index].astype(np.float32) * self.scale_factor
+        return {**item, "latent": torch.from_numpy(latent)}

@@ -1,0 +1,154 @@
+"""The first stage: an autoencoder with a Gaussian posterior."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import instantiate_from_config
+
+
+class ReconstructionLoss(nn.Module):
+    """Absolute error of pixels and of their differences, and a little divergence.
+
+    The differences are taken between neighbours at three scales: they keep edges and texture
+    sharp without a second network.
+
+    Args:
+        kl_weight: weight of the posterior's divergence per picture element.
+        edge_weight: weight of the differences.
+    """
+
+    def __init__(self, kl_weight: float = 1e-6, edge_weight: float = 1.0) -> None:
+        super().__init__()
+        self.kl_weight = kl_weight
+        self.edge_weight = edge_weight
+
+    def forward(
+        self, x: Tensor, reconstruction: Tensor, posterior: DiagonalGaussianDistribution
+    ) -> dict[str, Tensor]:
+        """Terms of the loss of pictures (B, 3, H, W) in [-1, 1]; ``loss`` is their sum."""
+        error = (reconstruction - x).float()
+        edges = error.new_zeros(())
+        pooled = error
+        for _ in range(3):
+            edges = edges + pooled.diff(dim=2).abs().mean() + pooled.diff(dim=3).abs().mean()
+            pooled = F.avg_pool2d(pooled, 2)
+        kl = posterior.kl().float().mean() / x[0].numel()
+        rec_loss = error.abs().mean()
+        loss = rec_loss + self.edge_weight * edges + self.kl_weight * kl
+        return {"loss": loss, "rec_loss": rec_loss.detach(), "kl_loss": kl.detach()}
+
+
+class AutoencoderKL(pl.LightningModule):
+    """Pictures <-> latents; ``f`` pixels a side make one latent.
+
+    Args:
+        ddconfig: arguments of encoder and decoder; ``double_z`` must be true.
+        lossconfig: ``target`` of the training loss (``torch.nn.Identity`` for inference); called
+            as ``loss(x, reconstruction, posterior)``.
+        embed_dim: channels of the latents.
+        image_key: where a training batch holds its pictures, (B, H, W, C) in [-1, 1].
+        monitor: name of the logged value by which checkpoints are kept.
+        scheduler_config: learning-rate schedule, as LatentDiffusion has it.
+
+    Upstream's other arguments (``ckpt_path``, ``ignore_keys``, ``colorize_nlabels``) belong to
+    its own training script and are not needed to use its files.
+
+    Source: CompVis ldm/models/autoencoder.py.
+    """
+
+    learning_rate = 1e-3  # set by the training script
+
+    def __init__(
+        self,
+        ddconfig: dict[str, Any],
+        lossconfig: dict[str, Any],
+        embed_dim: int,
+        image_key: str = "image",
+        monitor: str | None = None,
+        scheduler_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not ddconfig.get("double_z", True):
+            raise ValueError("AutoencoderKL needs ddconfig.double_z: true")
+        self.image_key = image_key
+        self.monitor = monitor
+        self.scheduler_config = scheduler_config
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        self.loss = instantiate_from_config(lossconfig)
+        self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        self.f = 2 ** (len(ddconfig["ch_mult"]) - 1)
+
+    def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
+        """Pictures in [-1, 1], (B, 3, H, W) -> posterior of latents (B, C, H/f, W/f)."""
+        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Unscaled latents (B, C, h, w) -> pictures, about [-1, 1], (B, 3, h*f, w*f)."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, DiagonalGaussianDistribution]:
+        """Reconstruct pictures from a sample of their posterior."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample(torch.randn_like(posterior.mean))), posterior
+
+    def get_input(self, batch: dict[str, Any]) -> Tensor:
+        """The batch's pictures, (B, 3, H, W) in [-1, 1]."""
+        return rearrange(batch[self.image_key], "b h w c -> b c h w").contiguous()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the loss of one batch as ``val/rec_loss`` and its companions."""
+        self._step(batch, "val")
+
+    def _step(self, batch: dict[str, Any], split: str) -> Tensor:
+        x = self.get_input(batch)
+        reconstruction, posterior = self(x)
+        terms = self.loss(x, reconstruction, posterior)
+        mse = F.mse_loss(reconstruction.float().clamp(-1, 1), x)
+        terms["psnr"] = 10 * torch.log10(4 / mse.detach())  # dB; the pixels' range is 2
+        named = {f"{split}/{name}": value for name, value in terms.items()}
+        self.log_dict(named, prog_bar=True, batch_size=len(x), on_epoch=split == "val")
+        return terms["loss"]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over all parameters, with the schedule if there is one."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=1e-4)
+        if self.scheduler_config is None:
+            return optimizer
+        schedule = instantiate_from_config(self.scheduler_config).schedule
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    @torch.no_grad()
+    def log_images(self, batch: dict[str, Any], n_pictures: int = 4) -> dict[str, Tensor]:
+        """Pictures for the image logger: inputs and their reconstructions."""
+        x = self.get_input(batch)[:n_pictures]
+        return {"inputs": x, "reconstructions": self.decode(self.encode(x).mode())}
+
+
+class IdentityFirstStage(nn.Module):
+    """A first stage for models that work on pixels."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the pictures."""
+        return x
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the latents."""
+        return z
+
+

@@ -1,0 +1,58 @@
+"""Installation; tools are configured in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+SHIPPED = ("configs", "models/demo")  # carried by the package, so that the Python API works anywhere
+
+
+class BuildWithShippedFiles(build_py):
+    """Put configurations and the demo model below the package when it is not run from a checkout."""
+
+    def run(self) -> None:
+        """Copy modules, then the shipped files to ``ldm/shipped/``."""
+        super().run()
+        if getattr(self, "editable_mode", False):
+            return
+        for folder in SHIPPED:
+            for path in sorted((ROOT / folder).rglob("*")):
+                if path.is_file():
+                    target = Path(self.build_lib) / "ldm" / "shipped" / path.relative_to(ROOT)
+                    self.mkpath(str(target.parent))
+                    self.copy_file(str(path), str(target))
+
+
+TEST = ["pytest>=8", "hypothesis>=6.100"]
+
+setup(
+    name="stable-diffusion-tome",
+    version="0.1.0",
+    description="Stable Diffusion 1.x and 2.x with token merging built into the attention",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ldm", "ldm.*"]),
+    cmdclass={"build_py": BuildWithShippedFiles},
+    install_requires=[
+        "torch>=2.4",
+        "pytorch-lightning>=2.2",
+        "omegaconf>=2.3",
+        "einops>=0.7",
+        "transformers>=4.40",
+        "open_clip_torch>=2.24",
+        "kornia>=0.7",
+        "pillow>=10",
+        "numpy>=1.26",
+        "safetensors>=0.4",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": TEST,
+        "bench": ["diffusers>=0.30", "tomesd>=0.1.3", "matplotlib>=3.8"],
+        "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "pre-commit>=3.7"],
+    },
+)
