@@ -1,0 +1,112 @@
+"""The import rules of the package: one direction, and heavy libraries behind few doors."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Each layer may import those before it. A module belongs to the layer with the longest match.
+LAYERS = [
+    ["ldm.errors"],
+    ["ldm.util", "ldm.modules.tome", "ldm.models.diffusion.schedule", "ldm.lr_scheduler"],
+    ["ldm.modules", "ldm.images", "ldm.data.scenes"],
+    ["ldm.models", "ldm.models.diffusion.ddpm", "ldm.data"],
+    [
+        "ldm.models.diffusion.guidance",
+        "ldm.models.diffusion.ddim",
+        "ldm.models.diffusion.plms",
+        "ldm.models.diffusion.dpm_solver",
+    ],
+    ["ldm.config", "ldm.checkpoint", "ldm.options", "ldm.training"],
+    ["ldm.pipeline"],
+    ["ldm.evaluation"],
+]
+# library -> the modules that may import it
+DOORS = {
+    "omegaconf": {"ldm.config", "ldm.util", "ldm.training"},
+    "PIL": {"ldm.images"},
+    "argparse": {"ldm.options"},
+    "transformers": {"ldm.modules.encoders.modules"},
+    "open_clip": {"ldm.modules.encoders.modules"},
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted((ROOT / "ldm").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer(module: str) -> int:
+    matches = [
+        (len(prefix), index)
+        for index, prefixes in enumerate(LAYERS)
+        for prefix in prefixes
+        if f"{module}.".startswith(f"{prefix}.")
+    ]
+    return max(matches)[1] if matches else 0
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_run_one_way(module):
+    own = layer(module)
+    known = modules()
+    for name in imports(modules()[module]) & set(known):
+        if name in ("ldm", "ldm.models", "ldm.modules", "ldm.data", "ldm.models.diffusion"):
+            continue  # a package's own docstring
+        assert layer(name) <= own, f"{module} imports {name}, which belongs to a later layer"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_heavy_libraries_stay_behind_their_doors(module):
+    used = {name.split(".")[0] for name in imports(modules()[module])}
+    for library, allowed in DOORS.items():
+        assert library not in used or module in allowed, f"{module} imports {library}"
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in modules() if name.startswith("ldm.modules.tome")]
+)
+def test_tome_needs_torch_and_errors_alone(module):
+    for name in imports(modules()[module]):
+        top = name.split(".")[0]
+        allowed = top in sys.stdlib_module_names or top == "torch"
+        allowed |= name.startswith(("ldm.errors", "ldm.modules.tome")) or name == "ldm.modules"
+        assert allowed, f"{module} imports {name}"
+
+
+def test_importing_the_package_is_silent_and_draws_nothing():
+    names = ", ".join(repr(name) for name in modules())
+    code = f"""
+import importlib, random, socket
+def refuse(*a, **k): raise AssertionError("network use at import")
+socket.socket.connect = refuse
+import numpy as np, torch
+before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+for name in [{names}]:
+    importlib.import_module(name)
+after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+assert before == after, "importing drew a random number"
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
