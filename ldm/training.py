@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.images import make_grid, save_image
+from ldm.images import make_grid, save_image, to_pixels
 from ldm.util import instantiate_from_config
 
 
@@ -210,4 +210,5 @@ class ImageLogger(pl.Callback):
         folder.mkdir(parents=True, exist_ok=True)
         for key, pictures in drawn.items():
             stamp = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{index:06}"
-            save_image(make_grid(pictures.float().cpu(), n_columns=4), folder / f"{key}_{stamp}.png")
+            grid = make_grid(to_pixels(pictures.float().cpu()), n_columns=4)
+            save_image(grid, folder / f"{key}_{stamp}.png")

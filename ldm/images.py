@@ -1,0 +1,170 @@
+"""Pictures: reading, sizing, conversion, grids, and files that say how they were made.
+
+A picture is an array (H, W, 3) of uint8; models see (3, H, W), float32 in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageOps, PngImagePlugin
+
+from ldm.errors import InputError
+
+Pixels = NDArray[np.uint8]
+
+
+def load_rgb(path: str | Path) -> Pixels:
+    """Read a picture, turned as its camera held it, transparent parts over white.
+
+    Returns:
+        Pixels, (H, W, 3).
+
+    Raises:
+        InputError: the file is missing or is no picture that can be read.
+    """
+    image = _open(path)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode.startswith(("I", "F")):  # 16 and 32 bits a pixel, which PIL would clip
+        values = np.asarray(image, dtype=np.float64)
+        highest = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max()))
+        image = Image.fromarray(np.rint(np.clip(values / highest, 0, 1) * 255).astype(np.uint8))
+    return np.array(image.convert("RGB"))
+
+
+def load_mask(path: str | Path) -> NDArray[np.bool_]:
+    """Read a mask, (H, W): True where it is at least half white, which is what gets painted.
+
+    Raises:
+        InputError: the file is missing or is no picture that can be read.
+    """
+    return np.asarray(Image.fromarray(load_rgb(path)).convert("L")) >= 128
+
+
+def _open(path: str | Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a picture that can be read ({error})") from None
+
+
+def fit(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Resize a picture so that it covers a size, and crop what sticks out on both sides.
+
+    Args:
+        pixels: (H, W, 3), or a mask (H, W) of any type, which stays two-valued.
+        height: of the result, in pixels.
+        width: of the result, in pixels.
+    """
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    is_mask = pixels.ndim == 2
+    image = Image.fromarray(pixels.astype(np.uint8) * 255 if is_mask else pixels)
+    fitted = np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+    return (fitted >= 128).astype(pixels.dtype) if is_mask else fitted
+
+
+def to_unit(pixels: Pixels) -> NDArray[np.float32]:
+    """Pixels (..., H, W, 3) -> (..., 3, H, W), float32 in [-1, 1]."""
+    return np.moveaxis(pixels.astype(np.float32) / 127.5 - 1.0, -1, -3).copy()
+
+
+def to_pixels(values: ArrayLike) -> Pixels:
+    """(..., 3, H, W) in [-1, 1], an array or a tensor on the CPU -> pixels (..., H, W, 3).
+
+    Values beyond the range are clamped. Deviation: upstream truncates to whole numbers, which
+    darkens by half a step; here they are rounded.
+
+    Raises:
+        ArithmeticError: a value is not a number.
+    """
+    array = np.moveaxis(np.asarray(values, dtype=np.float32), -3, -1)
+    if np.isnan(array).any():
+        raise ArithmeticError("the picture has values that are not numbers (NaN)")
+    return np.rint((np.clip(array, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+
+
+def make_grid(pictures: Sequence[Pixels] | Pixels, n_columns: int, padding: int = 2) -> Pixels:
+    """Lay pictures of one size out in rows, on black, with a margin around each.
+
+    Args:
+        pictures: (H, W, 3) each.
+        n_columns: pictures in a row; fewer if there are not so many.
+        padding: width of the margin in pixels.
+    """
+    height, width = pictures[0].shape[:2]
+    n_columns = min(n_columns, len(pictures))
+    n_rows = -(-len(pictures) // n_columns)
+    cell_h, cell_w = height + padding, width + padding
+    grid = np.zeros((n_rows * cell_h + padding, n_columns * cell_w + padding, 3), np.uint8)
+    for i, picture in enumerate(pictures):
+        top = i // n_columns * cell_h + padding
+        left = i % n_columns * cell_w + padding
+        grid[top : top + height, left : left + width] = picture
+    return grid
+
+
+def next_path(folder: str | Path, name: str) -> Path:
+    """The first free numbered file name: one above the highest number in use.
+
+    Args:
+        folder: where; it need not exist.
+        name: a pattern such as ``grid-{:04}.png``.
+    """
+    before, after = re.split(r"{:0\d+}", name)
+    pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
+    files = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    taken = [int(match[1]) for file in files if (match := pattern.fullmatch(file.name))]
+    return Path(folder) / name.format(max(taken, default=-1) + 1)
+
+
+def save_image(pixels: Pixels, path: str | Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write a PNG, whole or not at all; missing folders are made.
+
+    Args:
+        pixels: (H, W, 3).
+        path: of the file; an existing one is replaced.
+        texts: text chunks, keyword -> text.
+
+    Raises:
+        InputError: the file cannot be written there.
+    """
+    info = PngImagePlugin.PngInfo()
+    for keyword, text in (texts or {}).items():
+        info.add_text(keyword, text)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(temporary, "PNG", pnginfo=info)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that a picture of ours was made with.
+
+    Raises:
+        InputError: the file cannot be read, or carries no settings.
+    """
+    text = _open(path).info.get("ldm")
+    if text is None:
+        raise InputError(f"{path}: this picture does not say how it was made")
+    return json.loads(text)
