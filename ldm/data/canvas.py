@@ -72,12 +72,13 @@ class Canvas:
         target = self.pixels if box is None else self.pixels[:, box[0], box[1]]
         target += coverage * (paint - target)
 
-    def noise(self, rng: np.random.Generator, columns: int, rows: int | None = None) -> Array:
-        """Returns smooth noise (size, size) of about unit variance with `columns` x `rows` cells."""
-        rows = columns if rows is None else rows
+    def noise(
+        self, rng: np.random.Generator, columns: int, rows: int, band: slice = slice(None)
+    ) -> Array:
+        """Returns smooth noise of about unit variance with `columns` x `rows` cells, for the rows in `band`."""
         lattice = rng.standard_normal((rows + 3, columns + 3), dtype=np.float32)
         across = _pixel_weights(self.size, columns)
-        down = _pixel_weights(self.size, rows)
+        down = _pixel_weights(self.size, rows)[band]
         return (down @ (lattice * _NOISE_GAIN**2)) @ across.T
 
     def warped_noise(
@@ -89,12 +90,18 @@ class Canvas:
         return (spline_weights(coordinates, rows) @ (lattice * _NOISE_GAIN**2)) @ across.T
 
     def fbm(
-        self, rng: np.random.Generator, columns: int, rows: int, octaves: int, gain: float = 0.5
+        self,
+        rng: np.random.Generator,
+        columns: int,
+        rows: int,
+        octaves: int,
+        gain: float = 0.5,
+        band: slice = slice(None),
     ) -> Array:
-        """Returns fractal noise (size, size) of about unit variance, from `columns` x `rows` cells up."""
-        total = np.zeros((self.size, self.size), np.float32)
+        """Returns fractal noise of about unit variance, from `columns` x `rows` cells up, for the rows in `band`."""
+        total = np.zeros((len(self.y[band]), self.size), np.float32)
         for octave in range(octaves):
-            total += gain**octave * self.noise(rng, columns << octave, rows << octave)
+            total += gain**octave * self.noise(rng, columns << octave, rows << octave, band)
         return total / np.sqrt(sum(gain ** (2 * octave) for octave in range(octaves)))
 
     def profile(
@@ -107,11 +114,15 @@ class Canvas:
             total += gain**octave * _NOISE_GAIN * (_pixel_weights(self.size, cells << octave) @ lattice)
         return total / np.sqrt(sum(gain ** (2 * octave) for octave in range(octaves)))
 
-    def below(self, ridge: Array) -> Array:
-        """Returns the coverage (size, size) of the ground under the curve `ridge` (size,)."""
+    def band(self, top: float, bottom: float = 1.0) -> slice:
+        """Returns the rows that hold the heights from `top` to `bottom`, one pixel of margin included."""
+        return self.box(0.0, top, 1.0, bottom)[0]
+
+    def below(self, ridge: Array, band: slice = slice(None)) -> Array:
+        """Returns the coverage of the ground under the curve `ridge` (size,), for the rows in `band`."""
         slope = np.gradient(ridge) * self.size
         steep = self.size / np.sqrt(1.0 + slope * slope)
-        return np.clip((self.y - ridge) * steep + 0.5, 0.0, 1.0)
+        return np.clip((self.y[band] - ridge) * steep + 0.5, 0.0, 1.0)
 
     def box(self, left: float, top: float, right: float, bottom: float) -> tuple[slice, slice]:
         """Returns the (rows, columns) that hold a rectangle, one pixel of margin included."""

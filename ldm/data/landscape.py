@@ -38,30 +38,30 @@ _PALETTES = {
     "noon": Palette(
         zenith=colour(0.16, 0.40, 0.78), middle=colour(0.38, 0.63, 0.90), horizon=colour(0.74, 0.87, 0.95),
         haze=colour(0.66, 0.79, 0.91), light=colour(0.72, 0.67, 0.56), ambient=colour(0.46, 0.50, 0.56),
-        disc=colour(1.0, 0.98, 0.82), glow=colour(0.9, 0.8, 0.5),
+        disc=colour(1.0, 0.97, 0.62), glow=colour(0.86, 0.93, 0.96),
         cloud=colour(1.0, 1.0, 1.0), cloud_shade=colour(0.74, 0.80, 0.88),
     ),
     "sunset": Palette(
         zenith=colour(0.24, 0.17, 0.42), middle=colour(0.80, 0.33, 0.32), horizon=colour(1.0, 0.66, 0.26),
-        haze=colour(0.82, 0.40, 0.30), light=colour(0.80, 0.40, 0.20), ambient=colour(0.33, 0.24, 0.30),
-        disc=colour(1.0, 0.93, 0.62), glow=colour(1.0, 0.48, 0.12),
+        haze=colour(0.82, 0.40, 0.30), light=colour(0.78, 0.44, 0.24), ambient=colour(0.35, 0.28, 0.40),
+        disc=colour(1.0, 0.93, 0.60), glow=colour(1.0, 0.56, 0.16),
         cloud=colour(1.0, 0.62, 0.42), cloud_shade=colour(0.42, 0.20, 0.34),
     ),
     "dawn": Palette(
         zenith=colour(0.44, 0.60, 0.84), middle=colour(0.82, 0.76, 0.88), horizon=colour(1.0, 0.85, 0.80),
         haze=colour(0.88, 0.80, 0.86), light=colour(0.56, 0.45, 0.42), ambient=colour(0.50, 0.50, 0.60),
-        disc=colour(1.0, 0.97, 0.86), glow=colour(1.0, 0.72, 0.60),
+        disc=colour(1.0, 0.98, 0.84), glow=colour(1.0, 0.72, 0.54),
         cloud=colour(1.0, 0.95, 0.95), cloud_shade=colour(0.74, 0.64, 0.78),
     ),
     "night": Palette(
         zenith=colour(0.02, 0.03, 0.10), middle=colour(0.05, 0.08, 0.22), horizon=colour(0.13, 0.19, 0.38),
-        haze=colour(0.11, 0.16, 0.31), light=colour(0.26, 0.32, 0.46), ambient=colour(0.13, 0.17, 0.29),
-        disc=colour(0.97, 0.97, 0.90), glow=colour(0.30, 0.38, 0.62),
+        haze=colour(0.11, 0.16, 0.31), light=colour(0.34, 0.42, 0.58), ambient=colour(0.20, 0.26, 0.42),
+        disc=colour(0.97, 0.97, 0.90), glow=colour(0.36, 0.45, 0.72),
         cloud=colour(0.36, 0.41, 0.56), cloud_shade=colour(0.10, 0.13, 0.24),
     ),
     "overcast": Palette(
         zenith=colour(0.52, 0.56, 0.61), middle=colour(0.64, 0.67, 0.71), horizon=colour(0.77, 0.79, 0.80),
-        haze=colour(0.69, 0.72, 0.74), light=colour(0.16, 0.16, 0.16), ambient=colour(0.56, 0.58, 0.60),
+        haze=colour(0.62, 0.66, 0.69), light=colour(0.24, 0.24, 0.23), ambient=colour(0.52, 0.54, 0.56),
         disc=colour(0.8, 0.8, 0.8), glow=colour(0.0, 0.0, 0.0),
         cloud=colour(0.80, 0.81, 0.83), cloud_shade=colour(0.44, 0.47, 0.52),
     ),
@@ -102,7 +102,7 @@ class _Painter:
         c, p = self.canvas, self.palette
         t = np.clip(c.y / (self.horizon + 0.04), 0.0, 1.0)
         lower = smoothstep(0.35, 1.0, t)
-        tint = 1.0 + 0.03 * self.rng.standard_normal((3, 1, 1), dtype=np.float32)
+        tint = 1.0 + 0.02 * self.rng.standard_normal((3, 1, 1), dtype=np.float32)
         shades = p.zenith + smoothstep(0.0, 0.75, t) * (p.middle - p.zenith)
         c.pixels[:] = (shades + lower * (p.horizon - shades)) * tint
         if self.scene.time == "overcast":
@@ -111,8 +111,8 @@ class _Painter:
             c.blend(p.cloud_shade, 0.8 * smoothstep(0.0, 1.6, -veil))
         if self.has_light:
             distance = np.sqrt((c.x - self.light_x) ** 2 + (c.y - self.light_y) ** 2)
-            halo = 0.55 * np.exp(-((distance / 0.13) ** 2)) + 0.30 * np.exp(-distance / 0.22)
-            c.pixels += p.glow * halo * (1.0 - 0.75 * c.pixels)
+            halo = 0.50 * np.exp(-((distance / 0.11) ** 2)) + 0.38 * np.exp(-distance / 0.20)
+            c.blend(p.glow, halo)
         if self.scene.sky == "stars":
             self.stars()
         if self.scene.sky == "clouds":
@@ -125,7 +125,7 @@ class _Painter:
         face = self.palette.disc
         if self.scene.time == "night":
             box = c.box(self.light_x - 0.06, self.light_y - 0.06, self.light_x + 0.06, self.light_y + 0.06)
-            marks = c.fbm(self.rng, 24, 24, 2)[box]
+            marks = c.fbm(self.rng, 24, 24, 2, band=box[0])[:, box[1]]
             coverage = np.clip((_DISC - distance[box]) * c.size + 0.5, 0.0, 1.0)
             c.blend(face * (0.96 - 0.16 * smoothstep(-0.2, 1.2, marks)), coverage, box)
         else:
@@ -183,62 +183,70 @@ class _Painter:
         c.blend(self.palette.haze, strength * smoothstep(top, bottom, c.y) * smoothstep(bottom + 0.12, bottom, c.y))
 
     def mountains(self) -> None:
-        for n_peaks, top, bottom, haze in ((6, 0.27, 0.36, 0.62), (5, 0.32, 0.46, 0.28)):
+        for n_peaks, top, bottom, haze in ((6, 0.27, 0.36, 0.56), (5, 0.32, 0.46, 0.20)):
             spread = (np.arange(n_peaks) + 0.5 + self.rng.uniform(-0.3, 0.3, n_peaks)) / n_peaks
             for x in self.rng.permutation(spread):
                 self.peak(float(x * 1.1 - 0.05), float(self.rng.uniform(top, bottom)), haze)
-            self.mist(0.44, 0.62, 0.45 if self.scene.time != "dawn" else 0.75)
+            self.mist(0.46, 0.62, 0.35 if self.scene.time != "dawn" else 0.75)
         self.meadow(0.62, 0.022, 0.10)
         self.meadow(0.70, 0.018, 0.0)
 
     def peak(self, x: float, y: float, haze: float) -> None:
+        """One mountain with its top at (x, y): a face towards the light and one away from it."""
         c, rng, snowy = self.canvas, self.rng, self.scene.ground == "snow"
         slope = float(rng.uniform(0.75, 1.15))
         if self.has_light:
             reach = max(abs(x - self.light_x) - 0.075, 0.0)
             y = max(y, self.light_y + _DISC + 0.03 - 0.8 * slope * reach)
-        distance = np.abs(c.x[0] - x)
-        ridge = y + slope * distance * (1.0 - 0.35 * distance) + 0.010 * c.profile(rng, 12, 4) * smoothstep(0.0, 0.06, distance)
-        depth = np.maximum(c.y - ridge, 0.0)
-        rough = c.fbm(rng, 7, 7, 4, 0.55)
-        fall = c.x - x + 0.22 * (c.y - y) * rng.uniform(-1.0, 1.0) + rough * (0.015 + 0.10 * np.maximum(c.y - y, 0.0))
+        away = np.abs(c.x[0] - x)
+        crags = 0.010 * c.profile(rng, 12, 4) * smoothstep(0.0, 0.06, away)
+        ridge = y + slope * away * (1.0 - 0.35 * away) + crags
+        band = c.band(float(ridge.min()), 0.78)
+        drop = c.y[band] - y
+        rough = c.fbm(rng, 8, 8, 4, 0.6, band)
+        spur = rng.uniform(-0.25, 0.25)
+        fall = c.x - x + spur * drop + rough * (0.012 + 0.11 * np.maximum(drop, 0.0))
         side = self.side(x)
-        facing = np.clip(0.45 + side * 26.0 * fall * (0.35 + 0.65 * abs(side)), 0.04, 0.96) if side else 0.5 + 0.12 * rough
-        facing = np.clip(facing * (0.86 + 0.16 * rough), 0.0, 1.1)
-        albedo = _ROCK * (1.0 + 0.10 * rough + 0.07 * c.noise(rng, 48, 64))
+        facing = 0.48 + np.clip(side * 30.0 * fall, -0.40, 0.48) + 0.10 * rough
+        grit = c.noise(rng, 60, 80, band)
+        albedo = _ROCK * (1.0 + 0.09 * rough + 0.08 * grit)
         if snowy:
             line = 0.17 + 0.045 * rough - 0.05 * np.abs(fall)
-            white = smoothstep(0.02, -0.02, c.y - y - line) * smoothstep(1.9, 1.2, rough)
+            white = smoothstep(0.015, -0.015, drop - line) * smoothstep(1.9, 1.3, rough)
             albedo = albedo + white * (_SNOW - albedo)
         else:
-            green = smoothstep(0.10, 0.24, c.y - y + 0.04 * rough)
-            albedo = albedo + 0.75 * green * (_GRASS[2] * (0.9 + 0.1 * rough) - albedo)
-        paint = self.lit(albedo, facing)
-        paint += (haze * (0.55 + 0.45 * smoothstep(0.0, 0.25, depth))) * (self.palette.haze - paint)
-        c.blend(paint, c.below(ridge))
+            green = smoothstep(0.10, 0.24, drop + 0.04 * rough)
+            albedo = albedo + (0.7 * green) * (_GRASS[2] * (0.9 + 0.1 * rough) - albedo)
+        paint = self.lit(albedo, np.clip(facing, 0.05, 1.0))
+        veil = haze * (0.6 + 0.4 * smoothstep(0.0, 0.25, drop))
+        paint += veil * (self.palette.haze - paint)
+        c.blend(paint, c.below(ridge, band), (band, slice(None)))
 
     def meadow(self, top: float, swing: float, haze: float) -> None:
         """One fold of grass or snow whose upper edge undulates around `top`."""
         c, rng, snowy = self.canvas, self.rng, self.scene.ground == "snow"
         wave = c.profile(rng, 3, 2, 0.3)
         ridge = self.clear_of_light(top + swing * wave)
-        depth = np.clip((c.y - ridge) / 0.22, 0.0, 1.0)
-        near = smoothstep(0.45, 1.0, c.y)
-        patches = c.fbm(rng, 3, 9, 3)
-        blades = c.noise(rng, 110, 60) + 0.8 * c.noise(rng, 56, 44)
-        facing = 0.70 - 0.42 * depth + 0.10 * patches
+        band = c.band(float(ridge.min()))
+        y = c.y[band]
+        depth = np.clip((y - ridge) / 0.20, 0.0, 1.0)
+        near = smoothstep(0.45, 1.0, y)
+        patches = c.fbm(rng, 3, 9, 3, band=band)
+        blades = c.noise(rng, 124, 76, band) + 0.7 * c.noise(rng, 64, 40, band)
+        facing = 0.74 - 0.36 * depth + 0.09 * patches
         if self.has_light:
-            facing = facing + 0.22 * np.clip(np.gradient(wave) * c.size * 0.25, -1.0, 1.0) * -self.side(0.5) * (1.0 - depth)
-            facing = facing + 0.22 * np.exp(-(((c.x - self.light_x) / 0.3) ** 2)) - 0.08
+            lean = np.clip(np.gradient(wave) * c.size * 0.25, -1.0, 1.0) * -self.side(0.5)
+            warm = np.exp(-(((c.x - self.light_x) / 0.3) ** 2))
+            facing = facing + 0.20 * lean * (1.0 - depth) + 0.20 * warm - 0.08
         if snowy:
-            albedo = _SNOW * (0.97 + 0.02 * patches + 0.020 * blades * near)
-            facing = 0.62 + 0.6 * (facing - 0.6)
+            albedo = _SNOW * (0.95 - 0.08 * depth + 0.022 * patches + 0.005 * blades * near)
+            facing = 0.58 + 0.8 * (facing - 0.6)
         else:
             grass = _GRASS[int(rng.integers(len(_GRASS)))]
-            albedo = grass * (1.0 + 0.13 * patches + (0.05 + 0.15 * near) * blades)
+            albedo = grass * (1.05 - 0.12 * depth + 0.10 * patches + (0.04 + 0.10 * near) * blades)
         paint = self.lit(albedo, np.clip(facing, 0.05, 1.0))
         paint += haze * (self.palette.haze - paint)
-        c.blend(paint, c.below(ridge))
+        c.blend(paint, c.below(ridge, band), (band, slice(None)))
 
     def hills(self) -> None:
         tops = (0.44, 0.51, 0.58, 0.67)
@@ -252,36 +260,40 @@ class _Painter:
             self.dune(top + 0.01 * self.rng.standard_normal(), 0.028, 0.5 * (1.0 - i / 3.0))
 
     def dune(self, top: float, swing: float, haze: float) -> None:
-        """One row of dunes: a crest line with a side that faces the light and one that does not."""
+        """One row of dunes: every crest line has a side in the light and one in shadow."""
         c, rng = self.canvas, self.rng
         n_crests = int(rng.integers(2, 4))
         crests = (np.arange(n_crests) + rng.uniform(0.2, 0.8, n_crests)) / n_crests
-        ridge = np.full(c.size, top + swing, np.float32)
-        fall = np.full((c.size, c.size), -1.0, np.float32)
-        for crest in crests:
-            width, height = rng.uniform(0.16, 0.30), swing * rng.uniform(1.2, 2.4)
-            away = (c.x[0] - crest) / width
-            rise = height * np.exp(-np.abs(away) ** 1.4)
-            ridge = np.minimum(ridge, top + swing - rise)
-            bend = rng.uniform(-0.5, 0.5)
-            down = np.maximum(c.y - (top + swing - height), 0.0)
-            line = crest + bend * down * 1.6 + 0.02 * np.sin(down * 40.0 + rng.uniform(0, 6))
-            flank = c.x - line
-            fall = np.where(np.abs(c.x - crest) < 0.5 / n_crests + 0.04, flank, fall)
-        ridge = self.clear_of_light(ridge + 0.004 * c.profile(rng, 6, 2))
-        depth = np.clip((c.y - ridge) / 0.20, 0.0, 1.0)
-        side = self.side(0.5) if abs(self.side(0.5)) > 0.3 else 1.0
-        shadow = smoothstep(-0.006, 0.006, -fall * side) * smoothstep(0.24, 0.06, np.abs(fall)) * smoothstep(1.0, 0.3, depth)
-        facing = (0.86 - 0.62 * shadow * self.has_light) * (1.0 - 0.25 * depth)
-        near = smoothstep(0.55, 1.0, c.y)
-        phase = c.noise(rng, 3, 5)
-        ripples = np.sin((c.y * 330.0 + phase * 3.2 + c.x * rng.uniform(-30, 30)) * (1.15 - 0.45 * near))
-        grain = c.noise(rng, 120, 120)
+        widths = rng.uniform(0.18, 0.32, n_crests)
+        heights = swing * rng.uniform(1.2, 2.6, n_crests)
+        rises = heights[:, None] * np.exp(-(np.abs((c.x - crests[:, None]) / widths[:, None]) ** 1.4))
+        ridge = top + swing - rises.max(axis=0) + 0.004 * c.profile(rng, 6, 2)
+        ridge = self.clear_of_light(ridge.astype(np.float32))
+        band = c.band(float(ridge.min()))
+        y = c.y[band]
+        depth = np.clip((y - ridge) / 0.22, 0.0, 1.0)
+        side = self.side(0.5) or 1.0
+        side = 1.0 if side > 0 else -1.0
+        shadow = np.zeros((1, 1), np.float32)
+        for crest, height in zip(crests, heights, strict=True):
+            down = np.maximum(y - (top + swing - height), 0.0)
+            bend, phase = rng.uniform(-1.6, 1.6), rng.uniform(0.0, 6.0)
+            line = crest + bend * down + 0.016 * (np.sin(down * 45.0 + phase) - np.sin(phase))
+            behind = (line - c.x) * side
+            reach = np.float32(0.10 + 1.5 * height)
+            cast = smoothstep(-0.004, 0.004, behind) * smoothstep(reach, 0.0, behind)
+            shadow = np.maximum(shadow, cast * smoothstep(0.20, 0.04, down))
+        facing = (0.88 - 0.78 * shadow * self.has_light) * (1.0 - 0.28 * depth)
+        near = smoothstep(0.55, 1.0, y)
+        drift = c.noise(rng, 3, 5, band)
+        tilt = rng.uniform(-30.0, 30.0)
+        ripples = np.sin((y * 330.0 + drift * 3.2 + c.x * tilt) * (1.15 - 0.45 * near))
+        grain = c.noise(rng, 124, 124, band)
         sand = _SAND[int(rng.integers(len(_SAND)))]
-        albedo = sand * (1.0 + 0.035 * grain + 0.05 * near * ripples + 0.04 * phase)
+        albedo = sand * (1.0 + 0.035 * grain + 0.05 * near * ripples + 0.04 * drift)
         paint = self.lit(albedo, np.clip(facing, 0.0, 1.0))
         paint += haze * (self.palette.haze - paint)
-        c.blend(paint, c.below(ridge))
+        c.blend(paint, c.below(ridge, band), (band, slice(None)))
 
     def sea(self) -> None:
         c, p, rng = self.canvas, self.palette, self.rng
@@ -290,8 +302,8 @@ class _Painter:
         rows = (np.log1p(12.0 * depth[:, 0]) / np.log(13.0)).astype(np.float32)
         swell = c.warped_noise(rng, 5, 26, rows)
         waves = c.warped_noise(rng, 18, 44, rows)
-        small = c.warped_noise(rng, 44, 60, rows)
-        ripples = (1.0 - 0.5 * depth) * small + depth * waves + 0.6 * swell
+        small = c.warped_noise(rng, 56, 90, rows)
+        ripples = (1.0 - 0.35 * depth) * small + 0.7 * depth * waves + 0.5 * swell
         reflect = 0.78 - 0.50 * depth
         sky = p.horizon + np.sqrt(depth) * (p.middle - p.horizon)
         water = self.lit(_WATER, 0.9) * 1.1
@@ -349,9 +361,9 @@ class _Painter:
     def house(self) -> None:
         c, rng = self.canvas, self.rng
         width = float(rng.uniform(0.19, 0.23))
-        x = float(rng.uniform(0.22, 0.78))
-        base = float(rng.uniform(0.83, 0.90))
         turn = 1.0 if rng.random() < 0.5 else -1.0
+        x = 0.5 + turn * float(rng.uniform(-0.33, 0.18))
+        base = float(rng.uniform(0.83, 0.90))
         wall, rise = 0.62 * width, 0.50 * width
         deep = 0.75 * width
         red = colour(0.78, 0.13, 0.10)
@@ -367,7 +379,7 @@ class _Painter:
         c.polygon([place(half, 0), place(half + deep, lift), place(half + deep, lift + wall * 0.94), place(half, wall)], self.lit(red * 0.86, flank_light))
         c.polygon([place(-half, 0), place(half, 0), place(half, wall), place(-half, wall)], self.lit(red, front_light))
         c.polygon([place(-half, wall), place(half, wall), place(0, wall + rise)], self.lit(red, front_light))
-        roof = self.lit(_SNOW if self.scene.ground == "snow" else colour(0.30, 0.22, 0.21), 0.45 + 0.3 * side * turn)
+        roof = self.lit(colour(0.72, 0.78, 0.90) if self.scene.ground == "snow" else colour(0.30, 0.22, 0.21), 0.45 + 0.3 * side * turn)
         eave = 0.07 * width
         c.polygon([place(half * 0.45, wall + rise * 0.6), place(half * 0.75, wall + rise * 0.6), place(half * 0.75, wall + rise * 1.25), place(half * 0.45, wall + rise * 1.25)], self.lit(colour(0.45, 0.30, 0.26), 0.4)) if rng.random() < 0.5 else None
         c.polygon([place(0, wall + rise + eave * 0.6), place(deep * 0.96, wall + rise * 0.98 + eave * 0.6), place(half + deep + eave, wall * 0.88 + lift), place(half + eave, wall - eave)], roof)

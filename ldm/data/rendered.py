@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.pool
 import os
 from functools import partial
 from pathlib import Path
@@ -121,7 +122,7 @@ class RenderedScenes(Dataset):
         shape = (self.n_pictures, self.size, self.size, 3)
         try:
             pictures = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
-            with multiprocessing.get_context("spawn").Pool(n_workers) as pool:
+            with _worker_pool(n_workers) as pool:
                 drawn = pool.imap(draw, range(self.n_pictures), chunksize=16)
                 for index, picture in enumerate(
                     tqdm(drawn, "rendering scenes", self.n_pictures, unit="picture")
@@ -133,7 +134,23 @@ class RenderedScenes(Dataset):
             partial_path.unlink(missing_ok=True)
 
 
+def _worker_pool(n_workers: int) -> multiprocessing.pool.Pool:
+    """Returns a pool whose workers use one thread each; small products are slower on several."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # read once, when the worker imports numpy
+    try:
+        return multiprocessing.get_context("spawn").Pool(n_workers)
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
 def _replace(path: Path, text: str) -> None:
     partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial_path.write_text(text)
-    os.replace(partial_path, path)
+    try:
+        partial_path.write_text(text)
+        os.replace(partial_path, path)
+    finally:
+        partial_path.unlink(missing_ok=True)

@@ -84,7 +84,7 @@ def all_scenes(split: Split = "all") -> tuple[Scene, ...]:
 def is_held_out(scene: Scene) -> bool:
     """Returns whether training never uses this combination of attributes; the same for its mirror image."""
     side = "side" if scene.light_position in ("left", "right") else scene.light_position
-    key = "/".join(replace(scene, light_position=side).__dict__.values())
+    key = "/".join(["0", *attributes(replace(scene, light_position=side)).values()])
     return zlib.crc32(key.encode()) / 2**32 < _HELD_OUT_SHARE
 
 
@@ -191,7 +191,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
         return ", ".join([f"{subject} {time}", *details])
     if len(details) == 2 and rng.random() < 0.3:
         details.reverse()
-    subject = _choose(_OPENINGS, rng) + subject
+    bare, subject = subject, _choose(_OPENINGS, rng) + subject
     if not details:
         return _choose((f"{subject} {time}", f"{time}, {subject}", f"{subject}, {time}"), rng)
     listed = ", ".join(details)
@@ -201,7 +201,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
         f"{time}, {subject}, {listed}",
         f"{subject} {time} with {_listed(details)}",
         f"{subject}, {listed}, {time}",
-        f"{_listed(details)} over {subject} {time}",
+        f"{_listed(details)} over {bare} {time}",
     )
     return _choose(forms, rng)
 
