@@ -367,13 +367,14 @@ class UNetModel(nn.Module):
                 f"{self.num_classes!r}"
             )
         self.tome.begin_call(x.shape[-2], x.shape[-1], timesteps)
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
+        dtype = self.dtype
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
         if y is not None:
-            emb = emb + self.label_emb(y.to(self.dtype) if y.is_floating_point() else y)
+            emb = emb + self.label_emb(y.to(dtype) if y.is_floating_point() else y)
         if context is not None:
-            context = context.to(self.dtype)
+            context = context.to(dtype)
 
-        h = x.to(self.dtype)
+        h = x.to(dtype)
         skips = []
         for block in self.input_blocks:
             h = block(h, emb, context)

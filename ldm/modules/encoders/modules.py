@@ -1,0 +1,258 @@
+"""The text encoders of Stable Diffusion 1 (CLIP-L) and 2 (OpenCLIP-H).
+
+Both are built from their configuration alone; the weights come with the checkpoint, the vocabulary
+with open_clip, and nothing is ever downloaded. transformers and open_clip take seconds to import,
+so that happens when an encoder is built or a prompt is read, not when this module is imported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import InputError
+
+START_ID, END_ID = 49406, 49407  # start and end of text in CLIP's vocabulary
+
+# openai/clip-vit-large-patch14, in the names of transformers' CLIPTextConfig
+CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+}
+# the text tower of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, in the names of open_clip's text_cfg
+OPENCLIP_H = {
+    "embed_dim": 1024,
+    "context_length": 77,
+    "vocab_size": 49408,
+    "width": 1024,
+    "heads": 16,
+    "layers": 24,
+}
+
+
+@cache
+def _tokenizer() -> Any:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def truncated_words(prompt: str, max_length: int = 77) -> str:
+    """The end of a prompt that does not fit into the model's context; empty if all of it fits.
+
+    Args:
+        prompt: what the user wrote.
+        max_length: tokens that the model reads, with the start and the end token.
+
+    Returns:
+        The words cut off, in lower case, as the tokenizer reads them.
+    """
+    tokenizer = _tokenizer()
+    return tokenizer.decode(tokenizer.encode(prompt)[max_length - 2 :]).strip()
+
+
+class _TextEncoder(nn.Module):
+    """What the two encoders share: reading prompts, and calling ``encode_tokens``."""
+
+    padding_id: int
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self.max_length = max_length
+
+    def tokenize(self, text: str | Sequence[str]) -> Tensor:
+        """Turn prompts into token ids, cut and padded to ``max_length``.
+
+        Returns:
+            Ids, (B, L), int64, on the CPU: start, the prompt's tokens, end, padding.
+        """
+        text = [text] if isinstance(text, str) else text
+        ids = torch.full((len(text), self.max_length), self.padding_id)
+        for row, prompt in zip(ids, text, strict=True):
+            tokens = [START_ID, *_tokenizer().encode(prompt)[: self.max_length - 2], END_ID]
+            row[: len(tokens)] = torch.tensor(tokens)
+        return ids
+
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        """Encode prompts.
+
+        Args:
+            text: B prompts, or one; what does not fit into ``max_length`` tokens is cut off.
+
+        Returns:
+            Embeddings, (B, L, C), on the device and in the type of the weights.
+        """
+        return self.encode_tokens(self.tokenize(text).to(next(self.parameters()).device))
+
+    def encode(self, text: str | Sequence[str]) -> Tensor:
+        """Upstream's name for calling the encoder."""
+        return self(text)
+
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        """Encode token ids, (B, L), to embeddings, (B, L, C)."""
+        raise NotImplementedError
+
+
+class FrozenCLIPEmbedder(_TextEncoder):
+    """The text encoder of Stable Diffusion 1: CLIP's text model from transformers.
+
+    Args:
+        version: only "openai/clip-vit-large-patch14" is built in.
+        device: no effect: the encoder runs where its weights are.
+        max_length: tokens of a prompt, L.
+        freeze: the parameters need no gradient.
+        layer: "last" (after the final normalisation), "pooled" (the end token's, L = 1) or
+            "hidden".
+        layer_idx: which hidden state for "hidden", counted as in ``hidden_states``: 0 is the
+            embedding, -2 the last but one.
+        text_config: entries that differ from CLIP-L's, in the names of CLIPTextConfig.
+
+    Raises:
+        InputError: an argument has a value that is not supported.
+    """
+
+    padding_id = END_ID
+
+    def __init__(
+        self,
+        version: str = "openai/clip-vit-large-patch14",
+        device: str | None = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: str = "last",
+        layer_idx: int | None = None,
+        text_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(max_length)
+        if version != "openai/clip-vit-large-patch14":
+            raise InputError(
+                f"FrozenCLIPEmbedder: version {version!r} is not built in, only "
+                "'openai/clip-vit-large-patch14' is; describe another one with text_config"
+            )
+        config = _override("FrozenCLIPEmbedder", CLIP_L, text_config)
+        if layer not in ("last", "pooled", "hidden"):
+            raise InputError(f"FrozenCLIPEmbedder: layer {layer!r} is not last, pooled or hidden")
+        n_layers = config["num_hidden_layers"]
+        if layer == "hidden" and (layer_idx is None or abs(layer_idx) > n_layers):
+            raise InputError(
+                f"FrozenCLIPEmbedder: layer 'hidden' needs layer_idx in -{n_layers} .. {n_layers}, "
+                f"not {layer_idx}"
+            )
+        self.layer = layer
+        self.layer_idx = layer_idx
+
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        model = CLIPTextModel(CLIPTextConfig(**config))
+        # The tower was an attribute of the model before transformers 5.6, and is the model now.
+        tower = getattr(model, "text_model", model)
+        # The buffer would stay behind on the meta device; encode_tokens passes positions instead.
+        del tower.embeddings.position_ids
+        self.transformer = nn.ModuleDict({"text_model": tower})  # state-dict names
+        if freeze:
+            self.eval().requires_grad_(False)
+
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        """Encode token ids, (B, L), to embeddings, (B, L, C); C = hidden_size.
+
+        As upstream, there is no padding mask: the padding is part of what the model was trained on.
+        """
+        output = self.transformer["text_model"](
+            input_ids=ids,
+            position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
+            output_hidden_states=self.layer == "hidden",
+        )
+        if self.layer == "pooled":
+            return output.pooler_output[:, None]
+        if self.layer == "hidden":
+            return output.hidden_states[self.layer_idx]
+        return output.last_hidden_state
+
+
+class FrozenOpenCLIPEmbedder(_TextEncoder):
+    """The text encoder of Stable Diffusion 2: the text half of an open_clip model.
+
+    Args:
+        arch: only "ViT-H-14" is built in.
+        version: no effect: the weights come with the checkpoint.
+        device: no effect: the encoder runs where its weights are.
+        max_length: tokens of a prompt, L.
+        freeze: the parameters need no gradient.
+        layer: "last", or "penultimate", which leaves out the last block. The final normalisation
+            follows in either case.
+        text_config: entries that differ from ViT-H-14's, in the names of open_clip's ``text_cfg``,
+            and ``embed_dim``.
+
+    Raises:
+        InputError: an argument has a value that is not supported.
+    """
+
+    padding_id = 0
+
+    def __init__(
+        self,
+        arch: str = "ViT-H-14",
+        version: str = "laion2b_s32b_b79k",
+        device: str | None = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: str = "last",
+        text_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(max_length)
+        if arch != "ViT-H-14":
+            raise InputError(
+                f"FrozenOpenCLIPEmbedder: arch {arch!r} is not built in, only 'ViT-H-14' is; "
+                "describe another one with text_config"
+            )
+        if layer not in ("last", "penultimate"):
+            raise InputError(f"FrozenOpenCLIPEmbedder: layer {layer!r} is not last or penultimate")
+        config = _override("FrozenOpenCLIPEmbedder", OPENCLIP_H, text_config)
+        self.layer = layer
+
+        from open_clip.transformer import TextTransformer
+
+        self.model = TextTransformer(output_dim=config.pop("embed_dim"), **config)
+        # The buffer would stay behind on the meta device; encode_tokens makes the mask instead.
+        del self.model.attn_mask
+        # Neither this nor text_projection is used here, but checkpoints have both.
+        self.model.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if freeze:
+            self.eval().requires_grad_(False)
+
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        """Encode token ids, (B, L), to embeddings, (B, L, C); C = width."""
+        length = ids.shape[1]
+        x = self.model.token_embedding(ids) + self.model.positional_embedding[:length]  # B, L, C
+        causal = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)
+        blocks = self.model.transformer.resblocks
+        # open_clip before 2.26 puts the sequence first.
+        is_batch_first = blocks[0].attn.batch_first
+        x = x if is_batch_first else x.transpose(0, 1)
+        for block in blocks[: -1 if self.layer == "penultimate" else None]:
+            x = block(x, attn_mask=causal)
+        x = x if is_batch_first else x.transpose(0, 1)
+        return self.model.ln_final(x)
+
+
+def _override(
+    owner: str, defaults: Mapping[str, Any], changes: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The defaults with the changes made; an entry that has no default is refused by name."""
+    changes = changes or {}
+    if unknown := sorted(set(changes) - set(defaults)):
+        raise InputError(
+            f"{owner}: text_config has no {unknown[0]!r}; it has {', '.join(defaults)}"
+        )
+    return {**defaults, **changes}
