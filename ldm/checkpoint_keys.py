@@ -1,0 +1,289 @@
+"""Names of tensors in Stable Diffusion checkpoint files, and what they say about the file.
+
+Pure functions of names, shapes and text: no tensor is read here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ldm.errors import InputError
+
+Shape = tuple[int, ...]
+
+UNET = "model.diffusion_model."
+FIRST_STAGE = "first_stage_model."
+TEXT_ENCODER = "cond_stage_model."
+COMPONENTS = {UNET: "U-Net", FIRST_STAGE: "first stage (VAE)", TEXT_ENCODER: "text encoder"}
+
+# Some exporters leave out the level `text_model.` of the CLIP tower; sgm has another prefix.
+RENAMES = [
+    (re.compile(r"^conditioner\.embedders\.0\."), TEXT_ENCODER),
+    (
+        re.compile(
+            r"^(cond_stage_model\.transformer\.)(?=(embeddings|encoder|final_layer_norm)\.)"
+        ),
+        r"\1text_model.",
+    ),
+]
+
+# Recomputed from the configuration, because pruned files hold them in half precision.
+SCHEDULE = frozenset(
+    {
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "lvlb_weights",
+        "denoiser.sigmas",
+    }
+)
+
+# Tensors that many files carry and no picture needs.
+HARMLESS = re.compile(
+    r"""
+    model_ema\..*                                # running averages: only used when asked for
+    | logvar                                     # weight of the training loss
+    | first_stage_model\.(loss|model_ema)\..*    # the first stage's own training
+    | cond_stage_model\..*\.position_ids         # 0..76, a buffer that is not stored any more
+    | cond_stage_model\.model\.attn_mask         # the causal mask, likewise
+    # heads of CLIP's contrastive training
+    | cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?)
+    """,
+    re.VERBOSE,
+)
+
+
+def canonical_name(name: str) -> str:
+    """The name that a model of this project gives to the tensor."""
+    for pattern, replacement in RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def ema_name(name: str) -> str:
+    """Where the running average of the U-Net parameter ``name`` is kept.
+
+    ``model.diffusion_model.out.0.bias`` -> ``model_ema.diffusion_modelout0bias``.
+
+    Source: CompVis ldm/modules/ema.py.
+    """
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
+def has_ema(names: Iterable[str]) -> bool:
+    """Whether there are averages, not only the counters that pruned files still hold."""
+    return any(name.startswith("model_ema.diffusion_model") for name in names)
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a tensor that the model has no place for can be left out without a word."""
+    return name in SCHEDULE or HARMLESS.fullmatch(name) is not None
+
+
+# --- other families, refused by name ----------------------------------------------------------
+
+# (pattern of a name, what the file is); the first that is found in any name decides.
+OTHER_FAMILIES = [
+    (r"(^|[._])lora_|\.(hada|lokr)_w", "a LoRA"),
+    (r"^(control_model|control_net|controlnet_)|(^|\.)input_hint_block\.", "a ControlNet"),
+    (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model"),
+    (r"(^|\.)double_blocks\.", "a FLUX model"),
+    (r"motion_modules\.", "an AnimateDiff motion module"),
+    (r"^model\.diffusion_model\..*time_stack\.", "a Stable Video Diffusion model"),
+    (r"^conditioner\.embedders\.1\.", "an SDXL model"),
+    (r"^(string_to_param|emb_params|clip_[lg])$", "a textual-inversion embedding"),
+    (r"^cond_stage_model\.transformer\.attn_layers\.", "a model with a BERT text encoder"),
+    (r"^depth_model\.", "a Stable Diffusion 2 depth model"),
+    (r"^(embedder\.model|noise_augmentor)\.", "a Stable unCLIP model"),
+    (r"^first_stage_model\.quantize\.", "a model with a VQ first stage"),
+]
+# What a file is that holds no U-Net under upstream's names.
+PARTS = [
+    (r"^(unet\.)?(down_blocks|mid_block|up_blocks)\.", "a diffusers U-Net in a file of its own"),
+    (r"^input_blocks\.0\.0\.", "a U-Net alone"),
+    (r"^(encoder|decoder|quant_conv|post_quant_conv)\.", "a VAE in a file of its own"),
+    (r"^(text_model|transformer\.text_model|transformer\.resblocks)\.", "a text encoder alone"),
+]
+UNET_INPUTS = {
+    5: "a Stable Diffusion 2 depth model",
+    7: "a Stable Diffusion x4 upscaler",
+    8: "an instruct-pix2pix model",
+}
+CONTEXT_SIZES = {2048: "an SDXL model", 1280: "an SDXL refiner"}
+SUPPORTED = "supported are Stable Diffusion 1.x and 2.x, and their inpainting models"
+
+
+def refuse_other_families(shapes: Mapping[str, Shape], where: str) -> None:
+    """Stop at files of a kind that this project cannot sample from.
+
+    Args:
+        shapes: canonical name -> shape of every tensor.
+        where: the file, for the message.
+
+    Raises:
+        InputError: it is another kind of file; the message says which.
+    """
+    patterns = OTHER_FAMILIES + ([] if any(n.startswith(UNET) for n in shapes) else PARTS)
+    for pattern, kind in patterns:
+        expression = re.compile(pattern)
+        if any(expression.search(name) for name in shapes):
+            raise InputError(f"{where} is {kind}; {SUPPORTED}")
+    context = context_size(shapes)
+    inputs = input_channels(shapes)
+    kind = CONTEXT_SIZES.get(context or 0) or UNET_INPUTS.get(inputs or 0)
+    if kind is None and f"{UNET}label_emb.0.0.weight" in shapes:
+        kind = "a Stable unCLIP model"
+    if kind:
+        raise InputError(f"{where} is {kind}; {SUPPORTED}")
+
+
+# --- what the shapes say ----------------------------------------------------------------------
+
+
+def input_channels(shapes: Mapping[str, Shape]) -> int | None:
+    """Input channels of the U-Net; None without one."""
+    shape = shapes.get(f"{UNET}input_blocks.0.0.weight")
+    return shape[1] if shape and len(shape) == 4 else None
+
+
+def context_size(shapes: Mapping[str, Shape]) -> int | None:
+    """Width of the text vectors that the U-Net's cross-attention reads; None without one."""
+    keys = (n for n in shapes if n.startswith(UNET) and n.endswith(".attn2.to_k.weight"))
+    return next((shapes[name][-1] for name in keys), None)
+
+
+def family(shapes: Mapping[str, Shape]) -> str:
+    """``sd1``, ``sd1-inpainting``, ``sd2``, ``sd2-inpainting``, or ``custom``."""
+    first = shapes.get(f"{UNET}input_blocks.0.0.weight", ())
+    version = {768: "sd1", 1024: "sd2"}.get(context_size(shapes) or 0)
+    kind = {4: "", 9: "-inpainting"}.get(input_channels(shapes) or 0)
+    if version is None or kind is None or first[:1] != (320,):
+        return "custom"
+    return version + kind
+
+
+def misfit(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> str | None:
+    """The first thing in a model configuration that contradicts the tensors, or None.
+
+    A quick test that tells the shipped configurations apart without building a model; components
+    that the file lacks are not judged.
+
+    Args:
+        config: a whole YAML file, plain dicts.
+        shapes: canonical name -> shape.
+
+    Raises:
+        InputError: the configuration describes no latent-diffusion model.
+    """
+    try:
+        params = config["model"]["params"]
+        unet = params["unet_config"]["params"]
+        stage = params["first_stage_config"]
+        text = params["cond_stage_config"]
+        pairs = list(_signature(unet, stage, text, shapes))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            "the configuration is no latent-diffusion model: 'model.params' needs unet_config, "
+            "first_stage_config and cond_stage_config"
+        ) from error
+    wrong = (pair for pair in pairs if pair[1] != pair[2])
+    return next((f"it says {a} for {what}, the file {b}" for what, a, b in wrong), None)
+
+
+def _signature(
+    unet: Mapping[str, Any], stage: Any, text: Any, shapes: Mapping[str, Shape]
+) -> Iterable[tuple[str, Any, Any]]:
+    """(what, value in the configuration, value in the file) for whatever the file shows."""
+    first = shapes.get(f"{UNET}input_blocks.0.0.weight")
+    if first:
+        yield "in_channels", unet["in_channels"], first[1]
+        yield "model_channels", unet["model_channels"], first[0]
+    context = context_size(shapes)
+    if context is not None and unet.get("context_dim") is not None:
+        said = unet["context_dim"]
+        yield "context_dim", said[0] if isinstance(said, list) else said, context
+    projections = [n for n in shapes if n.startswith(UNET) and n.endswith(".proj_in.weight")]
+    if projections:
+        linear = len(shapes[projections[0]]) == 2
+        yield "use_linear_in_transformer", bool(unet.get("use_linear_in_transformer")), linear
+    count = 1 + max((_number(n, f"{UNET}input_blocks.") for n in shapes), default=-1)
+    blocks = unet["num_res_blocks"]
+    levels = len(unet.get("channel_mult", (1, 2, 4, 8)))
+    if count and isinstance(blocks, int):
+        yield "the U-Net's number of input blocks", levels * (blocks + 1), count
+    latent = shapes.get(f"{FIRST_STAGE}post_quant_conv.weight")
+    if latent and isinstance(stage, Mapping):
+        ddconfig = stage["params"]["ddconfig"]
+        yield "embed_dim", stage["params"]["embed_dim"], latent[1]
+        levels = 1 + max(_number(n, f"{FIRST_STAGE}decoder.up.") for n in shapes)
+        yield "the first stage's number of levels", len(ddconfig["ch_mult"]), levels
+    if isinstance(text, Mapping):
+        said = "open_clip" if "OpenCLIP" in text["target"] else "CLIP"
+        if any(n.startswith(f"{TEXT_ENCODER}model.") for n in shapes):
+            yield "the text encoder", said, "open_clip"
+        elif any(n.startswith(f"{TEXT_ENCODER}transformer.") for n in shapes):
+            yield "the text encoder", said, "CLIP"
+
+
+def _number(name: str, prefix: str) -> int:
+    """The number that follows ``prefix`` in ``name``; -1 where the name starts otherwise."""
+    return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else -1
+
+
+def idle_text_names(names: Iterable[str], text_config: Any) -> set[str]:
+    """Tensors of an open_clip text tower that most files store and no computation reads.
+
+    Files converted from diffusers leave them out: the heads of the contrastive training and, with
+    ``layer: penultimate``, the last block.
+    """
+    if not isinstance(text_config, Mapping) or "OpenCLIP" not in text_config["target"]:
+        return set()
+    tower = f"{TEXT_ENCODER}model."
+    blocks = f"{tower}transformer.resblocks."
+    names = list(names)
+    idle = {f"{tower}text_projection", f"{tower}logit_scale"}
+    if (text_config.get("params") or {}).get("layer") == "penultimate":
+        last = f"{blocks}{max(_number(name, blocks) for name in names)}."
+        idle |= {name for name in names if name.startswith(last)}
+    return idle
+
+
+# --- what the U-Net predicts ------------------------------------------------------------------
+
+PREDICTIONS = {
+    "eps": "eps", "epsilon": "eps",
+    "v": "v", "v_prediction": "v", "v-prediction": "v", "velocity": "v",
+}  # fmt: skip
+METADATA_KEYS = ("modelspec.prediction_type", "prediction_type", "parameterization")
+_V_NAME = re.compile(r"(?<!\d)768(?!\d)|(?:^|[-_. ])v(?:[-_. ]|$)|v[-_ ]?pred", re.IGNORECASE)
+_EPS_NAME = re.compile(
+    r"(?<!\d)512(?!\d)|(?:^|[-_. ])(?:base|eps|epsilon)(?:[-_. ]|$)|turbo", re.IGNORECASE
+)
+
+
+def prediction_in_metadata(metadata: Mapping[str, str]) -> str | None:
+    """``eps`` or ``v`` if a safetensors header says so."""
+    for key in METADATA_KEYS:
+        if found := PREDICTIONS.get(metadata.get(key, "").strip().lower()):
+            return found
+    return None
+
+
+def prediction_in_name(stem: str) -> str | None:
+    """``eps`` or ``v`` if a file's name hints at exactly one of them.
+
+    The published files are called 512-base-ema, v2-1_512-... (eps) and 768-v-ema, v2-1_768-... (v).
+    """
+    is_v, is_eps = bool(_V_NAME.search(stem)), bool(_EPS_NAME.search(stem))
+    return None if is_v == is_eps else "v" if is_v else "eps"
