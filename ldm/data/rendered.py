@@ -35,8 +35,9 @@ def picture_of(index: int, seed: int, split: Split, size: int) -> np.ndarray:
 class RenderedScenes(Dataset):
     """Captioned pictures of rendered scenes.
 
-    An item is `{first_stage_key: float32 (H, W, 3) in [-1, 1], "caption": str, "scene": dict}`. Pictures depend
-    on (seed, index, split) alone; crop, flip and phrasing are drawn afresh from torch's generator each time.
+    An item is `{first_stage_key: float32 (H, W, 3) in [-1, 1], "caption": str, "scene": dict}`.
+    Pictures depend on (seed, index, split) alone; crop, flip and phrasing are drawn afresh from
+    torch's generator each time.
 
     Args:
         n_pictures: how many pictures the set has.
@@ -46,7 +47,7 @@ class RenderedScenes(Dataset):
         first_stage_key: the item's key for the picture.
         crop: edge length of a random crop; None keeps the whole picture.
         flip: whether to mirror half of the items, caption and attributes included.
-        cache_dir: folder for a cache file of `n_pictures * size**2 * 3` bytes; None renders on demand.
+        cache_dir: folder for a cache file of 3 size**2 bytes per picture; None draws on demand.
         n_workers: processes that fill the cache.
 
     Raises:

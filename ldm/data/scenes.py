@@ -1,7 +1,7 @@
-"""Captioned landscape pictures drawn from a seed: what can be in a scene, how it is said, how it is split.
+"""Captioned landscape pictures drawn from a seed: what scenes can show, and how that is said.
 
-A scene is six categorical attributes. `render` draws it (see `ldm.data.landscape`), `caption` names it, and
-`is_held_out` reserves some combinations of attributes that training never sees.
+A scene is six categorical attributes. `render` draws it (see `ldm.data.landscape`), `caption`
+names it, and `is_held_out` reserves some combinations of attributes that training never sees.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import product
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 """Every attribute with the values it can take, in the order of the classifier's labels."""
 
 Split = Literal["train", "held_out", "all"]
+_T = TypeVar("_T")
 
 _OBJECTS = {
     "mountains": ("none", "pines", "house"),
@@ -73,7 +74,7 @@ def _makes_sense(scene: Scene) -> bool:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def all_scenes(split: Split = "all") -> tuple[Scene, ...]:
     """Returns every combination of attributes that makes sense, in a fixed order, of one split."""
     scenes = (Scene(*values) for values in product(*ATTRIBUTES.values()))
@@ -82,14 +83,14 @@ def all_scenes(split: Split = "all") -> tuple[Scene, ...]:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Returns whether training never uses this combination of attributes; the same for its mirror image."""
+    """Returns whether training never sees this combination of attributes, nor its mirror image."""
     side = "side" if scene.light_position in ("left", "right") else scene.light_position
     key = "/".join(["0", *attributes(replace(scene, light_position=side)).values()])
     return zlib.crc32(key.encode()) / 2**32 < _HELD_OUT_SHARE
 
 
 def sample_scene(rng: np.random.Generator, split: Split = "all") -> Scene:
-    """Draws a scene attribute by attribute, so that rare combinations of one place do not crowd it out.
+    """Draws a scene, one attribute after the other, each uniformly among what is still possible.
 
     Args:
         rng: the source of randomness.
@@ -108,7 +109,8 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 256) -> np.ndarra
 
     Args:
         scene: what to show.
-        rng: decides everything the attributes leave open; the same state gives the same picture at any size.
+        rng: decides everything the attributes leave open; the same state gives the same picture
+            at any size.
         size: edge length in pixels.
 
     Returns:
@@ -118,15 +120,31 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 256) -> np.ndarra
 
 
 _PLACES = {
-    ("mountains", "bare"): (("in", "the mountains"), ("in", "rocky mountains"), ("in", "high mountains")),
+    ("mountains", "bare"): (
+        ("in", "the mountains"),
+        ("in", "rocky mountains"),
+        ("in", "high mountains"),
+    ),
     ("mountains", "snow"): (
         ("in", "snowy mountains"),
         ("in", "mountains covered in snow"),
         ("in", "mountains with snow"),
     ),
-    ("hills", "bare"): (("on", "green hills"), ("on", "grassy hills"), ("among", "rolling green hills")),
-    ("hills", "snow"): (("on", "snowy hills"), ("on", "hills covered in snow"), ("among", "white snowy hills")),
-    ("desert", "bare"): (("in", "the desert"), ("in", "a sandy desert"), ("in", "a desert with sand dunes")),
+    ("hills", "bare"): (
+        ("on", "green hills"),
+        ("on", "grassy hills"),
+        ("among", "rolling green hills"),
+    ),
+    ("hills", "snow"): (
+        ("on", "snowy hills"),
+        ("on", "hills covered in snow"),
+        ("among", "white snowy hills"),
+    ),
+    ("desert", "bare"): (
+        ("in", "the desert"),
+        ("in", "a sandy desert"),
+        ("in", "a desert with sand dunes"),
+    ),
     ("sea", "bare"): (("on", "the sea"), ("on", "a calm sea"), ("on", "the blue sea")),
 }
 _OBJECT_PHRASES = {
@@ -161,8 +179,8 @@ _SKIES = {
 _OPENINGS = ("", "", "", "a picture of ", "a landscape with ")
 
 
-def _choose(options: Sequence, rng: np.random.Generator | None):  # noqa: ANN202
-    return options[0 if rng is None else rng.integers(len(options))]
+def _choose(options: Sequence[_T], rng: np.random.Generator | None) -> _T:
+    return options[0 if rng is None else int(rng.integers(len(options)))]
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -183,7 +201,9 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     time = _choose(_TIMES[scene.time], rng)
     details = []
     if scene.light_position != "none":
-        details.append(f"{_choose(_LIGHTS[scene.time], rng)} {_choose(_POSITIONS[scene.light_position], rng)}")
+        details.append(
+            f"{_choose(_LIGHTS[scene.time], rng)} {_choose(_POSITIONS[scene.light_position], rng)}"
+        )
     sky = "" if scene.time == "overcast" else _choose(_SKIES[scene.sky], rng)
     if sky:
         details.append(sky)

@@ -1,7 +1,8 @@
 """Drawing primitives of the scene renderer: smooth noise, ridges and anti-aliased shapes.
 
-Everything is in relative coordinates (x to the right, y downwards, both 0..1), so a drawing means the same
-at every picture size. Edges are anti-aliased analytically: coverage comes from the signed distance in pixels.
+Everything is in relative coordinates (x to the right, y downwards, both 0..1), so a drawing means
+the same at every picture size. Edges are anti-aliased analytically: coverage is the signed distance
+from the edge in pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import numpy as np
 Array = np.ndarray
 Point = tuple[float, float]
 
-_NOISE_GAIN = 1.445  # brings one dimension of cubic B-spline interpolated white noise back to unit variance
+_NOISE_GAIN = (
+    1.445  # brings one dimension of cubic B-spline interpolated white noise back to unit variance
+)
 _OVERSAMPLING = 4
 
 
@@ -30,7 +33,15 @@ def smoothstep(low: float, high: float, value: Array) -> Array:
 
 
 def spline_weights(coordinates: Array, cells: int) -> Array:
-    """Returns the cubic B-spline weights (n, cells + 3) that read a lattice at `coordinates` (n,) in 0..1."""
+    """Returns the weights of a cubic B-spline.
+
+    Args:
+        coordinates: where to read, (n,), 0..1.
+        cells: how many cells the lattice has; it holds cells + 3 values.
+
+    Returns:
+        float32 (n, cells + 3).
+    """
     position = np.clip(coordinates, 0.0, 1.0).astype(np.float64) * cells
     index = np.minimum(position.astype(np.int64), cells - 1)
     t = position - index
@@ -68,14 +79,14 @@ class Canvas:
         self.pixels = np.zeros((3, size, size), np.float32)
 
     def blend(self, paint: Array, coverage: Array, box: tuple[slice, slice] | None = None) -> None:
-        """Lays `paint` (broadcast to (3, h, w)) over the picture, or over `box`, by `coverage` (h, w)."""
+        """Lays `paint` (3, h, w) over the picture, or over `box`, by `coverage` (h, w)."""
         target = self.pixels if box is None else self.pixels[:, box[0], box[1]]
         target += coverage * (paint - target)
 
     def noise(
         self, rng: np.random.Generator, columns: int, rows: int, band: slice = slice(None)
     ) -> Array:
-        """Returns smooth noise of about unit variance with `columns` x `rows` cells, for the rows in `band`."""
+        """Returns smooth noise of unit variance, `columns` x `rows` cells, for rows in `band`."""
         lattice = rng.standard_normal((rows + 3, columns + 3), dtype=np.float32)
         across = _pixel_weights(self.size, columns)
         down = _pixel_weights(self.size, rows)[band]
@@ -84,7 +95,7 @@ class Canvas:
     def warped_noise(
         self, rng: np.random.Generator, columns: int, rows: int, coordinates: Array
     ) -> Array:
-        """Returns noise (size, size) like `noise` whose rows are read at `coordinates` (size,) in 0..1."""
+        """Returns noise (size, size) whose lattice rows are read at `coordinates` (size,), 0..1."""
         lattice = rng.standard_normal((rows + 3, columns + 3), dtype=np.float32)
         across = _pixel_weights(self.size, columns)
         return (spline_weights(coordinates, rows) @ (lattice * _NOISE_GAIN**2)) @ across.T
@@ -98,7 +109,7 @@ class Canvas:
         gain: float = 0.5,
         band: slice = slice(None),
     ) -> Array:
-        """Returns fractal noise of about unit variance, from `columns` x `rows` cells up, for the rows in `band`."""
+        """Returns fractal noise of unit variance: each octave doubles `columns` and `rows`."""
         total = np.zeros((len(self.y[band]), self.size), np.float32)
         for octave in range(octaves):
             total += gain**octave * self.noise(rng, columns << octave, rows << octave, band)
@@ -111,15 +122,17 @@ class Canvas:
         total = np.zeros(self.size, np.float32)
         for octave in range(octaves):
             lattice = rng.standard_normal((cells << octave) + 3, dtype=np.float32)
-            total += gain**octave * _NOISE_GAIN * (_pixel_weights(self.size, cells << octave) @ lattice)
+            total += (
+                gain**octave * _NOISE_GAIN * (_pixel_weights(self.size, cells << octave) @ lattice)
+            )
         return total / np.sqrt(sum(gain ** (2 * octave) for octave in range(octaves)))
 
     def band(self, top: float, bottom: float = 1.0) -> slice:
-        """Returns the rows that hold the heights from `top` to `bottom`, one pixel of margin included."""
+        """Returns the rows from height `top` to `bottom`, one pixel of margin included."""
         return self.box(0.0, top, 1.0, bottom)[0]
 
     def below(self, ridge: Array, band: slice = slice(None)) -> Array:
-        """Returns the coverage of the ground under the curve `ridge` (size,), for the rows in `band`."""
+        """Returns the coverage of the ground under `ridge` (size,), for rows in `band`."""
         slope = np.gradient(ridge) * self.size
         steep = self.size / np.sqrt(1.0 + slope * slope)
         return np.clip((self.y[band] - ridge) * steep + 0.5, 0.0, 1.0)
@@ -145,8 +158,10 @@ class Canvas:
             distance = np.maximum(distance, ((x - x0) * dy - (y - y0) * dx) / length)
         self.blend(paint, opacity * np.clip(0.5 - distance * self.size, 0.0, 1.0), box)
 
-    def capsule(self, start: Point, end: Point, radius: float, lit: Array, dark: Array, side: float) -> None:
-        """Draws a round rod from `start` to `end`, shaded from `lit` to `dark` away from `side` (-1..1)."""
+    def capsule(
+        self, start: Point, end: Point, radius: float, lit: Array, dark: Array, side: float
+    ) -> None:
+        """Draws a ribbed rod, coloured `lit` where it faces `side` (-1..1) and `dark` opposite."""
         (x0, y0), (x1, y1) = start, end
         box = self.box(
             min(x0, x1) - radius, min(y0, y1) - radius, max(x0, x1) + radius, max(y0, y1) + radius
@@ -160,7 +175,9 @@ class Canvas:
         ribs = 0.10 * np.cos(across * 14.0)
         shade = np.clip(0.5 + 0.55 * across + ribs, 0.0, 1.0)
         self.blend(
-            dark + shade * (lit - dark), np.clip((radius - distance) * self.size + 0.5, 0.0, 1.0), box
+            dark + shade * (lit - dark),
+            np.clip((radius - distance) * self.size + 0.5, 0.0, 1.0),
+            box,
         )
 
     def to_uint8(self) -> Array:

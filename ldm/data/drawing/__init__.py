@@ -1,0 +1,1 @@
+"""How a scene is drawn: canvas, palette, sky, land and the objects on it."""
