@@ -1,0 +1,249 @@
+"""What the user asked for: every key of token merging, checked once, at the boundary.
+
+Pure Python, so that ``--help`` and configuration errors need no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ldm.errors import InputError
+from ldm.modules.tome.keys import KEYS, parse_flag
+
+__all__ = ["AMOUNTS", "KEYS", "ToMeConfig", "cells", "overlay", "parse_flag"]
+
+# The keys that say how much is removed: one of them at a time (for downsample, the stride).
+AMOUNTS = ("ratio", "r", "k", "max_tokens", "steps")
+# Keys that mean something to some methods only.
+_METHOD_KEYS = {
+    "ratio": ("bipartite", "random", "grid"),
+    "r": ("bipartite", "random", "grid"),
+    "max_tokens": ("bipartite", "random", "grid"),
+    "steps": ("bipartite", "random", "grid"),
+    "k": ("kth",),
+    "stride": ("grid", "downsample"),
+    "random": ("grid",),
+    "window": ("grid",),
+    "protect": ("bipartite",),
+    "metric": ("bipartite", "kth", "random", "grid"),
+    "similarity": ("bipartite", "kth", "random", "grid"),
+}
+_TOMESD_PLACES = {"merge_attn": "attn", "merge_crossattn": "crossattn", "merge_mlp": "mlp"}
+_ROUNDING = 1e-4  # a ratio written with four digits may stand for a fraction such as 8/9
+
+
+@dataclass(frozen=True)
+class ToMeConfig:
+    """A checked configuration of token merging; ``ToMeConfig()`` merges nothing.
+
+    Build it with `from_mapping`. The fields are the keys of a YAML's ``tome_config``, explained in
+    `KEYS`; ``rules`` holds complete configurations, one per entry.
+    """
+
+    method: str = "grid"
+    ratio: float | str | None = None
+    r: int | None = None
+    k: int | str | None = None
+    stride: tuple[int, int] = (2, 2)
+    random: bool = False
+    apply_to: tuple[str, ...] = ("attn",)
+    metric: str = "hidden"
+    protect: int = 0
+    window: int | None = None
+    max_downsample: int = 1
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    similarity: float | None = None
+    rules: tuple[ToMeConfig, ...] = ()
+    steps: tuple[tuple[float, float], ...] = ()
+    reuse_steps: int = 1
+    reuse_layers: bool = False
+    proportional: bool = True
+    context: str = "full"
+    seed: int = 0
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any] | None) -> ToMeConfig:
+        """Check a mapping of keys, in this project's spelling or tomesd's.
+
+        Raises:
+            InputError: a key is unknown, a value cannot do what it says, or two keys set the
+                amount; the message names the key, the value and the limit.
+        """
+        given = _spell_out(mapping or {})
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if name not in KEYS:
+                raise InputError(f"ToMe has no key {name!r}; the keys are {', '.join(KEYS)}")
+            try:
+                values[name] = KEYS[name].check(value)
+            except ValueError as limit:
+                raise InputError(f"ToMe {name}={value!r}: {limit}") from None
+        if "method" not in values:
+            values["method"] = "grid" if values.get("k") is None else "kth"
+        _refuse_contradictions(values)
+        if values["method"] == "grid":
+            values.setdefault("window", 3)
+        if values.get("metric") is None:
+            values["metric"] = "keys" if values.get("apply_to") == ("kv",) else "hidden"
+        rules = tuple(_rule(entry, given) for entry in values.pop("rules", ()))
+        return cls(**values, rules=rules)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no block of any size would merge anything."""
+        return not self._has_amount and all(rule.is_off for rule in self.rules)
+
+    @property
+    def _has_amount(self) -> bool:
+        if self.method == "downsample":
+            return self.stride != (1, 1)
+        if self.steps:
+            return any(ratio > 0 for _, ratio in self.steps)
+        return bool(self.ratio or self.r or self.max_tokens or self.k not in (None, 1))
+
+    def for_tokens(self, n_tokens: int) -> ToMeConfig:
+        """The configuration of a block of that many tokens: the first rule that fits, or this."""
+        for rule in self.rules:
+            if n_tokens >= rule.min_tokens:
+                return rule
+        return replace(self, rules=()) if self.rules else self
+
+    def ratio_at(self, progress: float) -> float | str | None:
+        """The ratio at a progress of 0 (pure noise) to 1 (picture), from ``steps`` if there."""
+        if not self.steps:
+            return self.ratio
+        for (start, first), (end, second) in zip(self.steps, self.steps[1:], strict=False):
+            if start <= progress < end:
+                return first + (second - first) * (progress - start) / (end - start)
+        return self.steps[0][1] if progress < self.steps[0][0] else self.steps[-1][1]
+
+    @property
+    def max_ratio(self) -> float:
+        """The largest share of tokens that the method can remove from a large picture."""
+        cell = self.stride[0] * self.stride[1]
+        return {"bipartite": 0.5, "grid": 1 - 1 / cell, "downsample": 1 - 1 / cell}.get(
+            self.method, 1.0
+        )
+
+    def removable(self, h: int, w: int) -> int:
+        """How many of h * w tokens the method can remove."""
+        n = h * w
+        if self.method == "bipartite":
+            return max(0, (n - self.protect) // 2)
+        if self.method == "random":
+            return n - 1
+        if self.method == "kth":
+            return n - max(1, n // self.group(n))
+        rows, columns = cells(h, w, self.stride)
+        return n - rows * columns
+
+    def group(self, n_tokens: int) -> int:
+        """``k`` in numbers: one token of so many survives."""
+        if isinstance(self.k, str):
+            return max(1, n_tokens // int(self.k.removeprefix("tokens//")))
+        return self.k or 1
+
+    def removed(self, h: int, w: int, ratio: float | str | None = None) -> int:
+        """How many of h * w tokens are removed, where ``ratio`` is the one in force, if any.
+
+        It is what the amount's key asks for, or all that the method can remove if that is less.
+        """
+        n, limit = h * w, self.removable(h, w)
+        if ratio is None:
+            ratio = self.ratio
+        if self.method in ("kth", "downsample"):
+            return limit
+        if isinstance(ratio, (int, float)):
+            return min(limit, int(n * ratio + 1e-6))  # 0.29 of 100 tokens are 29
+        if self.r is not None:
+            return min(limit, self.r)
+        if self.max_tokens is not None:
+            return min(limit, max(0, n - self.max_tokens))
+        return 0
+
+
+def cells(h: int, w: int, stride: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of whole stride cells; at least one, however narrow the picture."""
+    return h // min(stride[0], h), w // min(stride[1], w)
+
+
+def overlay(base: Mapping[str, Any] | None, override: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Lay one mapping of keys over another: a flag over a preset, a preset over a YAML.
+
+    A key that sets the amount replaces whichever key set it below, another method drops the
+    keys below that mean nothing to it, and what is overridden is so in the rules below as well.
+    """
+    below, above = _spell_out(base or {}), _spell_out(override or {})
+    drops = set(above)
+    if drops & {*AMOUNTS, "rules"}:
+        drops |= {*AMOUNTS, "rules"} if "rules" in above else set(AMOUNTS)
+    method = above.get("method")
+    if method is not None and method != below.get("method", "grid"):
+        drops |= {key for key, methods in _METHOD_KEYS.items() if method not in methods}
+    kept = {key: value for key, value in below.items() if key not in drops}
+    if isinstance(kept.get("rules"), Sequence):
+        kept["rules"] = [
+            {k: v for k, v in entry.items() if k == "min_tokens" or k not in drops}
+            for entry in kept["rules"]
+        ]
+    return {**kept, **above}
+
+
+def _spell_out(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate tomesd's spellings; anything else is passed on."""
+    if not isinstance(mapping, Mapping):
+        raise InputError(f"ToMe takes a mapping of keys, not {mapping!r}")
+    given = dict(mapping)
+    translated: dict[str, Any] = {}
+    if "sx" in given or "sy" in given:
+        translated["stride"] = [given.pop("sy", 2), given.pop("sx", 2)]
+    if "use_rand" in given:
+        translated["random"] = given.pop("use_rand")
+    if any(key in given for key in _TOMESD_PLACES):
+        wanted = {key: given.pop(key, key == "merge_attn") for key in _TOMESD_PLACES}
+        translated["apply_to"] = [_TOMESD_PLACES[key] for key, on in wanted.items() if on]
+    twice = sorted(set(translated) & set(given))
+    if twice:
+        raise InputError(f"ToMe {twice[0]}={given[twice[0]]!r} is also set in tomesd's spelling")
+    return {**given, **translated}
+
+
+def _refuse_contradictions(values: dict[str, Any]) -> None:
+    """Raise InputError where checked values cannot go together."""
+    method = values["method"]
+    amounts = [key for key in AMOUNTS if values.get(key) not in (None, ())]
+    if len(amounts) > 1:
+        pairs = " and ".join(f"{key}={values[key]!r}" for key in amounts)
+        raise InputError(f"ToMe {pairs}: both set the amount; give one of {', '.join(AMOUNTS)}")
+    for key, methods in _METHOD_KEYS.items():
+        if values.get(key) not in (None, False, 0, ()) and method not in methods:
+            raise InputError(
+                f"ToMe {key}={values[key]!r} means nothing for method {method}; "
+                f"it belongs to {' and '.join(methods)}"
+            )
+    ratios = [ratio for _, ratio in values.get("steps") or ()]
+    if isinstance(values.get("ratio"), float):
+        ratios.append(values["ratio"])
+    limit = ToMeConfig(method=method, stride=values.get("stride", (2, 2))).max_ratio
+    for ratio in ratios:
+        if ratio > limit + _ROUNDING:
+            raise InputError(
+                f"ToMe ratio={ratio:g}: method {method}"
+                + (f" with stride {list(values.get('stride', (2, 2)))}" if method == "grid" else "")
+                + f" can remove at most {limit:g} of the tokens"
+            )
+
+
+def _rule(entry: Mapping[str, Any], base: Mapping[str, Any]) -> ToMeConfig:
+    """The complete configuration of one entry of ``rules``: its keys over those beside it."""
+    unruly = [key for key in entry if key not in KEYS or not KEYS[key].in_rules]
+    if unruly:
+        raise InputError(f"ToMe rules: an entry cannot set {unruly[0]!r}")
+    if "min_tokens" not in entry:
+        raise InputError(f"ToMe rules: the entry {dict(entry)!r} has no min_tokens")
+    beside = {key: value for key, value in base.items() if key != "rules"}
+    # Where nothing else is said, min_tokens alone decides where a rule acts.
+    return ToMeConfig.from_mapping({"max_downsample": 8, **overlay(beside, _spell_out(entry))})
