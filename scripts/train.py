@@ -42,11 +42,21 @@ def as_bool(text: str) -> bool:
 def build_parser() -> argparse.ArgumentParser:
     """Upstream's flags, and those of Lightning's trainer that people set by hand."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s --base YAML [YAML ...] --train [options] [key.path=value ...]",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     switch: dict[str, Any] = {"type": as_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
-    add("-b", "--base", nargs="*", default=[], metavar="YAML", help="configurations, merged in order")
+    add(
+        "-b",
+        "--base",
+        nargs="*",
+        default=[],
+        metavar="YAML",
+        help="configurations, merged in order",
+    )
     add("-t", "--train", default=False, **switch, help="train (else the configuration is shown)")
     add("-r", "--resume", default="", metavar="PATH", help="a run's folder, or a checkpoint in it")
     add("-n", "--name", default="", help="added to the name of the run's folder")
@@ -61,7 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--devices", help="how many devices, or which (Lightning's spelling)")
     add("--accelerator", help="cpu, gpu, mps or auto")
     add("--precision", help="32-true, bf16-mixed, 16-mixed, ...")
-    add("overrides", nargs="*", metavar="key.path=value", help="settings merged over the files")
     return parser
 
 
@@ -87,14 +96,14 @@ def learning_rate(config: dict, trainer: Any, scale: bool) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, train."""
-    options = build_parser().parse_intermixed_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    # taken out first, or else a flag with an optional value (--train) would swallow one
+    overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
+    options = build_parser().parse_args([text for text in arguments if text not in overrides])
     if options.name and options.resume:
         raise InputError("--name and --resume exclude each other: a resumed run keeps its folder")
     if not options.base and not options.resume:
         raise InputError("nothing to train: give --base YAML, or --resume FOLDER")
-    stray = [text for text in options.overrides if "=" not in text]
-    if stray:
-        raise InputError(f"{stray[0]!r} is not of the form key.path=value")
     now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     checkpoint = None
     files = list(options.base)
@@ -110,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.config import load_config
 
-    config = load_config(files, options.overrides)
+    config = load_config(files, overrides)
     for section in ("model", "data"):
         if section not in config:
             raise InputError(f"the configuration has no section {section!r} ({', '.join(files)})")
@@ -155,7 +164,9 @@ def fit(
         if getattr(options, flag) is not None:
             settings[flag] = getattr(options, flag)
     trainer = pl.Trainer(
-        default_root_dir=logdir, logger=CSVLogger(logdir, name="metrics"), callbacks=callbacks,
+        default_root_dir=logdir,
+        logger=CSVLogger(logdir, name="metrics"),
+        callbacks=callbacks,
         **settings,
     )
     model.learning_rate = learning_rate(config, trainer, options.scale_lr)

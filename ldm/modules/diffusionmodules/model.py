@@ -1,6 +1,7 @@
 """Encoder and decoder of the first stage (CompVis diffusionmodules/model.py).
 
-Module names are state-dict names. All group norms have 32 groups and eps 1e-6.
+Module names are state-dict names. Group norms have 32 groups, as upstream, unless ``ddconfig`` says
+otherwise, and eps 1e-6.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def normalize(channels: int) -> nn.GroupNorm:
-    """Group norm as everywhere in the first stage; ``channels`` is a multiple of 32."""
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def normalize(channels: int, n_groups: int) -> nn.GroupNorm:
+    """Group norm as everywhere in the first stage; ``channels`` is a multiple of ``n_groups``."""
+    return nn.GroupNorm(n_groups, channels, eps=1e-6)
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -49,11 +50,13 @@ class Downsample(nn.Module):
 class ResnetBlock(nn.Module):
     """Two convolutions around a skip, which is a 1x1 convolution where the channels change."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, n_groups: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.norm1 = normalize(in_channels)
+        self.norm1 = normalize(in_channels, n_groups)
         self.conv1 = conv3x3(in_channels, out_channels)
-        self.norm2 = normalize(out_channels)
+        self.norm2 = normalize(out_channels, n_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv3x3(out_channels, out_channels)
         if in_channels != out_channels:
@@ -70,9 +73,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all positions, with a residual."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, n_groups: int) -> None:
         super().__init__()
-        self.norm = normalize(channels)
+        self.norm = normalize(channels, n_groups)
         self.q = nn.Conv2d(channels, channels, kernel_size=1)
         self.k = nn.Conv2d(channels, channels, kernel_size=1)
         self.v = nn.Conv2d(channels, channels, kernel_size=1)
@@ -93,11 +96,11 @@ class AttnBlock(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block, at the coarsest resolution."""
 
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, n_groups: int, dropout: float) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = ResnetBlock(channels, channels, n_groups, dropout)
+        self.attn_1 = AttnBlock(channels, n_groups)
+        self.block_2 = ResnetBlock(channels, channels, n_groups, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
@@ -108,14 +111,22 @@ class Level(nn.Module):
     """The blocks of one resolution, each followed by attention if the level has any."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, n_blocks: int, dropout: float, has_attn: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        n_blocks: int,
+        n_groups: int,
+        dropout: float,
+        has_attn: bool,
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
-            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, dropout)
+            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, n_groups, dropout)
             for i in range(n_blocks)
         )
-        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(n_blocks * has_attn))
+        self.attn = nn.ModuleList(
+            AttnBlock(out_channels, n_groups) for _ in range(n_blocks * has_attn)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, h, w) -> (B, C_out, h, w)."""
@@ -135,6 +146,8 @@ class Encoder(nn.Module):
         attn_resolutions: picture sizes, counted down from ``resolution``, with attention.
         in_channels: 3.
         z_channels: channels of the latents; twice as many come out with ``double_z``.
+        norm_groups: ours; upstream always has 32. A group of a single channel loses the picture's
+            mean colour, so a first stage with few channels needs fewer groups.
     """
 
     def __init__(
@@ -151,6 +164,7 @@ class Encoder(nn.Module):
         dropout: float = 0.0,
         double_z: bool = True,
         attn_type: str = "vanilla",
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         _check_attn_type(attn_type)
@@ -162,14 +176,15 @@ class Encoder(nn.Module):
                 widths[i],
                 widths[i + 1],
                 num_res_blocks,
+                norm_groups,
                 dropout,
                 has_attn=resolution // 2**i in attn_resolutions,
             )
             if i < len(ch_mult) - 1:
                 level.downsample = Downsample(widths[i + 1])
             self.down.append(level)
-        self.mid = Middle(widths[-1], dropout)
-        self.norm_out = normalize(widths[-1])
+        self.mid = Middle(widths[-1], norm_groups, dropout)
+        self.norm_out = normalize(widths[-1], norm_groups)
         self.conv_out = conv3x3(widths[-1], (2 if double_z else 1) * z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,25 +217,27 @@ class Decoder(nn.Module):
         dropout: float = 0.0,
         double_z: bool = True,
         attn_type: str = "vanilla",
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         _check_attn_type(attn_type)
         widths = [ch * m for m in ch_mult]
         self.conv_in = conv3x3(z_channels, widths[-1])
-        self.mid = Middle(widths[-1], dropout)
+        self.mid = Middle(widths[-1], norm_groups, dropout)
         self.up = nn.ModuleList()
         for i in range(len(ch_mult)):
             level = Level(
                 widths[min(i + 1, len(ch_mult) - 1)],
                 widths[i],
                 num_res_blocks + 1,
+                norm_groups,
                 dropout,
                 has_attn=resolution // 2**i in attn_resolutions,
             )
             if i > 0:
                 level.upsample = Upsample(widths[i])
             self.up.append(level)
-        self.norm_out = normalize(widths[0])
+        self.norm_out = normalize(widths[0], norm_groups)
         self.conv_out = conv3x3(widths[0], out_ch)
 
     def forward(self, z: Tensor) -> Tensor:
