@@ -1,0 +1,92 @@
+"""A user's own pictures and captions as a training set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ldm.errors import InputError
+from ldm.images import fit, load_rgb
+
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+
+
+class FolderPictures(Dataset):
+    """Pictures of a folder with a caption each, resized and cropped to a square.
+
+    Captions stand in `metadata.jsonl` (one `{"file_name": ..., "text": ...}` a line), or, where the
+    folder has none, beside each picture: `name.png` with `name.txt`. An item is
+    `{first_stage_key: float32 (size, size, 3) in [-1, 1], "caption": str}`.
+
+    Args:
+        folder: where the pictures are; subfolders are searched too.
+        size: edge length of the items, in pixels.
+        first_stage_key: the item's key for the picture.
+        flip: whether to mirror half of the items; not for captions that say left or right.
+
+    Raises:
+        InputError: the folder is missing or has no picture, or a picture has no caption.
+    """
+
+    def __init__(
+        self, folder: str, size: int = 512, first_stage_key: str = "image", flip: bool = False
+    ) -> None:
+        self.size = size
+        self.first_stage_key = first_stage_key
+        self.flip = flip
+        root = Path(folder)
+        if not root.is_dir():
+            raise InputError(f"{folder}: there is no such folder")
+        listing = root / "metadata.jsonl"
+        self.items = _listed(listing) if listing.is_file() else _beside(root)
+        if not self.items:
+            known = ", ".join(sorted(SUFFIXES))
+            raise InputError(f"{folder}: no pictures in it ({known})")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, caption = self.items[index]
+        pixels = fit(load_rgb(path), self.size, self.size)
+        if self.flip and torch.rand(()) < 0.5:
+            pixels = pixels[:, ::-1]
+        return {
+            self.first_stage_key: pixels.astype(np.float32) / 127.5 - 1.0,
+            "caption": caption,
+        }
+
+
+def _beside(root: Path) -> list[tuple[Path, str]]:
+    items = []
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() not in SUFFIXES:
+            continue
+        text = path.with_suffix(".txt")
+        if not text.is_file():
+            raise InputError(f"{path}: no caption; write one into {text.name} or metadata.jsonl")
+        items.append((path, text.read_text(encoding="utf-8").strip()))
+    return items
+
+
+def _listed(listing: Path) -> list[tuple[Path, str]]:
+    items = []
+    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            path, caption = listing.parent / entry["file_name"], entry["text"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f'{listing}, line {number}: not of the form {{"file_name": ..., "text": ...}}'
+            ) from None
+        if not path.is_file():
+            raise InputError(f"{listing}, line {number}: there is no {path}")
+        items.append((path, caption))
+    return items
