@@ -1,0 +1,371 @@
+"""What all samplers share: the arguments, the randomness, inpainting, image to image, progress.
+
+A sampler itself is a generator: given a denoiser, noisy latents and the schedule's coefficients it
+yields the latents after each step. ``Sampler`` is the shell that callers know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.errors import InputError
+from ldm.models.diffusion.guidance import (
+    Conditioning,
+    Denoiser,
+    DiffusionModel,
+    begin_run,
+    check_batch_size,
+    noise_predictor,
+)
+from ldm.models.diffusion.schedule import (
+    StepCoefficients,
+    ddim_coefficients,
+    make_ddim_timesteps,
+    original_coefficients,
+)
+
+NoiseSource: TypeAlias = Callable[[torch.Size], Tensor]
+"""shape -> unit normal noise of that shape, on any device."""
+
+Draw: TypeAlias = Callable[[float], "Tensor | None"]
+"""sigma -> noise for a step with that standard deviation; None where the step needs none."""
+
+Blend: TypeAlias = Callable[[Tensor, StepCoefficients], Tensor]
+"""(x_t, coefficients) -> x_t with its known region replaced."""
+
+Steps: TypeAlias = Iterator[tuple[Tensor, Tensor]]
+"""(latents after the step, predicted x_0), once for each step."""
+
+
+class Sampler:
+    """Base of the samplers: upstream's interface around ``iterate``.
+
+    Args:
+        model: what to sample from.
+        schedule: upstream's argument, without effect there and here.
+        device: where to sample; the model's device by default.
+
+    Attributes:
+        steps: coefficients of the steps, from the lowest t to the highest; set by make_schedule.
+    """
+
+    name = "Sampler"
+    allows_eta = False
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        schedule: str = "linear",
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.model = model
+        self.device = torch.device(model.device if device is None else device)
+        self.steps: list[StepCoefficients] = []
+        self.eta = 0.0
+
+    def iterate(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        steps: Sequence[StepCoefficients],
+        draw: Draw,
+        blend: Blend,
+        quantize: Callable[[Tensor], Tensor] | None,
+    ) -> Steps:
+        """Take the steps, which come from the highest t to the lowest.
+
+        Args:
+            denoise: predicts the noise in latents.
+            x: noisy latents at the first step's alpha_bar, (B, C, h, w).
+            steps: at least one.
+            draw: fresh noise; asked as often as upstream asks.
+            blend: applied to the latents before each step.
+            quantize: applied to predictions of x_0, or None.
+        """
+        raise NotImplementedError
+
+    def make_schedule(
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str = "uniform",
+        ddim_eta: float = 0.0,
+        verbose: bool = True,
+    ) -> None:
+        """Choose the steps for ``stochastic_encode`` and ``decode``; ``sample`` does so itself.
+
+        Args:
+            ddim_num_steps: how many; see make_ddim_timesteps for the counts that come out.
+            ddim_discretize: ``uniform`` or ``quad``.
+            ddim_eta: 0 is deterministic, 1 has the variance of ancestral sampling.
+            verbose: upstream's argument, without effect: nothing is printed.
+
+        Raises:
+            InputError: a value that this sampler or the model cannot use.
+        """
+        if ddim_eta < 0 or (ddim_eta and not self.allows_eta):
+            limit = "at least 0" if self.allows_eta else "0: this sampler is deterministic"
+            raise InputError(f"{self.name}: eta is {ddim_eta}, but it must be {limit}")
+        self.eta = ddim_eta
+        self.steps = self._choose_steps(ddim_num_steps, ddim_discretize)
+
+    def _choose_steps(self, n_steps: int, discretization: str) -> list[StepCoefficients]:
+        timesteps = make_ddim_timesteps(discretization, n_steps, self.model.num_timesteps)
+        return ddim_coefficients(self.model.alphas_cumprod, timesteps, self.eta)
+
+    def _steps(self, use_original_steps: bool) -> list[StepCoefficients]:
+        if use_original_steps:
+            model = self.model
+            return original_coefficients(model.alphas_cumprod, model.alphas_cumprod_prev, self.eta)
+        if not self.steps:
+            raise ValueError("call make_schedule first")
+        return self.steps
+
+    def _levels(self, steps: list[StepCoefficients]) -> list[float]:
+        """alpha_bar of latents from which ``decode`` takes 0, 1, 2, ... steps."""
+        return [c.alpha_bar_prev for c in steps]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        S: int,
+        batch_size: int,
+        shape: Sequence[int],
+        conditioning: Conditioning = None,
+        callback: Callable[[int], Any] | None = None,
+        normals_sequence: Any = None,
+        img_callback: Callable[[Tensor, int], Any] | None = None,
+        quantize_x0: bool = False,
+        eta: float = 0.0,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: dict[str, Any] | None = None,
+        verbose: bool = True,
+        x_T: Tensor | None = None,
+        log_every_t: int = 100,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Conditioning = None,
+        noise_source: NoiseSource | None = None,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Draw latents.
+
+        Args:
+            S: number of steps.
+            batch_size: number of pictures B.
+            shape: (C, h, w) of one picture's latents.
+            conditioning: a tensor, list or dict with B rows, or None.
+            callback: called with the number of each step, 0, 1, 2, ...
+            normals_sequence: upstream's argument, without effect there and here.
+            img_callback: called with the predicted x_0 and the number of each step.
+            quantize_x0: replace each predicted x_0 by ``model.first_stage_model.quantize``'s.
+            eta: 0 is deterministic, 1 has the variance of ancestral sampling; DDIM only.
+            mask: 1 where x0 is kept, 0 where it is painted anew; broadcast to (B, C, h, w).
+            x0: latents to keep, (B, C, h, w), scaled; required with a mask.
+            temperature: factor on the noise that the steps add.
+            noise_dropout: share of that noise to drop.
+            score_corrector: its ``modify_score(model, eps, x, t, conditioning,
+                **corrector_kwargs)`` replaces the predicted noise.
+            corrector_kwargs: see score_corrector.
+            verbose: show a progress bar.
+            x_T: noise to start from, (B, C, h, w); drawn by default.
+            log_every_t: how often to keep intermediate results, in steps.
+            unconditional_guidance_scale: 1 is without guidance.
+            unconditional_conditioning: of the same kind and rows as conditioning.
+            noise_source: where all noise comes from, which then is asked only for noise that is
+                used. By default it is drawn from torch's global generator on the sampler's
+                device in upstream's order, so a seed gives upstream's picture.
+
+        Returns:
+            The latents (B, C, h, w), and lists ``x_inter`` and ``pred_x0`` of what was kept.
+
+        Raises:
+            InputError: steps, eta or discretisation cannot be used.
+            ValueError: the conditioning has not B rows, or there is a mask without x0.
+        """
+        check_batch_size(conditioning, batch_size)
+        self.make_schedule(S, ddim_eta=eta)
+        size = torch.Size((batch_size, *shape))
+        if x_T is None:
+            x_T = self._noise(size, noise_source)
+        denoise = noise_predictor(
+            self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale
+        )
+        if score_corrector is not None:
+            denoise = _corrected(
+                denoise, score_corrector, self.model, conditioning, corrector_kwargs or {}
+            )
+        return self._run(
+            denoise,
+            x_T,
+            self.steps,
+            noise_source=noise_source,
+            mask=mask,
+            x0=x0,
+            temperature=temperature,
+            noise_dropout=noise_dropout,
+            quantize_x0=quantize_x0,
+            callback=callback,
+            img_callback=img_callback,
+            log_every_t=log_every_t,
+            verbose=verbose,
+        )
+
+    @torch.no_grad()
+    def stochastic_encode(
+        self,
+        x0: Tensor,
+        t: Tensor | int,
+        use_original_steps: bool = False,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Add the noise from which ``decode`` takes ``t`` steps back to a picture.
+
+        Args:
+            x0: latents, (B, C, h, w), scaled.
+            t: number of steps, 0 .. number of steps of the schedule, for each row (B,) or for
+                all. The full number gives noise alone (upstream fails there).
+            use_original_steps: count training steps instead.
+            noise: unit normal, shape of x0; drawn from the global generator by default.
+
+        Raises:
+            ValueError: t is outside of the schedule.
+        """
+        levels = [*self._levels(self._steps(use_original_steps)), 0.0]
+        t = torch.as_tensor(t).cpu()
+        if t.min() < 0 or t.max() >= len(levels):
+            raise ValueError(f"t is {t.tolist()}, but the schedule has {len(levels) - 1} steps")
+        alpha_bar = torch.tensor(levels)[t].reshape(-1, 1, 1, 1).to(x0)
+        noise = torch.randn_like(x0) if noise is None else noise.to(x0)
+        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+    @torch.no_grad()
+    def decode(
+        self,
+        x_latent: Tensor,
+        cond: Conditioning,
+        t_start: int,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Conditioning = None,
+        use_original_steps: bool = False,
+        callback: Callable[[int], Any] | None = None,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        noise_source: NoiseSource | None = None,
+        verbose: bool = True,
+    ) -> Tensor:
+        """Take the last ``t_start`` steps of the schedule, from ``stochastic_encode``'s result.
+
+        Args:
+            x_latent: noisy latents, (B, C, h, w).
+            cond: conditioning with B rows.
+            t_start: number of steps; 0 returns the latents as they are.
+            unconditional_guidance_scale: 1 is without guidance.
+            unconditional_conditioning: of the same kind and rows as cond.
+            use_original_steps: count training steps instead.
+            callback: called with the number of each step.
+            mask: see sample.
+            x0: see sample.
+            noise_source: see sample.
+            verbose: show a progress bar.
+
+        Returns: latents, (B, C, h, w).
+        """
+        check_batch_size(cond, x_latent.shape[0])
+        steps = self._steps(use_original_steps)
+        if not 0 <= t_start <= len(steps):
+            raise ValueError(f"t_start is {t_start}, but the schedule has {len(steps)} steps")
+        denoise = noise_predictor(
+            self.model, cond, unconditional_conditioning, unconditional_guidance_scale
+        )
+        latents, _ = self._run(
+            denoise,
+            x_latent,
+            steps[:t_start],
+            noise_source=noise_source,
+            mask=mask,
+            x0=x0,
+            callback=callback,
+            verbose=verbose,
+        )
+        return latents
+
+    def _run(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        steps: Sequence[StepCoefficients],
+        *,
+        noise_source: NoiseSource | None,
+        mask: Tensor | None,
+        x0: Tensor | None,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        quantize_x0: bool = False,
+        callback: Callable[[int], Any] | None = None,
+        img_callback: Callable[[Tensor, int], Any] | None = None,
+        log_every_t: int = 100,
+        verbose: bool = True,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        if mask is not None and x0 is None:
+            raise ValueError("a mask needs x0, the latents to keep")
+
+        def draw(sigma: float) -> Tensor | None:
+            if noise_source is not None and sigma == 0:
+                return None
+            noise = self._noise(x.shape, noise_source)
+            return F.dropout(noise * temperature, noise_dropout)
+
+        def blend(x_t: Tensor, c: StepCoefficients) -> Tensor:
+            if mask is None or x0 is None:
+                return x_t
+            known = c.signal * x0 + c.noise * self._noise(x0.shape, noise_source)
+            return known * mask + (1 - mask) * x_t
+
+        begin_run(self.model)
+        quantize = _quantizer(self.model) if quantize_x0 else None
+        descending = steps[::-1]
+        kept: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
+        iteration = self.iterate(denoise, x, descending, draw, blend, quantize)
+        progress = tqdm(iteration, desc=self.name, total=len(steps), disable=not verbose)
+        for i, (x, predicted) in enumerate(progress):
+            if callback is not None:
+                callback(i)
+            if img_callback is not None:
+                img_callback(predicted, i)
+            n_left = len(steps) - 1 - i
+            if n_left % log_every_t == 0 or i == 0:
+                kept["x_inter"].append(x)
+                kept["pred_x0"].append(predicted)
+        return x, kept
+
+    def _noise(self, shape: torch.Size, source: NoiseSource | None) -> Tensor:
+        if source is None:
+            return torch.randn(shape, device=self.device)
+        return source(shape).to(self.device)
+
+
+def _quantizer(model: Any) -> Callable[[Tensor], Tensor]:
+    return lambda latents: model.first_stage_model.quantize(latents)[0]
+
+
+def _corrected(
+    denoise: Denoiser,
+    corrector: Any,
+    model: DiffusionModel,
+    conditioning: Conditioning,
+    kwargs: dict[str, Any],
+) -> Denoiser:
+    def corrected(x: Tensor, t: int | float, alpha_bar: float) -> Tensor:
+        steps = torch.full((x.shape[0],), t, device=x.device)
+        eps = denoise(x, t, alpha_bar)
+        return corrector.modify_score(model, eps, x, steps, conditioning, **kwargs)
+
+    return corrected

@@ -1,0 +1,273 @@
+"""Noise schedules: beta and everything that follows from it.
+
+Pure functions of numbers. Sums and products are taken in float64; what a model stores is float32.
+``alpha_bar_t`` is the product of ``1 - beta`` up to and including step ``t`` (0 .. T-1).
+
+Sources: Ho et al. 2020 (arXiv 2006.11239); Nichol and Dhariwal 2021 (arXiv 2102.09672);
+Song et al. 2021 (arXiv 2010.02502).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ldm.errors import InputError
+
+BETA_SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt", "squaredcos_cap_v2")
+DISCRETIZATIONS = ("uniform", "quad")
+
+Float64Array: TypeAlias = npt.NDArray[np.float64]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+FloatArray: TypeAlias = Float32Array | Float64Array
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
+
+def make_beta_schedule(
+    schedule: str,
+    n_timestep: int,
+    linear_start: float = 1e-4,
+    linear_end: float = 2e-2,
+    cosine_s: float = 8e-3,
+) -> Float64Array:
+    """Noise variance beta of every step, (n_timestep,), in float64.
+
+    Args:
+        schedule: ``linear`` is linear in sqrt(beta), as all Stable Diffusion models use it;
+            ``sqrt_linear`` is linear in beta, ``sqrt`` its square root; ``cosine`` and
+            ``squaredcos_cap_v2`` have alpha_bar follow a squared cosine.
+        n_timestep: number of steps T.
+        linear_start: first value of the linear schedules.
+        linear_end: last value of the linear schedules.
+        cosine_s: offset of ``cosine`` that keeps the first betas from vanishing.
+
+    Raises:
+        InputError: no schedule has that name.
+    """
+    if schedule == "linear":
+        return np.linspace(math.sqrt(linear_start), math.sqrt(linear_end), n_timestep) ** 2
+    if schedule == "sqrt_linear":
+        return np.linspace(linear_start, linear_end, n_timestep)
+    if schedule == "sqrt":
+        return np.sqrt(np.linspace(linear_start, linear_end, n_timestep))
+    if schedule in ("cosine", "squaredcos_cap_v2"):
+        offset = cosine_s if schedule == "cosine" else 0.008
+        # upstream's "cosine" adds the offset to t and divides by 1 + offset, as the paper does
+        angle = (np.arange(n_timestep + 1) / n_timestep + offset) / (1 + offset) * np.pi / 2
+        alpha_bar = np.cos(angle) ** 2
+        return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
+    raise InputError(f"beta_schedule {schedule!r}: choose from {', '.join(BETA_SCHEDULES)}")
+
+
+def schedule_buffers(betas: npt.ArrayLike, v_posterior: float = 0.0) -> dict[str, Tensor]:
+    """The twelve schedule tensors that a checkpoint stores, by their state-dict names.
+
+    Args:
+        betas: noise variances, (T,).
+        v_posterior: 0 takes the posterior's own variance, 1 takes beta, between them a mix.
+
+    Returns: name -> (T,) float32 tensor on the CPU, also under a ``torch.device`` context.
+    """
+    beta = np.asarray(betas, dtype=np.float64)
+    alpha = 1.0 - beta
+    alpha_bar = np.cumprod(alpha)
+    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+    posterior_variance = (1 - v_posterior) * beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    posterior_variance = posterior_variance + v_posterior * beta
+    arrays = {  # state-dict names
+        "betas": beta,
+        "alphas_cumprod": alpha_bar,
+        "alphas_cumprod_prev": alpha_bar_prev,
+        "sqrt_alphas_cumprod": np.sqrt(alpha_bar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alpha_bar),
+        "log_one_minus_alphas_cumprod": np.log(1 - alpha_bar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alpha_bar),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alpha_bar - 1),
+        "posterior_variance": posterior_variance,
+        # the variance of step 0 is 0
+        "posterior_log_variance_clipped": np.log(np.maximum(posterior_variance, 1e-20)),
+        "posterior_mean_coef1": beta * np.sqrt(alpha_bar_prev) / (1 - alpha_bar),
+        "posterior_mean_coef2": (1 - alpha_bar_prev) * np.sqrt(alpha) / (1 - alpha_bar),
+    }
+    return {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
+
+
+def variational_weights(betas: npt.ArrayLike, parameterization: str) -> Tensor:
+    """Weight of each step's squared error in the variational bound, (T,) float32.
+
+    eps: beta^2 / (2 posterior_variance alpha (1 - alpha_bar)), x0: 0.5 sqrt(alpha_bar) /
+    (2 - alpha_bar) as upstream has it, v: one. Step 0, whose posterior variance is 0, takes the
+    weight of step 1. Source: Ho et al. 2020 eq. 12; CompVis ddpm.py.
+    """
+    beta = np.asarray(betas, dtype=np.float64)
+    if parameterization == "v":
+        return torch.from_numpy(np.ones(len(beta), dtype=np.float32))
+    alpha_bar = np.cumprod(1 - beta)
+    if parameterization == "x0":
+        return torch.from_numpy((0.5 * np.sqrt(alpha_bar) / (2 - alpha_bar)).astype(np.float32))
+    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+    # beta^2 / posterior_variance = beta (1 - alpha_bar) / (1 - alpha_bar_prev)
+    with np.errstate(divide="ignore"):
+        weights = beta / (2 * (1 - beta) * (1 - alpha_bar_prev))
+    weights[0] = weights[1]
+    return torch.from_numpy(weights.astype(np.float32))
+
+
+def make_ddim_timesteps(discretization: str, n_steps: int, n_timesteps: int) -> IntArray:
+    """The training steps that DDIM and PLMS visit, ascending, (number of steps,).
+
+    ``uniform`` is upstream's rule, ``range(0, T, T // n_steps) + 1``, wherever that rule stays
+    below T: pictures then are upstream's. It gives more steps than asked for where ``n_steps``
+    does not divide T (30 -> 31). For the counts at which upstream runs past the last step (3, 9,
+    27, 251 .. 333, 501 and more of 1000) there are exactly ``n_steps``, evenly spaced.
+
+    Args:
+        discretization: ``uniform`` or ``quad`` (denser at low noise).
+        n_steps: 1 .. n_timesteps.
+        n_timesteps: number of training steps T.
+
+    Raises:
+        InputError: a value outside of these.
+    """
+    if not 1 <= n_steps <= n_timesteps:
+        raise InputError(
+            f"{n_steps} sampling steps: this model takes from 1 to {n_timesteps} steps"
+        )
+    if discretization == "uniform":
+        steps = np.arange(0, n_timesteps, n_timesteps // n_steps) + 1
+        if steps[-1] < n_timesteps:
+            return steps
+        if n_steps == n_timesteps:
+            return np.arange(n_timesteps)
+        return np.arange(n_steps) * (n_timesteps - 1) // n_steps + 1
+    if discretization == "quad":
+        roots = np.linspace(0, math.sqrt(0.8 * n_timesteps), n_steps)
+        return (roots**2).astype(np.int64) + 1
+    raise InputError(
+        f"ddim_discretize {discretization!r}: choose from {', '.join(DISCRETIZATIONS)}"
+    )
+
+
+@dataclass(frozen=True)
+class StepCoefficients:
+    """What one update x_t -> x_prev needs to know of the schedule.
+
+    Attributes:
+        t: the model's step; a fraction where a solver visits times between steps.
+        alpha_bar: at t.
+        alpha_bar_prev: at the step's end, where there is less noise.
+        signal: sqrt(alpha_bar).
+        noise: sqrt(1 - alpha_bar).
+        signal_prev: sqrt(alpha_bar_prev).
+        direction: sqrt(1 - alpha_bar_prev - sigma^2), the share of the predicted noise that stays.
+        sigma: standard deviation of the fresh noise.
+    """
+
+    t: int | float
+    alpha_bar: float
+    alpha_bar_prev: float
+    signal: float
+    noise: float
+    signal_prev: float
+    direction: float
+    sigma: float
+
+
+def step_coefficients(
+    timesteps: IntArray | Float64Array,
+    alpha_bar: FloatArray,
+    alpha_bar_prev: FloatArray,
+    eta: float = 0.0,
+) -> list[StepCoefficients]:
+    """Coefficients of each step; all arrays are (n,), and the order is kept.
+
+    They are computed in the arrays' precision: given float32 they are upstream's to the last bit.
+
+    Args:
+        timesteps: the model's steps.
+        alpha_bar: at these steps.
+        alpha_bar_prev: at the end of each step.
+        eta: 0 is deterministic, 1 has the variance of ancestral sampling.
+
+    Source: Song et al. 2021 eq. 12 and 16.
+    """
+    a, a_prev = alpha_bar.astype(np.float64), alpha_bar_prev.astype(np.float64)
+    sigma = eta * np.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
+    sigma = sigma.astype(alpha_bar.dtype)
+    columns = (
+        timesteps,
+        alpha_bar,
+        alpha_bar_prev,
+        np.sqrt(alpha_bar),
+        np.sqrt(1 - alpha_bar),
+        np.sqrt(alpha_bar_prev),
+        np.sqrt(1 - alpha_bar_prev - sigma**2),
+        sigma,
+    )
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [StepCoefficients(*row) for row in rows]
+
+
+def ddim_coefficients(
+    alpha_bar: Tensor, timesteps: IntArray, eta: float = 0.0
+) -> list[StepCoefficients]:
+    """Coefficients of the DDIM steps through ``timesteps``, both ascending.
+
+    Below the lowest step comes ``alpha_bar[0]``, not 1: upstream's choice.
+
+    Args:
+        alpha_bar: the model's alphas_cumprod, (T,).
+        timesteps: ascending training steps, (n,).
+        eta: see step_coefficients.
+    """
+    table = to_numpy(alpha_bar)
+    previous = np.append(table[:1], table[timesteps[:-1]])
+    return step_coefficients(timesteps, table[timesteps], previous, eta)
+
+
+def original_coefficients(
+    alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float = 0.0
+) -> list[StepCoefficients]:
+    """Coefficients of all T training steps, ascending; the last step ends without noise.
+
+    Args:
+        alpha_bar: the model's alphas_cumprod, (T,).
+        alpha_bar_prev: the model's alphas_cumprod_prev, (T,).
+        eta: see step_coefficients.
+    """
+    steps = np.arange(len(alpha_bar))
+    return step_coefficients(steps, to_numpy(alpha_bar), to_numpy(alpha_bar_prev), eta)
+
+
+def dpm_coefficients(alpha_bar: Tensor, n_steps: int) -> list[StepCoefficients]:
+    """Coefficients of ``n_steps`` steps of equal length in time from T-1 to 0, ascending.
+
+    Times between the training steps are allowed; there log(alpha_bar) is interpolated linearly.
+
+    Args:
+        alpha_bar: the model's alphas_cumprod, (T,).
+        n_steps: at least 1.
+
+    Source: Lu et al. 2022 (arXiv 2211.01095), with their discrete noise schedule.
+
+    Raises:
+        InputError: n_steps is less than 1.
+    """
+    if n_steps < 1:
+        raise InputError(f"{n_steps} sampling steps: at least 1 is needed")
+    log_alpha_bar = np.log(to_numpy(alpha_bar).astype(np.float64))
+    last = len(log_alpha_bar) - 1
+    times = np.linspace(0, last, n_steps + 1)
+    levels = np.exp(np.interp(times, np.arange(last + 1), log_alpha_bar))
+    return step_coefficients(times[1:], levels[1:], levels[:-1])
+
+
+def to_numpy(values: Tensor) -> Float32Array:
+    """A schedule tensor as a float32 array in main memory."""
+    return values.detach().float().cpu().numpy()
