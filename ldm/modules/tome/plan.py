@@ -1,0 +1,132 @@
+"""The merge plan: which token goes into which group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A partition of N tokens into n_kept groups, one per batch row.
+
+    Every token is in one group, so merging loses none and unmerging gives N tokens back. Build a
+    plan with `from_groups`, or with `identity` where nothing is merged.
+
+    Attributes:
+        n_tokens, n_kept: tokens before and after.
+        sizes: tokens in each group, (B, n_kept) float32; None where each stands for itself.
+        groups: the group of each token, (B * N,); rows are counted through the batch, so that
+            one-dimensional operators do all the work.
+        members, starts: the tokens, group after group, and where each group begins; None where
+            groups are added up without them.
+        chosen: the one token that speaks for its group, (B * n_kept,); None takes the mean.
+    """
+
+    n_tokens: int = -1
+    n_kept: int = -1
+    sizes: Tensor | None = None
+    groups: Tensor | None = None
+    members: Tensor | None = None
+    starts: Tensor | None = None
+    chosen: Tensor | None = None
+
+    @classmethod
+    def identity(cls, sizes: Tensor | None = None) -> MergePlan:
+        """The plan that returns its argument.
+
+        Args:
+            sizes: (B, N) what each token stands for, where they were merged before.
+        """
+        return cls(sizes=sizes)
+
+    @classmethod
+    @torch.no_grad()
+    def from_groups(cls, groups: Tensor, n_kept: int, chosen: Tensor | None = None) -> MergePlan:
+        """Build a plan from group numbers.
+
+        Args:
+            groups: (B, N) integers in [0, n_kept), each of which occurs in every row.
+            n_kept: number of groups.
+            chosen: (n_kept,) token of each group that stands for it as it is, in all rows;
+                None takes the group's mean.
+        """
+        n_rows, n_tokens = groups.shape
+        row = torch.arange(n_rows, device=groups.device)[:, None]
+        flat = (groups + row * n_kept).flatten()
+        ones = torch.ones(flat.shape, device=flat.device)
+        sizes = torch.zeros(n_rows * n_kept, device=flat.device).index_add_(0, flat, ones)
+        # MPS learnt embedding_bag late; there, and where nothing is added up, no order is needed.
+        is_ordered = chosen is None and groups.device.type != "mps"
+        return cls(
+            n_tokens=n_tokens,
+            n_kept=n_kept,
+            sizes=sizes.view(n_rows, n_kept),
+            groups=flat,
+            members=flat.argsort(stable=True) if is_ordered else None,
+            starts=(sizes.long().cumsum(0) - sizes.long()) if is_ordered else None,
+            chosen=None if chosen is None else (chosen + row * n_tokens).flatten(),
+        )
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether merging returns its argument."""
+        return self.groups is None
+
+    @property
+    def log_size(self) -> Tensor | None:
+        """Bias for attention logits, (B, 1, 1, n_kept): a token that stands for s counts s times.
+
+        Source: proportional attention, Bolya et al. 2023 (arXiv 2210.09461) eq. 1.
+        """
+        return None if self.sizes is None else self.sizes.log()[:, None, None, :]
+
+    def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
+        """Reduce each group to one token: (B, N, C) -> (B, n_kept, C), of x's type.
+
+        Args:
+            x: any channels, but the plan's batch and tokens.
+            mode: mean or sum, in float32 for half types; or amax, amin, prod.
+        """
+        if self.groups is None:
+            return x
+        rows = self._rows(x, self.n_tokens)
+        if self.chosen is not None:
+            merged = rows.index_select(0, self.chosen)
+        elif mode in ("mean", "sum"):
+            merged = self._reduce(rows, mode)
+        else:
+            index = self.groups[:, None].expand_as(rows)
+            merged = rows.new_zeros(len(x) * self.n_kept, rows.shape[1])
+            merged = merged.scatter_reduce(0, index, rows, mode, include_self=False)
+        return merged.view(len(x), self.n_kept, -1)
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """Give every token its group's value: (B, n_kept, C) -> (B, N, C)."""
+        if self.groups is None:
+            return x
+        rows = self._rows(x, self.n_kept).index_select(0, self.groups)
+        return rows.view(len(x), self.n_tokens, -1)
+
+    def _rows(self, x: Tensor, n_tokens: int) -> Tensor:
+        assert self.sizes is not None
+        if x.ndim != 3 or x.shape[:2] != (len(self.sizes), n_tokens):
+            raise ValueError(
+                f"this plan is for tensors of shape ({len(self.sizes)}, {n_tokens}, C), "
+                f"not {tuple(x.shape)}"
+            )
+        return x.reshape(-1, x.shape[2])
+
+    def _reduce(self, rows: Tensor, mode: str) -> Tensor:
+        """Mean or sum of each group's rows, added up in float32."""
+        if self.members is not None:
+            # In a fixed order, so the same on every run, and without a copy of the rows.
+            return F.embedding_bag(self.members, rows, self.starts, mode=mode)
+        assert self.groups is not None
+        assert self.sizes is not None
+        total = rows.new_zeros(self.sizes.numel(), rows.shape[1], dtype=torch.float32)
+        total = total.index_add(0, self.groups, rows.float())
+        return (total / self.sizes.view(-1, 1) if mode == "mean" else total).to(rows.dtype)

@@ -1,0 +1,90 @@
+"""Matching within a window of cells: linear cost, where matching with all is quadratic."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ldm.modules.tome.matching import pieces, take, unit_destinations
+
+_TILE = 8  # tokens a side of the tiles that share a set of destinations
+
+
+def nearest_in_window(
+    metric: Tensor,
+    size: tuple[int, int],
+    cells: Tensor,
+    stride: tuple[int, int],
+    window: int,
+    home: Tensor,
+) -> Tensor:
+    """Match every token with the most similar destination of the cells around it.
+
+    The picture is cut into tiles of a few cells. The tokens of a tile are compared with the
+    destinations of its own cells and of a margin of cells around them.
+
+    Args:
+        metric: (B, h * w, C).
+        size: h, w.
+        cells: (rows, columns) token number of each cell's destination. Tokens beyond the last
+            whole cell count as being in further cells, which have no destination.
+        stride: rows and columns of tokens in a cell.
+        window: cells a side of the square in which a token looks, its own in the middle.
+        home: (h * w,) position for a token that is similar to none.
+
+    Returns:
+        (B, h * w) positions in ``cells.flatten()``.
+    """
+    (h, w), (n_rows, n_columns) = size, cells.shape
+    token_y, cell_y, near_y = _tiles(h, n_rows, stride[0], window, metric.device)
+    token_x, cell_x, near_x = _tiles(w, n_columns, stride[1], window, metric.device)
+    # Tile (i, j) has tokens (y, x) and the cells (a, b) within and around it.
+    tokens = (token_y[:, None, :, None] * w + token_x[:, None, :]).flatten(2)
+    around = (cell_y[:, None, :, None] * n_columns + cell_x[:, None, :]).flatten(2)
+    near = near_y[:, None, :, None, :, None] & near_x[:, None, :, None, :]
+    near = rearrange(near, "i j a b y x -> i j (a b) (y x)")
+
+    (n_tiles_y, n_tiles_x, n_around, n_inside), n_channels = near.shape, metric.shape[2]
+    best = metric.new_empty((len(metric), *tokens.shape), dtype=torch.long)
+    for rows in pieces(len(metric), n_rows * n_columns * n_channels):
+        part = metric[rows]
+        units, bar = unit_destinations(part, cells.view(1, -1))
+        values_each = len(part) * n_tiles_x * (n_around + n_inside) * (n_channels + n_around)
+        for i in pieces(n_tiles_y, values_each):
+            # Rows of tiles are batch rows of the product; here t = (i j).
+            tile = take(part, tokens[i].view(1, -1)).view(-1, n_inside, n_channels)
+            cell = take(units, around[i].view(1, -1)).view(-1, n_around, n_channels)
+            bias = torch.where(near[i], bar[:, around[i], None], -math.inf).flatten(0, 2)
+            highest, index = torch.baddbmm(bias, cell, tile.mT).max(1)  # (b t, around, inside)
+            index = index.view(len(part), -1, n_inside)
+            first = torch.arange(index.shape[1], device=index.device)[:, None] * n_around
+            index = around[i].flatten()[(index + first)]
+            index = torch.where(highest.view_as(index) > -math.inf, index, -1)
+            best[rows, i] = index.view(len(part), -1, *tokens.shape[1:])
+    best = rearrange(best, "b i j (y x) -> b (i y) (j x)", y=token_y.shape[1], x=token_x.shape[1])[
+        :, :h, :w
+    ].flatten(1)
+    return torch.where(best < 0, home, best)
+
+
+def _tiles(
+    n_tokens: int, n_cells: int, step: int, window: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut one dimension into tiles of a few cells.
+
+    Returns:
+        The tokens of each tile, (tiles, n), the cells within and around it, (tiles, m), both
+        clamped to those that exist, and which of those cells each token may choose,
+        (tiles, m, n).
+    """
+    reach, n = window // 2, max(1, _TILE // step)
+    tile = torch.arange(math.ceil(n_tokens / (n * step)), device=device)[:, None]
+    token = tile * n * step + torch.arange(n * step, device=device)
+    cell = tile * n - reach + torch.arange(n + 2 * reach, device=device)
+    apart = cell[:, :, None] - token[:, None] // step
+    exists = (cell >= 0) & (cell < n_cells)
+    near = exists[:, :, None] & (apart.abs() <= reach)
+    return token.clamp(max=n_tokens - 1), cell.clamp(0, n_cells - 1), near
