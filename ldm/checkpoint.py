@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,18 @@ from ldm import checkpoint_keys as keys
 from ldm.checkpoint_files import StateDict, open_state_dict
 from ldm.config import load_config, model_configs, model_defaults, shipped
 from ldm.errors import InputError
-from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.tome.config import ToMeConfig
 from ldm.util import instantiate_from_config
+
+if TYPE_CHECKING:  # Lightning takes seconds to import, and looking at a file needs none of it
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 UPSTREAM_DEFAULT = "models/ldm/stable-diffusion-v1/model.ckpt"
 DEMO = "models/demo"
 PARAMETERIZATIONS = ("eps", "v")
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -390,6 +392,6 @@ def _report_unused(names: set[str], info: CheckpointInfo) -> None:
             f"{first}"
         )
     if unknown:
-        log.warning(
+        logger.warning(
             "%s: %d tensors without a place are ignored: %s", info.path, len(unknown), first
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -95,11 +96,9 @@ def _sniff(path: Path) -> str:
         raise InputError(f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull'")
     if head.lstrip()[:1] == b"<":
         raise InputError(f"{path} is a web page, not a checkpoint; the download went wrong")
-    try:
-        head[:512].decode("ascii")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not a checkpoint, or it is damaged") from None
-    raise InputError(f"{path} is a text file, not a checkpoint")
+    if min(head) >= ord("\t"):
+        raise InputError(f"{path} is a text file, not a checkpoint")
+    raise InputError(f"{path} is not a checkpoint, or it is damaged")
 
 
 # --- safetensors ------------------------------------------------------------------------------
@@ -184,6 +183,7 @@ TOLERATED = [
     "omegaconf.nodes.IntegerNode",
     "omegaconf.nodes.FloatNode",
     "omegaconf.nodes.BooleanNode",
+    "collections.defaultdict",
     "typing.Any",
     "builtins.dict",
     "builtins.list",
@@ -204,8 +204,11 @@ def _stubs() -> list[type]:
 
 def _open_pickle(path: Path, kind: str) -> StateDict:
     """A file of ``torch.save``, through torch's restricted unpickler; mapped, not read."""
+    if path.suffix == ".safetensors":  # torch goes by the name there
+        raise InputError(f"{path} is a pickle in spite of its name; rename it to .ckpt")
     try:
-        with torch.serialization.safe_globals(_stubs()):
+        with torch.serialization.safe_globals(_stubs()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols and archives of other kinds
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except Exception as error:  # a damaged pickle can raise anything
         foreign = re.search(r"(?:GLOBAL|module) ([\w.]+)", str(error))

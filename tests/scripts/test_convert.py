@@ -1,0 +1,184 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ldm.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+UNET = "model.diffusion_model."
+WEIGHTS = {
+    f"{UNET}out.2.weight": torch.randn(4, 3),
+    f"{UNET}out.2.bias": torch.randn(4),
+    "model_ema.diffusion_modelout2weight": torch.randn(4, 3),
+    "model_ema.diffusion_modelout2bias": torch.randn(4),
+    "model_ema.num_updates": torch.tensor(5),
+    "betas": torch.full((3,), 0.00085),
+    "cond_stage_model.transformer.encoder.x": torch.randn(2, 2).t(),
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(4)[None],
+}
+SD2 = {
+    f"{UNET}input_blocks.0.0.weight": torch.zeros(1).expand(320, 4, 3, 3),
+    f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(2, 1024),
+}
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / "convert.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+
+
+def convert(source, *arguments, **settings):
+    from ldm.convert import convert
+
+    return convert(source, *arguments, **settings)
+
+
+def content(path):
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": WEIGHTS, "global_step": 3}, path)
+    return path
+
+
+def test_command(ckpt):
+    done = run(ckpt)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{ckpt.with_suffix('.safetensors')}: ")
+    tensors, metadata = content(ckpt.with_suffix(".safetensors"))
+    assert metadata == {"format": "pt"}
+    assert len(tensors) == len(WEIGHTS)
+    for name, tensor in WEIGHTS.items():
+        ours = name.replace("transformer.encoder", "transformer.text_model.encoder")
+        assert torch.equal(tensors[ours], tensor)
+        assert tensors[ours].dtype == tensor.dtype
+
+
+def test_command_refuses_in_one_line(ckpt, tmp_path):
+    target = tmp_path / "there.safetensors"
+    target.write_text("precious")
+    done = run(ckpt, "--output", target)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "exists; give --force" in done.stderr
+    assert target.read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.ckpt", "there.safetensors"]
+
+
+def test_help_takes_no_torch():
+    """Importing torch takes seconds; ``--help`` and complaints about flags come at once."""
+    script = str(ROOT / "scripts" / "convert.py")
+    code = f"""
+import runpy, sys
+sys.argv = ["convert.py", "--help"]
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "--half" in done.stdout
+    assert done.stdout.endswith("False\n")
+
+
+def test_force_overwrites(ckpt, tmp_path):
+    target = tmp_path / "there.safetensors"
+    target.write_text("old")
+    assert convert(ckpt, target, force=True) == target
+    assert len(content(target)[0]) == len(WEIGHTS)
+
+
+def test_half_leaves_schedule_and_integers(ckpt):
+    tensors, _ = content(convert(ckpt, half=True))
+    name = f"{UNET}out.2.weight"
+    assert torch.equal(tensors[name], WEIGHTS[name].half())
+    assert tensors["betas"].dtype == torch.float32
+    ids = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+    assert tensors[ids].dtype == torch.int64
+
+
+def test_ema_takes_the_place_of_the_weights(ckpt):
+    tensors, _ = content(convert(ckpt, ema=True))
+    for part in ("weight", "bias"):
+        average = WEIGHTS[f"model_ema.diffusion_modelout2{part}"]
+        assert torch.equal(tensors[f"{UNET}out.2.{part}"], average)
+    assert not any(name.startswith("model_ema.") for name in tensors)
+
+
+def test_ema_must_be_there_and_complete(tmp_path):
+    torch.save({"x": torch.ones(1), "model_ema.num_updates": torch.tensor(1)}, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="has no EMA weights"):
+        convert(tmp_path / "a.ckpt", ema=True)
+    partial = {k: v for k, v in WEIGHTS.items() if k != "model_ema.diffusion_modelout2bias"}
+    torch.save(partial, tmp_path / "b.ckpt")
+    with pytest.raises(InputError, match=r"no average of 1 U-Net tensors: .*out\.2\.bias"):
+        convert(tmp_path / "b.ckpt", ema=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameterization", "stated"),
+    [
+        ("768-v-ema", None, "v"),
+        ("512-base-ema", None, "epsilon"),
+        ("unknown", "v", "v"),
+        ("768-v-ema", "eps", "epsilon"),
+        ("unknown", None, None),
+    ],
+)
+def test_prediction_is_recorded(tmp_path, caplog, name, parameterization, stated):
+    torch.save(SD2, tmp_path / f"{name}.ckpt")
+    target = convert(tmp_path / f"{name}.ckpt", parameterization=parameterization)
+    assert content(target)[1].get("modelspec.prediction_type") == stated
+    assert ("--parameterization" in caplog.text) == (stated is None)
+
+
+def test_metadata_are_kept(tmp_path):
+    metadata = {"modelspec.title": "Hills", "prediction_type": "v_prediction"}
+    save_file({n: t.contiguous() for n, t in SD2.items()}, tmp_path / "a.safetensors", metadata)
+    target = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", half=True)
+    expected = {**metadata, "format": "pt", "modelspec.prediction_type": "v"}
+    assert content(target)[1] == expected
+
+
+def test_tensors_that_share_memory(tmp_path):
+    both = torch.arange(10.0)
+    torch.save({"a": both[:6], "b": both[3:], "c": both}, tmp_path / "m.ckpt")
+    tensors, _ = content(convert(tmp_path / "m.ckpt"))
+    assert torch.equal(tensors["a"], both[:6])
+    assert torch.equal(tensors["b"], both[3:])
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("out.ckpt", r"is no \.safetensors file"),
+        ("nowhere/out.safetensors", "there is no folder"),
+    ],
+)
+def test_bad_targets(ckpt, tmp_path, target, message):
+    with pytest.raises(InputError, match=message):
+        convert(ckpt, tmp_path / target)
+
+
+def test_nothing_is_left_of_a_failed_write(ckpt, tmp_path, monkeypatch):
+    def fail(tensors, path, metadata):
+        Path(path).write_text("half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ldm.convert.save_file", fail)
+    with pytest.raises(InputError, match=r"cannot be written.*No space left"):
+        convert(ckpt)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.ckpt"]

@@ -1,0 +1,242 @@
+import pytest
+import yaml
+
+from ldm import config as config_module
+from ldm.config import (
+    find_config,
+    load_config,
+    load_preset,
+    model_configs,
+    model_defaults,
+    shipped,
+)
+from ldm.errors import InputError
+from ldm.modules.tome.config import ToMeConfig
+from ldm.util import get_obj_from_str
+
+STABLE_DIFFUSION = {
+    # name: input channels, context, linear projections, parameterization, conditioning, H, scale
+    "v1-inference": (4, 768, False, "eps", "crossattn", 512, 7.5),
+    "v1-inpainting-inference": (9, 768, False, "eps", "hybrid", 512, 7.5),
+    "v2-inference": (4, 1024, True, "eps", "crossattn", 512, 9.0),
+    "v2-inference-v": (4, 1024, True, "v", "crossattn", 768, 9.0),
+    "v2-inpainting-inference": (9, 1024, True, "eps", "hybrid", 512, 9.0),
+}
+
+
+def shipped_model(name):
+    return load_config(f"configs/stable-diffusion/{name}.yaml")
+
+
+# --- the shipped files ------------------------------------------------------------------------
+
+
+def test_all_five_stable_diffusion_files_are_shipped():
+    folder = shipped("configs/stable-diffusion")
+    assert {path.stem for path in folder.glob("*.yaml")} == set(STABLE_DIFFUSION)
+    assert set(folder.glob("*.yaml")) <= set(model_configs())
+
+
+@pytest.mark.parametrize("name", STABLE_DIFFUSION)
+def test_shipped_model_has_upstreams_values(name):
+    params = shipped_model(name)["model"]["params"]
+    unet = params["unet_config"]["params"]
+    found = (
+        unet["in_channels"],
+        unet["context_dim"],
+        unet.get("use_linear_in_transformer", False),
+        params.get("parameterization", "eps"),
+        params["conditioning_key"],
+    )
+    assert found == STABLE_DIFFUSION[name][:5]
+    assert (params["linear_start"], params["linear_end"]) == (0.00085, 0.0120)
+    assert (params["timesteps"], params["scale_factor"]) == (1000, 0.18215)
+    assert unet["model_channels"] == 320
+    assert unet["channel_mult"] == [1, 2, 4, 4]
+    assert ("num_head_channels" in unet) == name.startswith("v2")
+    assert params["first_stage_config"]["params"]["ddconfig"]["ch_mult"] == [1, 2, 4, 4]
+
+
+@pytest.mark.parametrize("name", STABLE_DIFFUSION)
+def test_shipped_defaults(name):
+    H, scale = STABLE_DIFFUSION[name][5:]
+    defaults = model_defaults(shipped_model(name))
+    assert (defaults["H"], defaults["W"], defaults["C"], defaults["f"]) == (H, H, 4, 8)
+    assert (defaults["scale"], defaults["steps"], defaults["sampler"]) == (scale, 50, "ddim")
+    assert len(defaults["prompt"]) > 10
+
+
+@pytest.mark.parametrize("name", STABLE_DIFFUSION)
+def test_every_target_of_a_shipped_model_can_be_imported(name):
+    def targets(node):
+        if isinstance(node, dict):
+            yield from ([node["target"]] if "target" in node else [])
+            for child in node.values():
+                yield from targets(child)
+
+    found = list(targets(shipped_model(name)))
+    assert len(found) >= 5
+    for target in found:
+        assert callable(get_obj_from_str(target))
+
+
+@pytest.mark.parametrize("name", STABLE_DIFFUSION)
+def test_token_merging_is_off_until_the_hashes_are_removed(name):
+    text = shipped(f"configs/stable-diffusion/{name}.yaml").read_text()
+    unet = shipped_model(name)["model"]["params"]["unet_config"]["params"]
+    assert ToMeConfig.from_mapping(unet.get("tome_config")).is_off
+    start = text.index("# tome_config:")
+    end = text.index("\n\n", start)
+    shown = text[:start] + text[start:end].replace("# ", "") + text[end:]
+    unet = yaml.safe_load(shown)["model"]["params"]["unet_config"]["params"]
+    assert unet["in_channels"]
+    assert not ToMeConfig.from_mapping(unet["tome_config"]).is_off
+
+
+# --- where files are --------------------------------------------------------------------------
+
+
+def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/stable-diffusion/v1-inference.yaml")["model"]
+
+
+def test_an_installed_package_finds_its_data_inside_itself(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "ldm"
+    monkeypatch.setattr(config_module, "__file__", str(package / "config.py"))
+    assert shipped("configs/tome") == package / "shipped" / "configs" / "tome"
+    # another package's folder of that name beside it changes nothing
+    (tmp_path / "site-packages" / "configs").mkdir(parents=True)
+    assert shipped("configs/tome") == package / "shipped" / "configs" / "tome"
+
+
+def test_a_users_own_file_comes_before_the_shipped_one(tmp_path, monkeypatch):
+    own = tmp_path / "configs" / "stable-diffusion" / "v1-inference.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine: true")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/stable-diffusion/v1-inference.yaml") == {"mine": True}
+
+
+def test_missing_file_names_the_shipped_ones():
+    with pytest.raises(InputError, match=r"no configuration 'nowhere.yaml'.*v1-inference.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_folder_is_no_configuration(tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        find_config(tmp_path)
+
+
+# --- merging ----------------------------------------------------------------------------------
+
+
+def test_files_merge_from_left_to_right_and_overrides_come_last(tmp_path):
+    (tmp_path / "a.yaml").write_text("x: {one: 1, two: 2}\nlist: [1, 2]\nkept: yes")
+    (tmp_path / "b.yaml").write_text("x: {two: 20, three: ${x.one}}\nlist: [3]")
+    merged = load_config(
+        [tmp_path / "a.yaml", tmp_path / "b.yaml"], ["x.one=5", "x.four=1e-3", "name=a b"]
+    )
+    assert merged == {
+        "x": {"one": 5, "two": 20, "three": 5, "four": 1e-3},
+        "list": [3],
+        "kept": True,
+        "name": "a b",
+    }
+    assert type(merged["x"]) is dict
+    assert type(merged["list"]) is list
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1, 2", "not valid YAML"),
+        (b"\xff\xfe\x00binary", "not valid YAML"),
+        (b"- a\n- b", "top level must be"),
+        (b"just words", "not valid YAML|top level must be"),
+        (b"a: ${nowhere}", "configuration: .*nowhere"),
+    ],
+)
+def test_bad_yaml_is_one_line(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml", ["a=1"]) == {"a": 1}
+
+
+@pytest.mark.parametrize("item", ["novalue", "=5", "a.b"])
+def test_malformed_override(item):
+    with pytest.raises(InputError, match="not of the form"):
+        load_config([], [item])
+
+
+# --- defaults ---------------------------------------------------------------------------------
+
+
+def test_defaults_of_upstreams_file_follow_from_the_model():
+    config = shipped_model("v1-inference")
+    del config["defaults"]
+    defaults = model_defaults(config)
+    assert defaults == {
+        "H": 512,
+        "W": 512,
+        "C": 4,
+        "f": 8,
+        "scale": 7.5,
+        "steps": 50,
+        "sampler": "ddim",
+        "prompt": "a painting of a virus monster playing guitar",
+    }
+
+
+def test_the_files_own_defaults_win():
+    config = shipped_model("v1-inference")
+    config["defaults"] = {"H": 64, "prompt": "hills"}
+    defaults = model_defaults(config)
+    assert (defaults["H"], defaults["W"], defaults["prompt"]) == (64, 512, "hills")
+
+
+@pytest.mark.parametrize("config", [{}, {"model": {"params": {}}}, {"model": None}])
+def test_no_defaults_without_a_model(config):
+    with pytest.raises(InputError, match="no latent-diffusion model"):
+        model_defaults(config)
+
+
+# --- presets ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def presets(tmp_path, monkeypatch):
+    folder = tmp_path / "configs" / "tome"
+    folder.mkdir(parents=True)
+    (folder / "half.yaml").write_text("method: bipartite\nratio: 0.5")
+    (folder / "grid.yaml").write_text("method: grid\nratio: 0.5\nstride: [2, 2]")
+    monkeypatch.setattr(config_module, "shipped", lambda path: tmp_path / path)
+
+
+@pytest.mark.usefixtures("presets")
+def test_preset_by_name():
+    assert load_preset("half") == {"method": "bipartite", "ratio": 0.5}
+
+
+def test_preset_by_path(tmp_path):
+    (tmp_path / "mine.yaml").write_text("ratio: 0.3")
+    assert load_preset(tmp_path / "mine.yaml") == {"ratio": 0.3}
+
+
+@pytest.mark.usefixtures("presets")
+@pytest.mark.parametrize("name", ["nope", "nope.yaml", "../tome/half", ""])
+def test_unknown_preset_lists_the_known_ones(name):
+    with pytest.raises(InputError, match=r"no ToMe preset .* known presets: grid, half"):
+        load_preset(name)
+
+
+def test_every_shipped_preset_is_valid():
+    for name in config_module.preset_names():
+        assert not ToMeConfig.from_mapping(load_preset(name)).is_off
