@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from ldm.errors import InputError
 
 Pixels = NDArray[np.uint8]
+# our names -> the web UIs'
+WEB_UI_SAMPLERS = {"ddim": "DDIM", "plms": "PLMS", "dpm_solver": "DPM++ 2M"}
 
 
 def load_rgb(path: str | Path) -> Pixels:
@@ -97,6 +100,35 @@ def to_pixels(values: ArrayLike) -> Pixels:
     return np.rint((np.clip(array, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 
 
+def size_for(
+    pixels: Pixels, height: int | None, width: int | None, longest: int, step: int = 8
+) -> tuple[int, int]:
+    """The size at which to work on a picture: its own shape, in whole steps.
+
+    Args:
+        pixels: the picture, (H, W, 3).
+        height: wanted; with the width left open, that follows from the shape.
+        width: wanted; likewise.
+        longest: limit of the longer side where nothing is wanted.
+        step: sides are multiples of it.
+
+    Returns:
+        Height and width in pixels.
+    """
+    own_height, own_width = pixels.shape[:2]
+    if height is not None and width is not None:
+        return height, width
+    if height is not None:
+        factor = height / own_height
+    elif width is not None:
+        factor = width / own_width
+    else:
+        factor = min(1.0, longest / max(own_height, own_width))
+    scaled = (own_height * factor, own_width * factor)
+    rounded = [max(step, round(side / step) * step) for side in scaled]
+    return height or rounded[0], width or rounded[1]
+
+
 def make_grid(pictures: Sequence[Pixels] | Pixels, n_columns: int, padding: int = 2) -> Pixels:
     """Lay pictures of one size out in rows, on black, with a margin around each.
 
@@ -129,6 +161,71 @@ def next_path(folder: str | Path, name: str) -> Path:
     files = Path(folder).iterdir() if Path(folder).is_dir() else ()
     taken = [int(match[1]) for file in files if (match := pattern.fullmatch(file.name))]
     return Path(folder) / name.format(max(taken, default=-1) + 1)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and the settings that made it.
+
+    Attributes:
+        pixels: (H, W, 3).
+        settings: everything that decided about it; plain values that JSON can hold.
+    """
+
+    pixels: Pixels
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path, with_settings: bool = True) -> None:
+        """Write a PNG whose text chunks say how the picture was made.
+
+        ``parameters`` is in the form of the web UIs, ``ldm`` is JSON with every setting.
+
+        Raises:
+            InputError: the file cannot be written there.
+        """
+        texts = {}
+        if with_settings:
+            texts["parameters"] = web_ui_text(self.settings)
+            texts["ldm"] = json.dumps(self.settings, ensure_ascii=False)
+        save_image(self.pixels, path, texts)
+
+
+def web_ui_text(settings: Mapping[str, Any]) -> str:
+    """Settings in the form that the web UIs write and read: prompts, then a line of names.
+
+    Source: AUTOMATIC1111/stable-diffusion-webui, modules/infotext_utils.py.
+    """
+    model = settings.get("model", {})
+    tome = settings.get("tome", {})
+    named = {
+        "Steps": settings.get("steps"),
+        "Sampler": WEB_UI_SAMPLERS.get(settings.get("sampler", "")),
+        "CFG scale": settings.get("scale"),
+        "Seed": settings.get("seed"),
+        "Size": f"{settings['W']}x{settings['H']}" if "W" in settings else None,
+        "Model hash": model.get("hash"),
+        "Model": model.get("name"),
+        "Denoising strength": settings.get("strength"),
+        "Eta": settings.get("eta") or None,
+        "Token merging ratio": tome.get("ratio") or None,
+    }
+    line = ", ".join(
+        f"{name}: {_quoted(value)}" for name, value in named.items() if value is not None
+    )
+    negative = settings.get("negative_prompt")
+    return "\n".join(
+        [
+            settings.get("prompt", ""),
+            *([f"Negative prompt: {negative}"] if negative else []),
+            line,
+        ]
+    )
+
+
+def _quoted(value: object) -> str:
+    """A value as text, in JSON's quotes where it holds what separates values."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(",:\n") else text
 
 
 def save_image(pixels: Pixels, path: str | Path, texts: Mapping[str, str] | None = None) -> None:
@@ -168,3 +265,38 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if text is None:
         raise InputError(f"{path}: this picture does not say how it was made")
     return json.loads(text)
+
+
+@dataclass
+class Gallery:
+    """A folder of results: ``samples/00000.png`` and on, and ``grid-0000.png`` with all of a run.
+
+    Attributes:
+        folder: made when the first picture is saved.
+        n_columns: pictures in a row of the grid.
+        has_samples: save single pictures.
+        has_grid: save a grid.
+        has_settings: write the settings into the files.
+    """
+
+    folder: Path
+    n_columns: int = 4
+    has_samples: bool = True
+    has_grid: bool = True
+    has_settings: bool = True
+    _shown: list[Picture] = field(default_factory=list)
+
+    def add(self, picture: Picture) -> None:
+        """Save a picture under the next number."""
+        if self.has_samples:
+            path = next_path(self.folder / "samples", "{:05}.png")
+            picture.save(path, self.has_settings)
+        if self.has_grid:
+            self._shown.append(picture)
+
+    def close(self) -> None:
+        """Save the grid, with the settings of its first picture."""
+        if self._shown:
+            grid = make_grid([picture.pixels for picture in self._shown], self.n_columns)
+            path = next_path(self.folder, "grid-{:04}.png")
+            Picture(grid, self._shown[0].settings).save(path, self.has_settings)

@@ -1,18 +1,354 @@
-"""What the command-line programs have in common; importing this needs no torch."""
+"""What the command-line programs have in common: flags, checks, and how they end.
+
+Importing this takes no torch, so ``--help`` and complaints about flags come at once.
+"""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import logging
+import re
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
+from ldm.config import find_config, load_preset
 from ldm.errors import InputError
+from ldm.images import Gallery
+from ldm.modules.tome.config import KEYS, overlay, parse_flag
+from ldm.settings import NOISE_ORDERS, SAMPLERS, Settings
+
+# keys whose flags take several words, and what these are called
+LIST_KEYS = {"stride": ("ROWS", "COLUMNS"), "apply_to": ("PLACE", "PLACE")}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, and to which ``-`` and ``_`` in flags are one.
+
+    Args:
+        description: what the program does.
+        epilog: examples, shown as they are.
+    """
+
+    def __init__(self, description: str, epilog: str) -> None:
+        super().__init__(
+            usage="python scripts/%(prog)s [flags]",
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse arguments, by default the process's own."""
+        known = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        spelled = []
+        for argument in sys.argv[1:] if args is None else args:
+            flag, equals, value = argument.partition("=")
+            spelled.append(known.get(flag.replace("_", "-"), flag) + equals + value)
+        return super().parse_known_args(spelled, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError instead of printing the usage."""
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+# --- flags ------------------------------------------------------------------------------------
+
+
+def add_prompt_flags(parser: Parser, has_file: bool = True) -> argparse._ArgumentGroup:
+    """What to draw; returns the group, for what a program adds to it."""
+    group = parser.add_argument_group("what to draw")
+    group.add_argument("--prompt", help="the text to draw (default: the model's own example)")
+    group.add_argument(
+        "--negative_prompt", default="", metavar="TEXT", help="what to steer away from"
+    )
+    if has_file:
+        group.add_argument(
+            "--from-file",
+            metavar="FILE",
+            help="draw a picture for each line of a text file; empty lines and lines that begin "
+            "with # are skipped",
+        )
+        group.add_argument(
+            "--repeat", type=int, default=1, metavar="N", help="with --from-file: N for each line"
+        )
+    return group
+
+
+def add_sampling_flags(parser: Parser) -> None:
+    """How to draw it."""
+    group = parser.add_argument_group("how to draw it (defaults come from the model)")
+    add = group.add_argument
+    add("--ddim_steps", "--steps", type=int, dest="steps", metavar="N", help="sampling steps")
+    add("--sampler", choices=SAMPLERS, help="how noise is removed")
+    add("--plms", action="store_const", const="plms", dest="sampler", help="= --sampler plms")
+    add(
+        "--dpm_solver",
+        "--dpm",
+        action="store_const",
+        const="dpm_solver",
+        dest="sampler",
+        help="= --sampler dpm_solver",
+    )
+    add("--ddim_eta", type=float, default=0.0, dest="eta", metavar="0..1", help="noise of DDIM")
+    add(
+        "--scale",
+        type=float,
+        help="guidance: e(empty) + scale * (e(prompt) - e(empty)); 1 does without, twice as fast",
+    )
+    add("--H", type=int, help="height in pixels, a multiple of 8")
+    add("--W", type=int, help="width in pixels, a multiple of 8")
+    add("--seed", type=int, default=42, help="default: 42; -1 chooses one")
+    add("--n_samples", type=int, default=1, metavar="N", help="pictures at a time (default: 1)")
+    add("--n_iter", type=int, default=1, metavar="N", help="how often to do that (default: 1)")
+    add(
+        "--rng",
+        choices=NOISE_ORDERS,
+        default="image",
+        help="image (default): picture i has its own noise, from seed + i; upstream: one stream "
+        "of noise for all, as CompVis's scripts draw it",
+    )
+    add("--fixed_code", action="store_true", help="start all pictures from the same noise")
+
+
+def add_model_flags(parser: Parser) -> None:
+    """What draws it."""
+    group = parser.add_argument_group("the model")
+    add = group.add_argument
+    add(
+        "--ckpt",
+        metavar="PATH",
+        help="checkpoint (.ckpt or .safetensors) of Stable Diffusion 1 or 2; default: "
+        "models/ldm/stable-diffusion-v1/model.ckpt if it is there, else the demo model",
+    )
+    add("--config", metavar="YAML", help="its configuration; rarely needed, as it is recognised")
+    add("--C", type=int, help="latent channels; only checked, the model decides")
+    add("--f", type=int, help="pixels to a latent; only checked, the model decides")
+    add("--ema", action="store_true", help="use the averaged weights of a training checkpoint")
+    add(
+        "--parameterization",
+        choices=("eps", "v"),
+        help="what the model predicts, if that cannot be recognised",
+    )
+    add(
+        "--device",
+        default="auto",
+        help="auto (default): cuda, else mps, else cpu; or one of these, or cuda:1",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="type of the weights; auto (default): float16 on cuda, bfloat16 on processors made "
+        "for it, else float32",
+    )
+    add(
+        "--precision",
+        choices=("full", "autocast"),
+        default="autocast",
+        help="full: --dtype float32; autocast (default): whatever --dtype says",
+    )
+    add(
+        "--attention",
+        choices=("sdpa", "einsum"),
+        default="sdpa",
+        help="sdpa (default): torch's fused kernels; einsum: CompVis's formula, for comparison",
+    )
+
+
+def add_tome_flags(parser: Parser) -> None:
+    """How tokens are merged: a flag for each key of the model's ``tome_config``."""
+    group = parser.add_argument_group(
+        "Token Merging", "A flag wins over the preset, the preset over the model's YAML."
+    )
+    for name, key in KEYS.items():
+        options: dict[str, Any] = {"metavar": key.values}
+        if key.values == "BOOL":
+            options |= {"nargs": "?", "const": "true"}
+        elif name in LIST_KEYS:
+            options |= {"nargs": "+", "metavar": LIST_KEYS[name]}
+        flag = "--tome-" + name.replace("_", "-")
+        group.add_argument(flag, dest=f"tome_{name}", help=key.help, **options)
+    group.add_argument(
+        "--tome-preset", metavar="NAME", help="a file of configs/tome, or one of your own (.yaml)"
+    )
+    group.add_argument(
+        "--no-tome", action="store_true", help="merge nothing, whatever the YAML says"
+    )
+
+
+def add_output_flags(parser: Parser, outdir: str) -> None:
+    """Where it goes."""
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--outdir", default=outdir, metavar="DIR", help="where pictures go (default: %(default)s)")
+    add("--n_rows", type=int, default=0, metavar="N", help="pictures in a row of the grid")
+    add("--skip_grid", action="store_true", help="do not save a grid")
+    add("--skip_save", action="store_true", help="save no single pictures")
+    add("--no_metadata", action="store_true", help="do not write the settings into the pictures")
+
+
+# --- what the flags mean ----------------------------------------------------------------------
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    """The checked settings among a program's arguments.
+
+    Args:
+        args: parsed arguments.
+
+    Raises:
+        InputError: a value is out of range, or there is nothing in the file of prompts.
+    """
+    names = [field.name for field in dataclasses.fields(Settings)]
+    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if getattr(args, "from_file", None) is not None:
+        values["prompt"] = read_prompts(args.from_file, args.repeat)
+    elif getattr(args, "repeat", 1) != 1:
+        raise InputError("--repeat goes with --from-file; --n_iter repeats a single prompt")
+    return Settings(**values)
+
+
+def read_prompts(path: str | Path, repeat: int = 1) -> tuple[str, ...]:
+    """The lines of a file, without empty ones and comments (#), each so many times.
+
+    Raises:
+        InputError: the file cannot be read as text, or has no such line.
+    """
+    if repeat < 1:
+        raise InputError(f"repeat {repeat}: allowed is at least 1")
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file in UTF-8") from None
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise InputError(f"{path}: there is no prompt in it; write one a line")
+    return tuple(prompt for prompt in prompts for _ in range(repeat))
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The checked arguments of ``Pipeline.from_checkpoint``.
+
+    Raises:
+        InputError: a file is missing, or flags contradict each other.
+    """
+    if args.ckpt is not None and not Path(args.ckpt).exists():
+        raise InputError(
+            f"--ckpt {args.ckpt}: there is no such file (leave the flag out to use the demo model)"
+        )
+    if args.config is not None:
+        find_config(args.config)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", args.device):
+        raise InputError(f"--device {args.device}: allowed is auto, cpu, mps, cuda or cuda:NUMBER")
+    dtype = args.dtype
+    if args.precision == "full":
+        if dtype not in ("auto", "float32"):
+            raise InputError(f"--precision full means float32: leave out --dtype {dtype}")
+        dtype = "float32"
+    return {
+        "path": args.ckpt,
+        "config": args.config,
+        "device": args.device,
+        "dtype": dtype,
+        "tome": tome_arguments(args),
+        "attention": args.attention,
+        "ema": args.ema,
+        "parameterization": args.parameterization,
+    }
+
+
+def tome_arguments(args: argparse.Namespace) -> dict[str, Any] | Literal[False] | None:
+    """Token Merging settings: flags over the preset; None without either, False for ``--no-tome``.
+
+    Raises:
+        InputError: there is no such preset, a value is not one of those allowed, or ``--no-tome``
+            is not alone.
+    """
+    given = {name: getattr(args, f"tome_{name}") for name in KEYS}
+    texts = {
+        name: " ".join(value) if isinstance(value, list) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    if args.no_tome:
+        if texts or args.tome_preset is not None:
+            raise InputError("--no-tome merges nothing: leave out the other --tome flags")
+        return False
+    flags = {}
+    for name, text in texts.items():
+        flags[name] = parse_flag(name, text)
+        try:
+            KEYS[name].check(flags[name])
+        except ValueError as limit:
+            flag = "--tome-" + name.replace("_", "-")
+            raise InputError(f"{flag} {text}: {limit}") from None
+    preset = None if args.tome_preset is None else load_preset(args.tome_preset)
+    return overlay(preset, flags) or None
+
+
+def gallery(args: argparse.Namespace) -> Gallery:
+    """The folder of results.
+
+    Raises:
+        InputError: pictures cannot be written there.
+    """
+    if args.n_rows < 0:
+        raise InputError(f"--n_rows {args.n_rows}: allowed is 0 (--n_samples) or more")
+    _check_writable(args.outdir)
+    return Gallery(
+        folder=Path(args.outdir),
+        n_columns=args.n_rows or args.n_samples,
+        has_samples=not args.skip_save,
+        has_grid=not args.skip_grid,
+        has_settings=not args.no_metadata,
+    )
+
+
+def _check_writable(outdir: str) -> None:
+    """Check that files can be written in a folder, or that it can be made; leave no trace."""
+    folder = Path(outdir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--outdir {outdir}: cannot write there ({error.strerror})") from None
+
+
+# --- running ----------------------------------------------------------------------------------
+
+
+class Messages(logging.Handler):
+    """Shows what the package logs: news on standard output, warnings on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        if record.levelno >= logging.WARNING:
+            print(f"warning: {record.getMessage()}", file=sys.stderr, flush=True)
+        else:
+            print(record.getMessage(), flush=True)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program: say what it logs, and end with one clear line where the input is bad.
+    """Run a program: show what it logs, and end with one clear line where the input is bad.
 
     The exit code is 2 for bad input and 130 where the user interrupts.
     """
+    logger = logging.getLogger("ldm")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, Messages) for handler in logger.handlers):
+        logger.addHandler(Messages())
     try:
         main()
     except InputError as error:

@@ -1,0 +1,132 @@
+"""What one run draws, and how: checked once, at the boundary, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ldm.errors import InputError
+
+SAMPLERS = ("ddim", "plms", "dpm_solver")
+NOISE_ORDERS = ("image", "upstream")
+SIZE_STEP = 8  # pixels; heights and widths are multiples of it
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to draw and how. None stands for what the model's YAML has under ``defaults``.
+
+    Attributes:
+        prompt: what to draw; one text for all pictures, or one for each.
+        negative_prompt: what guidance steers away from.
+        n_samples: pictures in a batch; with a single prompt, also pictures in an iteration.
+        n_iter: how often to go through the prompts.
+        seed: of the first picture; -1 chooses one.
+        steps: of the sampler.
+        sampler: ddim, plms or dpm_solver.
+        scale: of the guidance: e_u + scale * (e_c - e_u); 1 does without e_u.
+        eta: of DDIM: 0 is deterministic, 1 adds as much noise as the training process.
+        H: height in pixels; rounded to a multiple of 8.
+        W: width in pixels; rounded to a multiple of 8.
+        C: channels of a latent; the model has one number of them, so this is only checked.
+        f: pixels to a latent; only checked, likewise.
+        strength: img2img: share of the steps that are taken; 1 ignores the picture.
+        rng: ``image``: picture i has noise of its own, from seed + i, whatever the batch size or
+            device; ``upstream``: one stream of noise for the whole run, in upstream's order.
+        fixed_code: start all pictures from the same noise.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    prompt: str | tuple[str, ...] | None = None
+    negative_prompt: str = ""
+    n_samples: int = 1
+    n_iter: int = 1
+    seed: int = 42
+    steps: int | None = None
+    sampler: str | None = None
+    scale: float | None = None
+    eta: float = 0.0
+    H: int | None = None
+    W: int | None = None
+    C: int | None = None
+    f: int | None = None
+    strength: float = 0.75
+    rng: str = "image"
+    fixed_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value; round the size and choose the seed where that was asked for."""
+        for name in ("n_samples", "n_iter"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        if self.steps is not None:
+            _require(1 <= self.steps <= 1000, "steps", self.steps, "1 to 1000")
+        if self.sampler is not None:
+            _require(self.sampler in SAMPLERS, "sampler", self.sampler, ", ".join(SAMPLERS))
+        if self.scale is not None:
+            _require(math.isfinite(self.scale), "scale", self.scale, "a finite number")
+        _require(0 <= self.eta <= 1, "eta", self.eta, "0 to 1")
+        _require(0 <= self.strength <= 1, "strength", self.strength, "0 to 1")
+        _require(self.rng in NOISE_ORDERS, "rng", self.rng, ", ".join(NOISE_ORDERS))
+        _require(-1 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1, or -1 for any")
+        if self.eta > 0 and self.sampler in ("plms", "dpm_solver"):
+            raise InputError(
+                f"eta {self.eta:g} needs the ddim sampler; {self.sampler} is deterministic"
+            )
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            _require(len(self.prompt) > 0, "prompt", "()", "at least one text")
+            object.__setattr__(self, "prompt", tuple(self.prompt))
+        if self.seed == -1:
+            object.__setattr__(self, "seed", secrets.randbelow(2**32))
+        for name in ("H", "W"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _rounded(name, getattr(self, name)))
+
+    def filled(self, defaults: Mapping[str, Any]) -> Settings:
+        """These settings with the model's defaults in place of None."""
+        missing = {
+            field.name: defaults[field.name]
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) is None and field.name in defaults
+        }
+        return dataclasses.replace(self, **missing)
+
+    def batches(self) -> list[list[tuple[str, int]]]:
+        """Prompt and seed of every picture, batch by batch; the last of an iteration may be short.
+
+        Raises:
+            InputError: there is no prompt.
+        """
+        if self.prompt is None:
+            raise InputError("there is no prompt: neither given nor among the model's defaults")
+        is_single = isinstance(self.prompt, str)
+        prompts = (self.prompt,) * self.n_samples if is_single else self.prompt
+        chunks = [
+            prompts[start : start + self.n_samples]
+            for start in range(0, len(prompts), self.n_samples)
+        ]
+        seeds = itertools.count(self.seed)
+        return [[(prompt, next(seeds)) for prompt in chunk] for chunk in chunks * self.n_iter]
+
+
+def _require(is_met: bool, name: str, value: object, allowed: str) -> None:
+    if not is_met:
+        raise InputError(f"{name} {value}: allowed is {allowed}")
+
+
+def _rounded(name: str, pixels: int) -> int:
+    """The nearest multiple of 8 above 0, with a message where that is another number."""
+    _require(pixels >= 1, name, pixels, "a number of pixels above 0")
+    rounded = max(SIZE_STEP, round(pixels / SIZE_STEP) * SIZE_STEP)
+    if rounded != pixels:
+        logger.info("%s %d is not a multiple of %d; using %d", name, pixels, SIZE_STEP, rounded)
+    return rounded

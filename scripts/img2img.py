@@ -1,0 +1,64 @@
+"""Redraw a picture after a text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm import options
+from ldm.images import load_rgb
+
+EPILOG = """
+examples:
+  turn a photograph into a painting of it:
+    python scripts/img2img.py --init-img photo.jpg --prompt "an oil painting" --strength 0.6
+  with half of the tokens merged, 512 pixels wide:
+    python scripts/img2img.py --init-img photo.jpg --prompt "snow" --W 512 --tome-ratio 0.5
+
+The picture keeps its shape. Its sides become multiples of 8, and at most 1.5 times the model's own
+size; --H and --W decide otherwise.
+"""
+
+
+def build_parser() -> options.Parser:
+    """All flags."""
+    parser = options.Parser(__doc__, EPILOG)
+    group = options.add_prompt_flags(parser)
+    group.add_argument("--init-img", required=True, metavar="FILE", help="the picture to redraw")
+    group.add_argument(
+        "--strength",
+        type=float,
+        default=0.75,
+        metavar="0..1",
+        help="how much to redraw (default: 0.75); 1 ignores the picture",
+    )
+    options.add_sampling_flags(parser)
+    options.add_tome_flags(parser)
+    options.add_model_flags(parser)
+    options.add_output_flags(parser, "outputs/img2img-samples")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program."""
+    args = build_parser().parse_args(argv)
+    settings = options.settings(args)
+    model = options.model_arguments(args)
+    gallery = options.gallery(args)
+    init = load_rgb(args.init_img)
+
+    from ldm.pipeline import Pipeline
+
+    pipeline = Pipeline.from_checkpoint(**model)
+    notes = {"init_img": args.init_img}
+    for picture in pipeline.generate(settings, init, progress=True, notes=notes):
+        gallery.add(picture)
+    gallery.close()
+    print(f"Pictures are in {args.outdir}")
+
+
+if __name__ == "__main__":
+    options.run(main)

@@ -1,0 +1,82 @@
+import pytest
+
+from ldm.errors import InputError
+from ldm.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limit"),
+    [
+        ("n_samples", 0, "at least 1"),
+        ("n_iter", -1, "at least 1"),
+        ("steps", 0, "1 to 1000"),
+        ("steps", 1001, "1 to 1000"),
+        ("sampler", "euler", "ddim, plms, dpm_solver"),
+        ("scale", float("nan"), "a finite number"),
+        ("eta", 1.5, "0 to 1"),
+        ("strength", 1.01, "0 to 1"),
+        ("strength", -0.1, "0 to 1"),
+        ("rng", "gpu", "image, upstream"),
+        ("seed", -2, "-1 for any"),
+        ("H", 0, "above 0"),
+        ("W", -8, "above 0"),
+        ("prompt", (), "at least one text"),
+    ],
+)
+def test_values_out_of_range_are_refused_with_the_limit(name, value, limit):
+    with pytest.raises(InputError, match=f"{name} .*{limit}"):
+        Settings(**{"prompt": "x", name: value})
+
+
+@pytest.mark.parametrize("sampler", ["plms", "dpm_solver"])
+def test_eta_needs_ddim(sampler):
+    with pytest.raises(InputError, match=r"eta 0\.5 needs the ddim sampler"):
+        Settings("x", sampler=sampler, eta=0.5)
+    Settings("x", sampler="ddim", eta=0.5)
+
+
+def test_sizes_are_rounded_with_a_message(caplog):
+    caplog.set_level("INFO", "ldm")
+    settings = Settings("x", H=100, W=3)
+    assert (settings.H, settings.W) == (96, 8)
+    assert "H 100 is not a multiple of 8" in caplog.text
+    caplog.clear()
+    Settings("x", H=104, W=8)
+    assert caplog.text == ""
+
+
+def test_a_seed_can_be_chosen_for_the_user():
+    seeds = {Settings("x", seed=-1).seed for _ in range(3)}
+    assert len(seeds) == 3
+    assert min(seeds) >= 0
+
+
+def test_defaults_fill_what_is_open():
+    defaults = {"H": 64, "W": 32, "steps": 5, "scale": 3.0, "sampler": "plms", "prompt": "hills"}
+    filled = Settings(steps=7).filled(defaults)
+    assert (filled.H, filled.W, filled.steps, filled.scale) == (64, 32, 7, 3.0)
+    assert (filled.sampler, filled.prompt) == ("plms", "hills")
+
+
+def test_one_prompt_makes_n_samples_times_n_iter():
+    batches = Settings("x", n_samples=2, n_iter=2, seed=5).batches()
+    assert batches == [[("x", 5), ("x", 6)], [("x", 7), ("x", 8)]]
+
+
+def test_several_prompts_go_in_batches_and_the_last_may_be_short():
+    batches = Settings(("a", "b", "c"), n_samples=2, n_iter=2, seed=0).batches()
+    assert batches == [[("a", 0), ("b", 1)], [("c", 2)], [("a", 3), ("b", 4)], [("c", 5)]]
+
+
+def test_the_batch_size_does_not_change_who_gets_which_seed():
+    prompts = tuple("abcde")
+    flat = []
+    for n in (1, 2, 5, 9):
+        batches = Settings(prompts, n_samples=n, n_iter=2).batches()
+        flat.append([picture for batch in batches for picture in batch])
+    assert flat == [flat[0]] * 4
+
+
+def test_without_any_prompt_there_is_nothing_to_draw():
+    with pytest.raises(InputError, match="no prompt"):
+        Settings().batches()
