@@ -1,0 +1,303 @@
+"""Transformer blocks of the U-Net, with token merging built in.
+
+Names in the state dict, and their order, are those of CompVis/stable-diffusion and
+Stability-AI/stablediffusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.errors import InputError
+from ldm.modules.tome.block import BlockMerge, BlockPlans
+from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.merger import TokenMerger
+from ldm.modules.tome.plan import MergePlan
+
+BACKENDS = ("sdpa", "einsum")
+NO_MERGING = BlockMerge(ToMeConfig(), (1, 1), removed=0)
+
+
+class GEGLU(nn.Module):
+    """Linear layer with a GELU gate: (..., dim_in) -> (..., dim_out)."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute a * gelu(gate), both projections of x."""
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them: (..., dim) -> (..., dim_out)."""
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int | None = None,
+        mult: int = 4,
+        glu: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        inner = dim * mult
+        first = GEGLU(dim, inner) if glu else nn.Sequential(nn.Linear(dim, inner), nn.GELU())
+        self.net = nn.Sequential(first, nn.Dropout(dropout), nn.Linear(inner, dim_out or dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers to each token."""
+        return self.net(x)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x to a context, or to itself.
+
+    Attributes:
+        backend: ``sdpa``, PyTorch's fused attention, or ``einsum``, which holds all logits in
+            float32; `set_attention_backend` sets it in a whole model.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int | None = None,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        inner = dim_head * heads
+        context_dim = context_dim or query_dim
+        self.heads = heads
+        self.backend = "sdpa"
+        self.to_q = nn.Linear(query_dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim, inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, N, C) queries.
+            context: (B, L, D) keys and values; None: x.
+            bias: added to the logits, broadcast to (B, heads, N, L).
+        """
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(t, "b n (h d) -> b h n d", h=self.heads)
+            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        attend = F.scaled_dot_product_attention if self.backend == "sdpa" else einsum_attention
+        out = attend(q, k, v, None if bias is None else bias.to(q.dtype))
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
+def einsum_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention by its definition, softmax(q k^T / sqrt(d) + bias) v, with logits in float32.
+
+    Args:
+        q: (B, heads, N, d).
+        k, v: (B, heads, L, d).
+        bias: broadcast to (B, heads, N, L).
+
+    Source: CompVis attention.py; the float32 logits are those of Stability-AI, without which
+    float16 overflows.
+    """
+    logits = torch.einsum("bhnd,bhld->bhnl", q.float() * q.shape[-1] ** -0.5, k.float())
+    if bias is not None:
+        logits = logits + bias
+    return torch.einsum("bhnl,bhld->bhnd", logits.softmax(dim=-1).to(v.dtype), v)
+
+
+def set_attention_backend(model: nn.Module, name: str) -> None:
+    """Choose how every `CrossAttention` of a model computes.
+
+    Raises:
+        InputError: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"attention {name!r} is not one of {', '.join(BACKENDS)}")
+    for module in model.modules():
+        if isinstance(module, CrossAttention):
+            module.backend = name
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, attention to the context, and feed-forward, each added to its input."""
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        d_head: int,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        gated_ff: bool = True,
+        checkpoint: bool = True,
+        disable_self_attn: bool = False,
+    ) -> None:
+        super().__init__()
+        self.disable_self_attn = disable_self_attn
+        own_dim = context_dim if disable_self_attn else None
+        self.attn1 = CrossAttention(dim, own_dim, n_heads, d_head, dropout)
+        self.ff = FeedForward(dim, dropout=dropout, glu=gated_ff)
+        self.attn2 = CrossAttention(dim, context_dim, n_heads, d_head, dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.checkpoint = checkpoint
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, merging: BlockMerge = NO_MERGING
+    ) -> Tensor:
+        """Transform tokens.
+
+        Args:
+            x: (B, N, C).
+            context: (B, L, D); None: attn2 attends to the tokens themselves.
+            merging: what is merged here.
+        """
+        if not (self.checkpoint and torch.is_grad_enabled()):
+            return self._forward(x, context, merging)
+        # Made outside, so that the recomputation in the backward pass meets the same plan.
+        merging.plans(partial(self._metric, x, None))
+        return checkpoint(self._forward, x, context, merging, use_reentrant=False)
+
+    def _forward(self, x: Tensor, context: Tensor | None, merging: BlockMerge) -> Tensor:
+        if merging.is_whole_block:
+            plans = merging.plans(partial(self._metric, x, None))
+            merged = plans.block.merge(x)
+            out = self._sublayers(merged, self.norm1(merged), context, plans)
+            return x + plans.block.unmerge(out - merged)
+        normed = self.norm1(x)
+        plans = merging.plans(partial(self._metric, x, normed))
+        return self._sublayers(x, normed, context, plans)
+
+    def _metric(self, x: Tensor, normed: Tensor | None, kind: str) -> Tensor:
+        """What is compared to find similar tokens, (B, N, C')."""
+        if kind == "hidden":
+            return x
+        normed = self.norm1(x) if normed is None else normed
+        if kind == "normed":
+            return normed
+        keys = self.attn1.to_k(normed)
+        if kind == "keys":
+            return keys
+        return rearrange(keys, "b n (h d) -> b n h d", h=self.attn1.heads).mean(2)
+
+    def _sublayers(
+        self, x: Tensor, normed: Tensor, context: Tensor | None, plans: BlockPlans
+    ) -> Tensor:
+        if self.disable_self_attn:
+            x = self.attn1(normed, context) + x
+        else:
+            x = _attend(self.attn1, normed, None, plans.q, plans.kv, plans) + x
+        image = plans.crossattn
+        x = _attend(self.attn2, self.norm2(x), context, image, image, plans) + x
+        return plans.mlp.unmerge(self.ff(plans.mlp.merge(self.norm3(x)))) + x
+
+
+def _attend(
+    attention: CrossAttention,
+    x: Tensor,
+    context: Tensor | None,
+    queries: MergePlan,
+    keys: MergePlan,
+    plans: BlockPlans,
+) -> Tensor:
+    """Attention with merged queries and, where it is self-attention, merged keys and values.
+
+    Merging comes before the projections: as they have no bias, it is the same after them.
+    """
+    merged, bias = queries.merge(x), None
+    if context is None:
+        context = merged if keys is queries else keys.merge(x)
+        bias = keys.log_size if plans.is_proportional else None
+    return queries.unmerge(attention(merged, context, bias))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, added to it.
+
+    Args:
+        in_channels: channels of the map.
+        n_heads, d_head: of the attention.
+        depth: number of blocks.
+        dropout: in training.
+        context_dim: channels of the context; a list has one for each block.
+        disable_self_attn: the blocks' first attention is to the context as well.
+        use_linear: the projections are linear layers (SD 2), not 1x1 convolutions (SD 1).
+        use_checkpoint: recompute the blocks in the backward pass, to save memory.
+        tome: decides what is merged; None merges nothing.
+        downsample: by how much the map is smaller than the latents, a side.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        n_heads: int,
+        d_head: int,
+        depth: int = 1,
+        dropout: float = 0.0,
+        context_dim: int | Sequence[int] | None = None,
+        disable_self_attn: bool = False,
+        use_linear: bool = False,
+        use_checkpoint: bool = True,
+        tome: TokenMerger | None = None,
+        downsample: int = 1,
+    ) -> None:
+        super().__init__()
+        inner = n_heads * d_head
+        dims = context_dim if isinstance(context_dim, Sequence) else [context_dim] * depth
+        self.use_linear = use_linear
+        self.tome = tome or TokenMerger()
+        self.downsample = downsample
+        self.has_self_attention = not disable_self_attn
+        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.proj_in = (
+            nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
+        )
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(
+                inner,
+                n_heads,
+                d_head,
+                dropout,
+                dims[i],
+                checkpoint=use_checkpoint,
+                disable_self_attn=disable_self_attn,
+            )
+            for i in range(depth)
+        )
+        self.proj_out = (
+            nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1)
+        )
+        for parameter in self.proj_out.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Transform a feature map (B, C, h, w), attending to a context (B, L, D)."""
+        h, w = x.shape[2:]
+        tokens = self.norm(x)
+        tokens = tokens if self.use_linear else self.proj_in(tokens)
+        tokens = rearrange(tokens, "b c h w -> b (h w) c")
+        tokens = self.proj_in(tokens) if self.use_linear else tokens
+        for block in self.transformer_blocks:
+            merging = self.tome.block(tokens, (h, w), self.downsample, self.has_self_attention)
+            tokens = block(tokens, context, merging)
+        tokens = self.proj_out(tokens) if self.use_linear else tokens
+        out = rearrange(tokens, "b (h w) c -> b c h w", h=h)
+        return (out if self.use_linear else self.proj_out(out)) + x

@@ -1,0 +1,126 @@
+"""What merging does in one transformer block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.merge import (
+    plan_bipartite,
+    plan_downsample,
+    plan_grid,
+    plan_kth,
+    plan_random,
+)
+from ldm.modules.tome.plan import MergePlan
+
+IDENTITY = MergePlan.identity()
+
+
+@dataclass(frozen=True)
+class BlockPlans:
+    """The plan for each place of a block; the identity where nothing is merged."""
+
+    block: MergePlan = IDENTITY
+    q: MergePlan = IDENTITY
+    kv: MergePlan = IDENTITY
+    crossattn: MergePlan = IDENTITY
+    mlp: MergePlan = IDENTITY
+    is_proportional: bool = False
+
+    @classmethod
+    def at(cls, plan: MergePlan, places: tuple[str, ...], is_proportional: bool) -> BlockPlans:
+        """Use one plan in the places of ``apply_to``."""
+        if "block" in places:
+            inside = MergePlan.identity(plan.sizes)
+            return cls(plan, inside, inside, inside, inside, is_proportional)
+        return cls(
+            q=plan if {"q", "attn"} & {*places} else IDENTITY,
+            kv=plan if {"kv", "attn"} & {*places} else IDENTITY,
+            crossattn=plan if "crossattn" in places else IDENTITY,
+            mlp=plan if "mlp" in places else IDENTITY,
+            is_proportional=is_proportional,
+        )
+
+
+class BlockMerge:
+    """How many tokens go in one block, and the plan, made when it is first asked for.
+
+    Whoever asks again gets the same plan: the recomputation of gradient checkpointing, the next
+    model calls with ``reuse_steps``, the next blocks with ``reuse_layers``.
+
+    Attributes:
+        config: the configuration in force, without rules.
+        size: h, w of the block's tokens.
+        removed: tokens to remove; 0 merges nothing.
+        n_channels: channels of the block's tokens.
+        pays: whether merging is expected to save time here.
+        plan: the plan, once made.
+    """
+
+    def __init__(
+        self,
+        config: ToMeConfig,
+        size: tuple[int, int],
+        removed: int,
+        n_channels: int = 1,
+        draw: Tensor | None = None,
+        pays: bool = True,
+    ) -> None:
+        self.config = config
+        self.size = size
+        self.removed = removed
+        self.n_channels = n_channels
+        self.pays = pays
+        self.plan: MergePlan | None = None
+        self._draw = draw
+
+    @property
+    def is_whole_block(self) -> bool:
+        """Whether one merge and one unmerge enclose the block."""
+        return self.removed > 0 and "block" in self.config.apply_to
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens before merging."""
+        return self.size[0] * self.size[1]
+
+    @property
+    def n_kept(self) -> int:
+        """Tokens after merging; what the plan says once it is made."""
+        if self.plan is None:
+            return self.n_tokens - self.removed
+        return self.n_tokens if self.plan.is_identity else self.plan.n_kept
+
+    def plans(self, metric: Callable[[str], Tensor]) -> BlockPlans:
+        """The plans for the block's places.
+
+        Args:
+            metric: gives the tokens to compare, (B, N, C), for a value of the key ``metric``; it
+                is called only where a plan has to be made.
+        """
+        if self.removed == 0:
+            return BlockPlans()
+        if self.plan is None:
+            with torch.no_grad():
+                self.plan = self._make_plan(metric(self.config.metric).detach())
+        return BlockPlans.at(self.plan, self.config.apply_to, self.config.proportional)
+
+    def _make_plan(self, metric: Tensor) -> MergePlan:
+        config, removed, threshold = self.config, self.removed, self.config.similarity
+        if config.method == "bipartite":
+            return plan_bipartite(metric, removed, config.protect, threshold)
+        if config.method == "kth":
+            return plan_kth(metric, config.group(self.n_tokens), threshold)
+        if config.method == "random":
+            assert self._draw is not None
+            return plan_random(metric, removed, self._draw, threshold)
+        if config.method == "grid":
+            return plan_grid(
+                metric, self.size, config.stride, removed, self._draw, config.window, threshold
+            )
+        return plan_downsample(len(metric), self.size, config.stride, metric.device)

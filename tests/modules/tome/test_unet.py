@@ -1,0 +1,53 @@
+"""The U-Net with each way of merging, against the published implementations' numbers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.tome.config import ToMeConfig
+from tests.golden_util import fill_parameters, load_golden
+
+GOLDEN, METADATA = load_golden("tome_unet")
+CONFIGS = json.loads(METADATA["tome_configs"])
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNetModel:
+    model = UNetModel(**json.loads(METADATA["config"]))
+    return fill_parameters(model, int(METADATA["fill_seed"])).eval()
+
+
+@torch.no_grad()
+def run(unet: UNetModel, config: dict | None) -> torch.Tensor:
+    unet.tome.configure(ToMeConfig.from_mapping(config))
+    return unet(GOLDEN["x"], GOLDEN["timesteps"], context=GOLDEN["context"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_golden(unet: UNetModel, name: str) -> None:
+    out = run(unet, CONFIGS[name])
+    torch.testing.assert_close(out, GOLDEN[name], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(out, run(unet, None))
+
+
+def test_off(unet: UNetModel) -> None:
+    torch.testing.assert_close(run(unet, None), GOLDEN["off"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"ratio": 0},
+        {"r": 0},
+        {"method": "kth", "k": 1},
+        {"ratio": 0.0, "apply_to": ["block"]},
+        {"ratio": 0.5, "min_tokens": 100_000},
+        {"steps": [[0, 0], [1, 0]]},
+    ],
+)
+def test_nothing_to_merge_is_bit_identical(unet: UNetModel, config: dict) -> None:
+    assert torch.equal(run(unet, config), run(unet, None))
