@@ -6,6 +6,7 @@ model a Fréchet distance that means something for these pictures (Inception was
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ DEFAULT_WEIGHTS = Path(__file__).parents[2] / "models" / "demo" / "classifier.sa
 
 
 class AttributeClassifier(pl.LightningModule):
-    """Convolutions at half to a sixteenth of the size, pooled, with one linear head per attribute.
+    """Convolutions at a quarter of the size and below, pooled, with one head per attribute.
 
     Pictures are (B, 3, H, W) in [-1, 1]; those of another size than `size` are resized first.
 
     Args:
-        widths: channels after each halving of the size; the last width has a second convolution.
+        widths: channels at a quarter of the size, an eighth, and so on.
         n_features: length of the feature vector.
         size: edge length at which pictures are judged, in pixels.
         first_stage_key: the batch's key for pictures (B, H, W, 3).
@@ -37,7 +38,7 @@ class AttributeClassifier(pl.LightningModule):
 
     def __init__(
         self,
-        widths: tuple[int, ...] = (24, 48, 96, 128),
+        widths: tuple[int, ...] = (32, 64, 128),
         n_features: int = 64,
         size: int = 128,
         first_stage_key: str = "image",
@@ -49,11 +50,12 @@ class AttributeClassifier(pl.LightningModule):
         self.monitor = "val/loss"
         # two more inputs say where a pixel is: pooling would forget on which side the light stands
         self.trunk = nn.Sequential(
+            _convolution(5, widths[0], kernel=7, stride=4),
             *(
-                _convolution(n_in, n_out, stride=2)
-                for n_in, n_out in zip((5, *widths), widths, strict=False)
+                _convolution(n_in, n_out, kernel=3, stride=2)
+                for n_in, n_out in itertools.pairwise(widths)
             ),
-            _convolution(widths[-1], widths[-1], stride=1),
+            _convolution(widths[-1], widths[-1], kernel=3, stride=1),
         )
         self.project = nn.Linear(2 * widths[-1], n_features)
         self.heads = nn.ModuleDict(
@@ -123,9 +125,11 @@ class AttributeClassifier(pl.LightningModule):
         }
 
 
-def _convolution(n_in: int, n_out: int, stride: int) -> nn.Sequential:
+def _convolution(n_in: int, n_out: int, kernel: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.SiLU()
+        nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(n_out),
+        nn.SiLU(),
     )
 
 
