@@ -155,7 +155,7 @@ def plan_grid(
 def plan_downsample(
     n_rows: int, size: tuple[int, int], stride: tuple[int, int], device: torch.device
 ) -> MergePlan:
-    """Let one token of every cell speak for it, as nearest-neighbour resizing chooses it.
+    """Let one token of every cell speak for it, the middle one (of two, the second).
 
     Source: Smith et al. 2024, ToDo (arXiv 2402.13573).
 
@@ -176,9 +176,9 @@ def plan_downsample(
 
 
 def _resize(n: int, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of n are chosen, (new,), and the last that was chosen at or before each, (n,)."""
-    chosen = torch.arange(new, device=device) * n // new
-    return chosen, ((torch.arange(n, device=device) + 1) * new - 1) // n
+    """Which of n stay, (new,), and the nearest of them for each, (n,); as ``nearest-exact``."""
+    chosen = (2 * torch.arange(new, device=device) + 1) * n // (2 * new)
+    return chosen, (2 * torch.arange(n, device=device) + 1) * new // (2 * n)
 
 
 def _plan(
