@@ -49,6 +49,8 @@ class DPMSolverSampler(Sampler):
     """
 
     name = "DPM-Solver"
+    # the known region then moves along one path, whose predictions the second order extrapolates
+    redraws_mask_noise = False
 
     def _choose_steps(self, n_steps: int, discretization: str) -> list[StepCoefficients]:
         return dpm_coefficients(self.model.alphas_cumprod, n_steps)

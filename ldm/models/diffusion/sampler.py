@@ -57,6 +57,7 @@ class Sampler:
 
     name = "Sampler"
     allows_eta = False
+    redraws_mask_noise = True  # upstream does, before every step
 
     def __init__(
         self,
@@ -323,10 +324,15 @@ class Sampler:
             noise = self._noise(x.shape, noise_source)
             return F.dropout(noise * temperature, noise_dropout)
 
+        mask_noise: Tensor | None = None
+
         def blend(x_t: Tensor, c: StepCoefficients) -> Tensor:
+            nonlocal mask_noise
             if mask is None or x0 is None:
                 return x_t
-            known = c.signal * x0 + c.noise * self._noise(x0.shape, noise_source)
+            if mask_noise is None or self.redraws_mask_noise:
+                mask_noise = self._noise(x0.shape, noise_source)
+            known = c.signal * x0 + c.noise * mask_noise
             return known * mask + (1 - mask) * x_t
 
         begin_run(self.model)

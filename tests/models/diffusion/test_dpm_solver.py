@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+from closed_form import GaussianModel, golden_model, sample_table_row
+from golden_util import load_golden
+
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler, dpm_step, half_log_snr
+from ldm.models.diffusion.schedule import dpm_coefficients
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+@pytest.mark.parametrize("n_steps", [10, 20])
+def test_latents_equal_upstreams(parameterization, n_steps):
+    golden, _ = load_golden("samplers_dpm")
+    latents, _ = DPMSolverSampler(golden_model(parameterization)).sample(
+        S=n_steps,
+        batch_size=2,
+        shape=(4, 8, 8),
+        conditioning=golden["cond"],
+        x_T=golden["x_T"],
+        unconditional_guidance_scale=7.5,
+        unconditional_conditioning=golden["uncond"],
+        verbose=False,
+    )
+    expected = golden[f"dpm_{parameterization}_{n_steps}"]
+    torch.testing.assert_close(latents, expected, atol=4e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "times", "row", "total"),
+    [
+        (5, [999, 799.2, 199.8], [-6.999485, -6.224228, -5.448972], -18.96093),
+        (10, [999, 899.1, 99.9], [-6.648768, -5.920152, -5.191534], -18.94625),
+        (20, [999, 949.05, 49.95], [-6.548252, -5.830098, -5.111943], -18.59348),
+    ],
+)
+def test_upstreams_table(n_steps, times, row, total):
+    model, latents, drawn = sample_table_row(DPMSolverSampler, n_steps)
+    assert len(model.calls) == n_steps
+    assert [*model.calls[:2], model.calls[-1]] == pytest.approx(times)
+    assert latents[0, 0, 0, :3].tolist() == pytest.approx(row, abs=1e-5)
+    assert latents.sum().item() == pytest.approx(total, abs=1e-4)
+    assert drawn == pytest.approx(1.540996, abs=1e-6)  # nothing was drawn
+
+
+def test_half_log_snr():
+    assert half_log_snr(0.5) == pytest.approx(0)
+    assert half_log_snr(0.9) == pytest.approx(math.log((0.9 / 0.1) ** 0.5))
+
+
+def test_first_order_step_is_the_deterministic_ddim_step():
+    alpha_bar = GaussianModel().alphas_cumprod
+    c = dpm_coefficients(alpha_bar, 10)[6]
+    x0, eps = torch.randn(2, 1, 4, 2, 2)
+    x = c.signal * x0 + c.noise * eps
+    expected = c.signal_prev * x0 + (1 - c.alpha_bar_prev) ** 0.5 * eps
+    torch.testing.assert_close(dpm_step(x, x0, c), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_last_of_few_steps_is_of_first_order():
+    # with two steps every step is of first order, as in deterministic DDIM along the same times
+    model = GaussianModel()
+    x = torch.randn(1, 4, 2, 2)
+    latents, _ = DPMSolverSampler(model).sample(2, 1, (4, 2, 2), x_T=x, verbose=False)
+    for c in dpm_coefficients(model.alphas_cumprod, 2)[::-1]:
+        eps = model.predict(x, torch.tensor([c.t]), None)
+        x0 = (x - c.noise * eps) / c.signal
+        x = c.signal_prev * x0 + (1 - c.alpha_bar_prev) ** 0.5 * eps
+    torch.testing.assert_close(latents, x, atol=1e-4, rtol=1e-4)
