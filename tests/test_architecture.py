@@ -12,14 +12,15 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["ldm.errors"],
     ["ldm.util", "ldm.modules.tome", "ldm.models.diffusion.schedule", "ldm.lr_scheduler"],
-    ["ldm.modules", "ldm.images", "ldm.data.scenes"],
-    ["ldm.models", "ldm.models.diffusion.ddpm", "ldm.data"],
-    [
+    ["ldm.modules", "ldm.images", "ldm.data.scenes", "ldm.data.landscape", "ldm.data.drawing"],
+    [  # samplers know a model by its protocol alone; the model draws samples to show its progress
         "ldm.models.diffusion.guidance",
+        "ldm.models.diffusion.sampler",
         "ldm.models.diffusion.ddim",
         "ldm.models.diffusion.plms",
         "ldm.models.diffusion.dpm_solver",
     ],
+    ["ldm.models", "ldm.models.diffusion.ddpm", "ldm.data"],
     ["ldm.config", "ldm.checkpoint", "ldm.options", "ldm.training"],
     ["ldm.pipeline"],
     ["ldm.evaluation"],
