@@ -51,7 +51,7 @@ class ToMeConfig:
     apply_to: tuple[str, ...] = ("attn",)
     metric: str = "hidden"
     protect: int = 0
-    window: int | None = None
+    window: int | None = 3
     max_downsample: int = 1
     min_tokens: int = 0
     max_tokens: int | None = None
@@ -84,8 +84,7 @@ class ToMeConfig:
         if "method" not in values:
             values["method"] = "grid" if values.get("k") is None else "kth"
         _refuse_contradictions(values)
-        if values["method"] == "grid":
-            values.setdefault("window", 3)
+        values.setdefault("window", 3 if values["method"] == "grid" else None)
         if values.get("metric") is None:
             values["metric"] = "keys" if values.get("apply_to") == ("kv",) else "hidden"
         rules = tuple(_rule(entry, given) for entry in values.pop("rules", ()))

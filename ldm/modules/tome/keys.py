@@ -94,22 +94,24 @@ def _metric(value: Any) -> str | None:
 
 
 def _rules(value: Any) -> tuple[Mapping[str, Any], ...]:
-    entries = tuple(value or ())
-    if not all(isinstance(entry, Mapping) for entry in entries):
+    entries = value or ()
+    if not isinstance(entries, (list, tuple)) or any(not isinstance(e, Mapping) for e in entries):
         raise ValueError("must be a list of mappings, each with min_tokens")
-    return entries
+    return tuple(entries)
 
 
 def _steps(value: Any) -> tuple[tuple[float, float], ...]:
-    points = tuple(tuple(_number(number) for number in point) for point in value or ())
-    if any(len(point) != 2 for point in points):
+    points = value or ()
+    is_list = isinstance(points, (list, tuple))
+    if not is_list or any(not isinstance(p, (list, tuple)) or len(p) != 2 for p in points):
         raise ValueError("must be a list of [progress, ratio]")
+    points = tuple((_number(progress), _number(ratio)) for progress, ratio in points)
     progress = [point[0] for point in points]
     if any(not 0 <= p <= 1 for p in progress) or progress != sorted(set(progress)):
         raise ValueError("progress must rise from 0 to 1")
     if any(not 0 <= ratio < 1 for _, ratio in points):
         raise ValueError("each ratio must be a number from 0 to below 1")
-    return points  # type: ignore[return-value]
+    return points
 
 
 # --- the text of each key, as a flag has it -----------------------------------------------------

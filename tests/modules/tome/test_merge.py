@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.errors import InputError
 from ldm.modules.tome.merge import (
     bipartite_soft_matching,
     bipartite_soft_matching_random2d,
-    do_nothing,
     kth_bipartite_soft_matching,
     merge_source,
     merge_wavg,
