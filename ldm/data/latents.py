@@ -86,9 +86,11 @@ class EncodedPictures(Dataset):
             unfinished.unlink(missing_ok=True)
 
     def __len__(self) -> int:
+        """How many pictures there are."""
         return len(self.latents)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """One latent with what belongs to it."""
         item = {k: v for k, v in self.pictures[index].items() if k != self.image_key}
         latent = self.latents[index].astype(np.float32) * self.scale_factor
         return {**item, "latent": torch.from_numpy(latent)}

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm.data.latents import EncodedPictures
+from ldm.errors import InputError
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.util import instantiate_from_config
+
+PICTURES = {
+    "target": "ldm.data.rendered.RenderedScenes",
+    "params": {"n_pictures": 5, "size": 16, "seed": 3, "flip": False},
+}
+DDCONFIG = {
+    "z_channels": 4,
+    "resolution": 16,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 8,
+    "ch_mult": [1, 1],
+    "num_res_blocks": 1,
+    "norm_groups": 4,
+}
+FIRST_STAGE = {
+    "target": "ldm.models.autoencoder.AutoencoderKL",
+    "params": {
+        "embed_dim": 4,
+        "ddconfig": DDCONFIG,
+        "lossconfig": {"target": "torch.nn.Identity"},
+    },
+}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(0)
+    model = AutoencoderKL(**FIRST_STAGE["params"])
+    path = tmp_path / "first_stage.safetensors"
+    save_file({f"first_stage_model.{k}": v for k, v in model.state_dict().items()}, path)
+    return model.eval(), str(path)
+
+
+@torch.no_grad()
+def test_items_are_scaled_means_with_captions(weights, tmp_path):
+    model, path = weights
+    cache = tmp_path / "cache"
+    data = EncodedPictures(PICTURES, FIRST_STAGE, path, 0.5, str(cache), batch_size=2)
+    assert len(data) == 5
+    picture = torch.from_numpy(instantiate_from_config(PICTURES)[4]["image"]).permute(2, 0, 1)[None]
+    expected = 0.5 * model.encode(picture).mode()[0]
+    torch.testing.assert_close(data[4]["latent"], expected, atol=2e-3, rtol=2e-3)
+    assert data[4]["caption"]
+    assert "image" not in data[4]
+    (file,) = cache.iterdir()  # nothing unfinished is left
+    written = file.stat().st_mtime_ns
+    EncodedPictures(PICTURES, FIRST_STAGE, path, 0.5, str(cache))
+    assert file.stat().st_mtime_ns == written
+
+
+def test_other_pictures_have_another_cache(weights, tmp_path):
+    _, path = weights
+    for seed in (3, 4):
+        pictures = {**PICTURES, "params": {**PICTURES["params"], "seed": seed}}
+        EncodedPictures(pictures, FIRST_STAGE, path, 1.0, str(tmp_path / "cache"))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_missing_weights(tmp_path):
+    with pytest.raises(InputError, match="train the first stage first"):
+        EncodedPictures(PICTURES, FIRST_STAGE, "none.safetensors", 1.0, str(tmp_path))
