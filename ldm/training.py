@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.images import make_grid, save_image, to_pixels, to_pixels
+from ldm.images import make_grid, save_image, to_pixels
 from ldm.util import instantiate_from_config
 
 

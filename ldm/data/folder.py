@@ -49,9 +49,11 @@ class FolderPictures(Dataset):
             raise InputError(f"{folder}: no pictures in it ({known})")
 
     def __len__(self) -> int:
+        """How many pictures there are."""
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """One picture with its caption."""
         path, caption = self.items[index]
         pixels = fit(load_rgb(path), self.size, self.size)
         if self.flip and torch.rand(()) < 0.5:

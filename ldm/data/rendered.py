@@ -78,9 +78,11 @@ class RenderedScenes(Dataset):
         self._pictures = None if cache_dir is None else self._open_cache(Path(cache_dir), n_workers)
 
     def __len__(self) -> int:
+        """How many pictures there are."""
         return self.n_pictures
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """One picture with its caption and its attributes."""
         if not 0 <= index < self.n_pictures:
             raise IndexError(index)
         scene = scene_of(index, self.seed, self.split)

@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-
 from golden_util import GOLDEN, fill_parameters, load_golden
+
 from ldm.models.autoencoder import AutoencoderKL, ReconstructionLoss
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
