@@ -32,7 +32,7 @@ def build_parser() -> Parser:
     add(
         "--n_controls", type=int, default=32, help="prompts for the controls (default: %(default)s)"
     )
-    add("--steps", type=int, default=30, help="of DDIM (default: %(default)s)")
+    add("--steps", type=int, default=25, help="of DDIM (default: %(default)s)")
     add("--scale", type=float, default=4.0, help="of guidance (default: %(default)s)")
     add("--cache_dir", metavar="PATH", help="where rendered training pictures are kept")
     return parser

@@ -167,7 +167,7 @@ def check(
     model: LatentDiffusion,
     classifier: AttributeClassifier,
     n_prompts: int = 200,
-    steps: int = 30,
+    steps: int = 25,
     scale: float = 4.0,
     size: int = 32,
     n_controls: int = 32,
