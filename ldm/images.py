@@ -5,6 +5,7 @@ A picture is an array (H, W, 3) of uint8; models see (3, H, W), float32 in [-1, 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from ldm.errors import InputError
 
@@ -300,3 +301,31 @@ class Gallery:
             grid = make_grid([picture.pixels for picture in self._shown], self.n_columns)
             path = next_path(self.folder, "grid-{:04}.png")
             Picture(grid, self._shown[0].settings).save(path, self.has_settings)
+
+
+def label(pixels: Pixels, lines: Sequence[str], font_size: int = 14) -> Pixels:
+    """Write lines of text below a picture, (H, W, 3) -> (H + some, W, 3), black on white.
+
+    Args:
+        pixels: the picture.
+        lines: one below the other; the font shrinks where one is too wide.
+        font_size: in pixels.
+    """
+    height, width = pixels.shape[:2]
+    size = font_size
+    while size > 8 and max(map(ImageFont.load_default(size).getlength, lines)) > width - 8:
+        size -= 1
+    step = round(1.35 * font_size)
+    image = Image.new("RGB", (width, height + step * len(lines) + 6), "white")
+    image.paste(Image.fromarray(pixels))
+    draw = ImageDraw.Draw(image)
+    for i, line in enumerate(lines):
+        draw.text((4, height + 2 + i * step), line, "black", ImageFont.load_default(size))
+    return np.array(image)
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """A picture as the content of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
