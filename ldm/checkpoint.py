@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # Lightning takes seconds to import, and looking at a file ne
 
 UPSTREAM_DEFAULT = "models/ldm/stable-diffusion-v1/model.ckpt"
 DEMO = "models/demo"
-PARAMETERIZATIONS = ("eps", "v")
+PARAMETERIZATIONS = ("eps", "x0", "v")
 
 logger = logging.getLogger(__name__)
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
@@ -141,8 +141,7 @@ def load_model(
 
     Args:
         ckpt, config, parameterization, ema: see ``inspect_checkpoint``.
-        dtype: of the weights; the schedule stays float32. Where the file already has this type
-            and the device is the CPU, weights are views of the mapped file.
+        dtype: of the weights; the schedule stays float32.
         device: where the model goes.
         tome: Token Merging settings instead of the configuration's; None leaves those.
         attention: ``sdpa`` or ``einsum``.
@@ -180,8 +179,8 @@ def _inspect(
     """See ``inspect_checkpoint``."""
     path = weights.path
     if parameterization not in (None, *PARAMETERIZATIONS):
-        known = " or ".join(PARAMETERIZATIONS)
-        raise InputError(f"parameterization must be {known}, not {parameterization!r}")
+        known = ", ".join(PARAMETERIZATIONS)
+        raise InputError(f"parameterization {parameterization!r} is none of {known}")
     names = _canonical_names(weights)
     shapes = {name: weights.entries[raw].shape for name, raw in names.items()}
     keys.refuse_other_families(shapes, str(path))
@@ -357,41 +356,46 @@ def _fill(
     _refuse_missing(sorted(set(places) - set(sources) - idle), info)
     wrong = [n for n, raw in sources.items() if weights.entries[raw].shape != places[n].shape]
     if wrong:
-        found = weights.entries[sources[wrong[0]]].shape
+        found, wanted = weights.entries[sources[wrong[0]]].shape, tuple(places[wrong[0]].shape)
         raise InputError(
-            f"{len(wrong)} tensors of {info.path} do not fit {info.config_name}: {wrong[0]} is "
-            f"{found}, not {tuple(places[wrong[0]].shape)}"
+            f"{info.path} does not fit {info.config_name}: other shapes in {_list(wrong)}; the "
+            f"first is {found}, not {wanted}"
         )
     _report_unused(set(names) - set(sources) - set(places), info)
 
-    def read(name: str) -> Tensor:
+    def load(name: str, place: Tensor) -> Tensor:
         if name not in sources:  # stored by most files, used by no computation
-            return torch.zeros(places[name].shape)
-        return weights[sources[name]]
+            return torch.zeros(place.shape, dtype=dtype, device=device)
+        # A copy, as a mapped tensor changes with its file, and its alignment changes last bits.
+        return weights[sources[name]].to(
+            device=device,
+            dtype=dtype if place.is_meta else place.dtype,  # buffers keep their type
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
 
-    # read, cast and moved one by one: the peak is the model itself
-    tensors = {name: read(name).to(device=device, dtype=dtype) for name in places}
+    # read, cast and moved one by one: besides the model there is one tensor in memory
+    tensors = {name: load(name, place) for name, place in places.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
+
+
+def _list(names: list[str]) -> str:
+    """How many tensors, and the first names of them."""
+    first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({first})"
 
 
 def _refuse_missing(names: list[str], info: CheckpointInfo) -> None:
     if names:
-        first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise InputError(
-            f"{info.path} lacks {len(names)} tensors that {info.config_name} needs: {first}"
-        )
+        raise InputError(f"{info.path} lacks {_list(names)}, needed by {info.config_name}")
 
 
 def _report_unused(names: set[str], info: CheckpointInfo) -> None:
     """Warn of tensors without a place; in the U-Net they mean another architecture."""
     unknown = sorted(name for name in names if not keys.is_harmless(name))
-    first = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+    if not unknown:
+        return
+    what = f"{info.path} has {_list(unknown)} without a place in {info.config_name}"
     if any(name.startswith(keys.UNET) for name in unknown):
-        raise InputError(
-            f"{info.path} has {len(unknown)} tensors that {info.config_name} has no place for: "
-            f"{first}"
-        )
-    if unknown:
-        logger.warning(
-            "%s: %d tensors without a place are ignored: %s", info.path, len(unknown), first
-        )
+        raise InputError(what)
+    logger.warning("%s; they are ignored", what)

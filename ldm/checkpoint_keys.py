@@ -192,11 +192,10 @@ def misfit(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> str | None
         stage = params["first_stage_config"]
         text = params["cond_stage_config"]
         pairs = list(_signature(unet, stage, text, shapes))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            "the configuration is no latent-diffusion model: 'model.params' needs unet_config, "
-            "first_stage_config and cond_stage_config"
-        ) from error
+    except KeyError as error:
+        raise InputError(f"the configuration is no latent-diffusion model: no {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise InputError("the configuration is no latent-diffusion model") from error
     wrong = (pair for pair in pairs if pair[1] != pair[2])
     return next((f"it says {a} for {what}, the file {b}" for what, a, b in wrong), None)
 
@@ -230,9 +229,9 @@ def _signature(
         yield "the first stage's number of levels", len(ddconfig["ch_mult"]), levels
     if isinstance(text, Mapping):
         said = "open_clip" if "OpenCLIP" in text["target"] else "CLIP"
-        if any(n.startswith(f"{TEXT_ENCODER}model.") for n in shapes):
+        if f"{TEXT_ENCODER}model.ln_final.weight" in shapes:
             yield "the text encoder", said, "open_clip"
-        elif any(n.startswith(f"{TEXT_ENCODER}transformer.") for n in shapes):
+        elif f"{TEXT_ENCODER}transformer.text_model.final_layer_norm.weight" in shapes:
             yield "the text encoder", said, "CLIP"
 
 

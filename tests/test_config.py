@@ -133,7 +133,7 @@ def test_folder_is_no_configuration(tmp_path):
 
 def test_files_merge_from_left_to_right_and_overrides_come_last(tmp_path):
     (tmp_path / "a.yaml").write_text("x: {one: 1, two: 2}\nlist: [1, 2]\nkept: yes")
-    (tmp_path / "b.yaml").write_text("x: {two: 20, three: ${x.one}}\nlist: [3]")
+    (tmp_path / "b.yaml").write_text("x: {two: 20, three: '${x.one}'}\nlist: [3]")
     merged = load_config(
         [tmp_path / "a.yaml", tmp_path / "b.yaml"], ["x.one=5", "x.four=1e-3", "name=a b"]
     )
@@ -153,7 +153,6 @@ def test_files_merge_from_left_to_right_and_overrides_come_last(tmp_path):
         (b"a: [1, 2", "not valid YAML"),
         (b"\xff\xfe\x00binary", "not valid YAML"),
         (b"- a\n- b", "top level must be"),
-        (b"just words", "not valid YAML|top level must be"),
         (b"a: ${nowhere}", "configuration: .*nowhere"),
     ],
 )
@@ -239,4 +238,4 @@ def test_unknown_preset_lists_the_known_ones(name):
 
 def test_every_shipped_preset_is_valid():
     for name in config_module.preset_names():
-        assert not ToMeConfig.from_mapping(load_preset(name)).is_off
+        assert ToMeConfig.from_mapping(load_preset(name)) != ToMeConfig()

@@ -15,6 +15,7 @@ from ldm.util import instantiate_from_config
 from tests.golden_util import fill_parameters
 
 UNET = {
+    "image_size": 8,
     "in_channels": 4,
     "out_channels": 4,
     "model_channels": 32,
