@@ -604,7 +604,8 @@ class LatentDiffusion(pl.LightningModule):
         Returns: ``inputs`` (unless the batch has latents alone), ``reconstruction``, ``samples``
             and ``samples_cfg_scale_X``.
         """
-        batch = {key: value[:n_pictures] for key, value in batch.items()}
+        keys = {"latent", self.first_stage_key, self.cond_stage_key} & set(batch)
+        batch = {key: batch[key][:n_pictures] for key in keys}
         z, c = self.get_input(batch)
         pictures = {}
         if self.first_stage_key in batch:

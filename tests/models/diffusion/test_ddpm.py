@@ -356,7 +356,8 @@ def test_scale_by_std_gives_latents_unit_variance(batch):
 
 def test_log_images_draws_pictures(batch):
     model = build()
-    pictures = model.log_images(batch, n_pictures=2, ddim_steps=2)
+    noted = {**batch, "scene": {"place": ["sea"] * 4}}  # whatever else a data set has to say
+    pictures = model.log_images(noted, n_pictures=2, ddim_steps=2)
     assert set(pictures) == {"inputs", "reconstruction", "samples", "samples_cfg_scale_5.00"}
     assert all(value.shape == (2, 3, 8, 8) for value in pictures.values())
     assert torch.equal(pictures["inputs"], batch["image"][:2].permute(0, 3, 1, 2))
