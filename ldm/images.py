@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from ldm.errors import InputError
 
 Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
 # our names -> the web UIs'
 WEB_UI_SAMPLERS = {"ddim": "DDIM", "plms": "PLMS", "dpm_solver": "DPM++ 2M"}
 
@@ -45,7 +46,7 @@ def load_rgb(path: str | Path) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-def load_mask(path: str | Path) -> NDArray[np.bool_]:
+def load_mask(path: str | Path) -> Mask:
     """Read a mask, (H, W): True where it is at least half white, which is what gets painted.
 
     Raises:
@@ -66,19 +67,17 @@ def _open(path: str | Path) -> Image.Image:
 
 
 def fit(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Resize a picture so that it covers a size, and crop what sticks out on both sides.
-
-    Args:
-        pixels: (H, W, 3), or a mask (H, W) of any type, which stays two-valued.
-        height: of the result, in pixels.
-        width: of the result, in pixels.
-    """
+    """Resize a picture (H, W, 3) so that it covers a size, and crop what sticks out."""
     if pixels.shape[:2] == (height, width):
         return pixels
-    is_mask = pixels.ndim == 2
-    image = Image.fromarray(pixels.astype(np.uint8) * 255 if is_mask else pixels)
-    fitted = np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
-    return (fitted >= 128).astype(pixels.dtype) if is_mask else fitted
+    image = Image.fromarray(pixels)
+    return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+
+
+def fit_mask(mask: Mask, height: int, width: int) -> Mask:
+    """Likewise for a mask (H, W), which stays two-valued."""
+    grey = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
+    return fit(grey, height, width)[..., 0] >= 128
 
 
 def to_unit(pixels: Pixels) -> NDArray[np.float32]:

@@ -115,7 +115,11 @@ def add_sampling_flags(parser: Parser) -> None:
         help="image (default): picture i has its own noise, from seed + i; upstream: one stream "
         "of noise for all, as CompVis's scripts draw it",
     )
-    add("--fixed_code", action="store_true", help="start all pictures from the same noise")
+    add(
+        "--fixed_code",
+        action="store_true",
+        help="start all pictures from the same noise (with --rng upstream: all batches)",
+    )
 
 
 def add_model_flags(parser: Parser) -> None:

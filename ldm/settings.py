@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,13 +41,13 @@ class Settings:
         strength: img2img: share of the steps that are taken; 1 ignores the picture.
         rng: ``image``: picture i has noise of its own, from seed + i, whatever the batch size or
             device; ``upstream``: one stream of noise for the whole run, in upstream's order.
-        fixed_code: start all pictures from the same noise.
+        fixed_code: start all pictures from the same noise; with rng upstream, all batches.
 
     Raises:
         InputError: a value is out of range.
     """
 
-    prompt: str | tuple[str, ...] | None = None
+    prompt: str | Sequence[str] | None = None
     negative_prompt: str = ""
     n_samples: int = 1
     n_iter: int = 1
@@ -108,8 +108,10 @@ class Settings:
         """
         if self.prompt is None:
             raise InputError("there is no prompt: neither given nor among the model's defaults")
-        is_single = isinstance(self.prompt, str)
-        prompts = (self.prompt,) * self.n_samples if is_single else self.prompt
+        if isinstance(self.prompt, str):
+            prompts: Sequence[str] = (self.prompt,) * self.n_samples
+        else:
+            prompts = self.prompt
         chunks = [
             prompts[start : start + self.n_samples]
             for start in range(0, len(prompts), self.n_samples)

@@ -11,14 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import options
 from ldm.errors import InputError
-from ldm.images import Pixels, load_mask, load_rgb
+from ldm.images import Mask, Pixels, load_mask, load_rgb
 
 EPILOG = """
 examples:
@@ -65,7 +62,7 @@ def pairs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     return [(mask.with_name(mask.name.removesuffix("_mask.png") + ".png"), mask) for mask in masks]
 
 
-def load(init: Path, mask: Path) -> tuple[Pixels, NDArray[np.bool_]]:
+def load(init: Path, mask: Path) -> tuple[Pixels, Mask]:
     """A picture and its mask, of one size."""
     pixels, hole = load_rgb(init), load_mask(mask)
     if pixels.shape[:2] != hole.shape:

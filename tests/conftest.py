@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from ldm import options
 from tests.tiny_models import tiny_config, tiny_weights, write_safetensors
 
 
@@ -53,3 +56,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_inpainting_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Likewise, with the 9 input channels of an inpainting model."""
     return _write_checkpoint(tmp_path_factory.mktemp("tiny_inpainting"), inpainting=True)
+
+
+@pytest.fixture
+def run_program() -> Callable[..., int]:
+    """Run a script as its process would, but in this one; the result is the exit code."""
+
+    def run(program: ModuleType, *argv: object) -> int:
+        try:
+            options.run(lambda: program.main([str(argument) for argument in argv]))
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run

@@ -22,6 +22,7 @@ LAYERS = [
     ],
     ["ldm.models", "ldm.models.diffusion.ddpm", "ldm.data"],
     ["ldm.config", "ldm.checkpoint", "ldm.options", "ldm.training"],
+    ["ldm.sampling"],
     ["ldm.pipeline"],
     ["ldm.evaluation"],
 ]

@@ -76,8 +76,8 @@ def test_fit_crops_the_middle_and_does_not_squash():
     picture[:, 8:16] = 255  # the middle third
     np.testing.assert_array_equal(images.fit(picture, 8, 8), 255)
     mask = picture[..., 0] > 0
-    assert images.fit(mask, 8, 8).dtype == bool
-    assert images.fit(mask, 8, 8).all()
+    assert images.fit_mask(mask, 8, 8).dtype == bool
+    assert images.fit_mask(mask, 8, 8).all()
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,8 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
 def test_tome_flags_become_the_keys_of_the_yaml():
     argv = (
         "--tome-method grid --tome-ratio 0.5 --tome-stride 2 4 --tome-random "
-        "--tome-apply-to kv mlp --tome-max-downsample 2 --tome-similarity -0.5 --tome-proportional false"
+        "--tome-apply-to kv mlp --tome-max-downsample 2 --tome-similarity -0.5 "
+        "--tome-proportional false"
     )
     assert options.tome_arguments(parse(*argv.split())) == {
         "method": "grid",

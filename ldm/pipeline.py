@@ -1,0 +1,290 @@
+"""From a prompt to pictures: the Python interface, and what the scripts run.
+
+from ldm.pipeline import Pipeline
+
+pipeline = Pipeline.from_checkpoint(tome={"ratio": 0.5})
+for picture in pipeline.txt2img("a red house by the sea at dawn", seed=1, n_samples=4):
+    picture.save(f"house-{picture.settings['seed']}.png")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ldm import images
+from ldm.checkpoint import CheckpointInfo, default_checkpoint, inspect_checkpoint, load_model
+from ldm.device import choose_device, choose_dtype
+from ldm.errors import InputError
+from ldm.images import Mask, Picture, Pixels
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.encoders.modules import truncated_words
+from ldm.modules.tome.config import ToMeConfig, overlay
+from ldm.sampling import Run
+from ldm.settings import SIZE_STEP, Settings
+from ldm.util import get_obj_from_str
+
+# A picture to start from is worked on at up to this multiple of the model's own size.
+SIZE_LIMIT = 1.5
+
+logger = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """A loaded model that draws pictures.
+
+    Args:
+        model: on its device, in its type, in evaluation mode.
+        info: what is known of its checkpoint.
+        attention: how it computes attention; noted in the pictures, as is the next.
+        ema: whether it has the averaged weights.
+
+    Attributes:
+        defaults: what decides where a setting is None: H, W, scale, steps, sampler, prompt.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        info: CheckpointInfo,
+        attention: str = "sdpa",
+        ema: bool = False,
+    ) -> None:
+        self.model = model
+        self.info = info
+        self.attention = attention
+        self.ema = ema
+        self.defaults = info.defaults
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path | None = None,
+        config: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        tome: Mapping[str, Any] | Literal[False] | None = None,
+        attention: str = "sdpa",
+        ema: bool = False,
+        parameterization: str | None = None,
+    ) -> Pipeline:
+        """Load a checkpoint.
+
+        Args:
+            path: ``.ckpt``, ``.safetensors``, or a folder of the latter; None: upstream's default
+                path if there is a file, else the demo model.
+            config: its YAML; None: recognised.
+            device: auto, cpu, mps, cuda or cuda:N.
+            dtype: of the weights: auto, float32, bfloat16 or float16.
+            tome: Token Merging settings, over those of the YAML; False: merge nothing.
+            attention: sdpa or einsum.
+            ema: use the averaged weights of a training checkpoint.
+            parameterization: eps or v, where that cannot be recognised.
+
+        Raises:
+            InputError: something of this cannot be had; the message says what to do.
+        """
+        note = None
+        if path is None:
+            path, note = default_checkpoint()
+        where = choose_device(device)
+        kind = choose_dtype(dtype, where)
+        info = inspect_checkpoint(path, config, parameterization, ema)
+        merging = _tome_config(info, tome)
+        logger.info("%s", note or info.summary())
+        logger.info("Device: %s, %s", where, str(kind).removeprefix("torch."))
+        model = load_model(path, info.config, info.prediction, ema, kind, where, merging, attention)
+        if kind != torch.float32 and where.type != "mps":
+            model.model.to(memory_format=torch.channels_last)  # where half precision is fastest
+        return cls(model, info, attention, ema)
+
+    def set_tome(self, tome: Mapping[str, Any] | Literal[False] | None) -> None:
+        """Change the Token Merging settings; see from_checkpoint.
+
+        Raises:
+            InputError: they cannot be used.
+        """
+        self.model.model.diffusion_model.tome.configure(_tome_config(self.info, tome))
+
+    def txt2img(self, prompt: str | Sequence[str] | None = None, **settings: Any) -> list[Picture]:
+        """Draw pictures of a prompt, or of several; see Settings for what can be set."""
+        return list(self.generate(Settings(prompt, **settings)))
+
+    def img2img(
+        self,
+        init: str | Path | Pixels,
+        prompt: str | Sequence[str] | None = None,
+        **settings: Any,
+    ) -> list[Picture]:
+        """Redraw a picture (a file, or pixels (H, W, 3)) after a prompt."""
+        return list(self.generate(Settings(prompt, **settings), _pixels(init)))
+
+    def inpaint(
+        self,
+        init: str | Path | Pixels,
+        mask: str | Path | Mask,
+        prompt: str | Sequence[str] = "",
+        **settings: Any,
+    ) -> list[Picture]:
+        """Redraw the part of a picture where a mask (a file, or (H, W)) is white or True."""
+        hole = mask if isinstance(mask, np.ndarray) else images.load_mask(mask)
+        return list(self.generate(Settings(prompt, **settings), _pixels(init), hole))
+
+    def generate(
+        self,
+        settings: Settings,
+        init: Pixels | None = None,
+        mask: Mask | None = None,
+        progress: bool = False,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Iterator[Picture]:
+        """Draw pictures, each handed out as soon as it is there.
+
+        Args:
+            settings: what and how.
+            init: the picture to start from, (H, W, 3).
+            mask: with init: where to paint, (H, W) of its size.
+            progress: show the sampler's progress.
+            notes: entries to add to the pictures' settings.
+
+        Raises:
+            InputError: a setting cannot be used with this model, or memory does not suffice.
+        """
+        settings = self._settled(settings, init)
+        self._check_prompts(settings)
+        has_strength = init is not None and mask is None
+        with _memory_advice():
+            run = Run(self.model, self.info.path, settings, init, mask, progress)
+            for batch in settings.batches():
+                for (prompt, seed), z in zip(batch, run.latents(batch).split(1), strict=True):
+                    about = self._about(settings, prompt, seed, has_strength)
+                    yield Picture(run.pixels(z), {**about, **(notes or {})})
+        self._report_tome()
+
+    # --- settings ---------------------------------------------------------------------------
+
+    def _settled(self, settings: Settings, init: Pixels | None) -> Settings:
+        """Settings without None."""
+        if init is not None:
+            longest = int(SIZE_LIMIT * max(self.defaults["H"], self.defaults["W"]))
+            longest -= longest % SIZE_STEP
+            height, width = images.size_for(init, settings.H, settings.W, longest, SIZE_STEP)
+            if (height, width) != init.shape[:2]:
+                logger.info(
+                    "The picture of %dx%d is drawn at %dx%d (without H and W: multiples of %d, at "
+                    "most %d)",
+                    *(init.shape[1], init.shape[0], width, height, SIZE_STEP, longest),
+                )
+            settings = dataclasses.replace(settings, H=height, W=width)
+        settings = settings.filled(self.defaults)
+        for name in ("C", "f"):
+            if getattr(settings, name) != self.defaults[name]:
+                raise InputError(
+                    f"{name} {getattr(settings, name)}: this model's is {self.defaults[name]}; "
+                    "leave the setting out"
+                )
+        if settings.scale == 1 and settings.negative_prompt:
+            logger.warning("the negative prompt has no effect at scale 1")
+        return settings
+
+    def _check_prompts(self, settings: Settings) -> None:
+        """Warn of words that the model does not read, or does not know."""
+        known = self.defaults.get("vocabulary")
+        vocabulary = get_obj_from_str(known) if known else None
+        prompts = [prompt for batch in settings.batches() for prompt, _ in batch]
+        for prompt in dict.fromkeys([*prompts, settings.negative_prompt]):
+            if cut := truncated_words(prompt, self.model.cond_stage_model.max_length):
+                logger.warning("the prompt is too long; the model does not see its end: %r", cut)
+            if vocabulary is not None and (strange := unknown_words(prompt, vocabulary)):
+                logger.warning("words that this model has never seen: %s", ", ".join(strange))
+
+    def _about(self, settings: Settings, prompt: str, seed: int, has_strength: bool) -> dict:
+        """Everything that decided about a picture."""
+        about = dataclasses.asdict(settings)
+        if not has_strength:
+            del about["strength"]
+        merger = self.model.model.diffusion_model.tome
+        unet = next(self.model.model.parameters())
+        return {
+            **about,
+            "prompt": prompt,
+            "seed": seed,
+            "first_seed": settings.seed,
+            "model": {
+                "name": self.info.path.stem,
+                "hash": self._hash,
+                "family": self.info.family,
+                "parameterization": self.model.parameterization,
+                "ema": self.ema,
+            },
+            "device": unet.device.type,
+            "dtype": str(unet.dtype).removeprefix("torch."),
+            "attention": self.attention,
+            "torch": torch.__version__,
+            "tome": dataclasses.asdict(merger.config),
+        }
+
+    def _report_tome(self) -> None:
+        merger = self.model.model.diffusion_model.tome
+        if not merger.config.is_off:
+            logger.info("%s", merger.report())
+        for warning in merger.warnings():
+            logger.warning("%s", warning)
+
+    @functools.cached_property
+    def _hash(self) -> str:
+        """The web UIs' short hash of the checkpoint (its 64 KiB after the first MiB).
+
+        Source: AUTOMATIC1111/stable-diffusion-webui, model_hash; of a folder, its largest file.
+        """
+        path = self.info.path
+        if path.is_dir():
+            path = max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+        with path.open("rb") as file:
+            if path.stat().st_size > 0x110000:
+                file.seek(0x100000)
+            return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+
+
+def _tome_config(
+    info: CheckpointInfo, tome: Mapping[str, Any] | Literal[False] | None
+) -> ToMeConfig:
+    """Settings over those of a model's YAML; none at all for False."""
+    if tome is False:
+        return ToMeConfig()
+    own = info.config["model"]["params"]["unet_config"]["params"].get("tome_config")
+    return ToMeConfig.from_mapping(overlay(own, tome))
+
+
+def _pixels(picture: str | Path | Pixels) -> Pixels:
+    return picture if isinstance(picture, np.ndarray) else images.load_rgb(picture)
+
+
+@contextmanager
+def _memory_advice() -> Iterator[None]:
+    """Turn torch's complaint of too little memory into advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE):
+            raise
+        raise InputError(
+            "there is not enough memory: try n_samples 1, a smaller H and W, or merging tokens "
+            "(--tome-ratio 0.5)"
+        ) from None
+
+
+def unknown_words(prompt: str, vocabulary: Container[str]) -> list[str]:
+    """The words of a prompt, in lower case and once each, that are not in a vocabulary."""
+    words = re.findall(r"[^\W_]+", prompt.lower())
+    return [word for word in dict.fromkeys(words) if word not in vocabulary]

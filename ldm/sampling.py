@@ -1,0 +1,252 @@
+"""One run of a sampler, from prompts and seeds to pixels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ldm import images
+from ldm.errors import InputError
+from ldm.images import Mask, Pixels
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.guidance import Conditioning
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampler import Sampler
+from ldm.settings import Settings
+
+SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
+
+logger = logging.getLogger(__name__)
+
+
+class PictureNoise:
+    """Noise for a batch whose pictures each draw from a generator of their own, on the CPU.
+
+    Args:
+        seeds: of the pictures.
+    """
+
+    def __init__(self, seeds: Iterable[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, shape: Sequence[int]) -> Tensor:
+        """Unit normal noise of a shape (B, ...) with a row for each seed."""
+        rows = [torch.randn(tuple(shape[1:]), generator=g) for g in self.generators]
+        return torch.stack(rows)
+
+
+class Run:
+    """Draws pictures with one choice of settings; what they share is computed once.
+
+    Args:
+        model: what draws.
+        name: of the model's file, for messages.
+        settings: without None.
+        init: the picture to start from, (H, W, 3) of any size, or None.
+        mask: where to paint, (H, W) of that size, or None.
+        progress: show the sampler's progress.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        name: str | Path,
+        settings: Settings,
+        init: Pixels | None = None,
+        mask: Mask | None = None,
+        progress: bool = False,
+    ) -> None:
+        assert settings.H is not None
+        assert settings.W is not None
+        assert settings.steps is not None
+        assert settings.f is not None
+        assert settings.sampler is not None
+        self.model = model
+        self.name = name
+        self.settings = settings
+        self.progress = progress
+        self.is_upstream = settings.rng == "upstream"
+        if self.is_upstream:  # again after loading, so that nothing before can shift the stream
+            torch.manual_seed(settings.seed)
+        self.sampler: Sampler = SAMPLERS[settings.sampler](self.model)
+        self.n_steps = settings.steps
+        self.sampler.make_schedule(self.n_steps, ddim_eta=settings.eta)
+        self.size = (settings.H, settings.W)
+        self.shape = (model.channels, settings.H // settings.f, settings.W // settings.f)
+        self.texts: dict[str, Tensor] = {}
+        self.init = None if init is None else images.fit(init, *self.size)
+        self.mask = None if mask is None else images.fit_mask(mask, *self.size)
+        self.known: Tensor | None = None  # latents of init, where the steps need them
+        if self.init is not None and (mask is None or not sees_mask(model)):
+            self.known = self._encoded(images.to_unit(self.init))
+        self.beside = self._beside_the_noise() if sees_mask(model) else None
+        self.start = self._fixed_start() if settings.fixed_code else None
+
+    # --- what all pictures share ------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _encoded(self, picture: NDArray[np.float32]) -> Tensor:
+        """Scaled latents of a picture (3, H, W), (1, C, h, w); with upstream's draw, n_samples."""
+        stage = self.model.first_stage_model
+
+        def encode() -> Tensor:
+            weight = next(stage.parameters())
+            posterior = self.model.encode_first_stage(torch.from_numpy(picture[None]).to(weight))
+            if not self.is_upstream:
+                return self.model.get_first_stage_encoding(posterior.mode()).float()
+            noise = torch.randn((self.settings.n_samples, *self.shape))
+            return self.model.get_first_stage_encoding(posterior, noise).float()
+
+        return self._finite("the first stage", stage, encode)
+
+    def _fixed_start(self) -> Tensor:
+        """Noise from which every batch starts, (n_samples, C, h, w)."""
+        if self.is_upstream:
+            size = (self.settings.n_samples, *self.shape)
+            return torch.randn(size, device=self.model.device)
+        one = PictureNoise([self.settings.seed])((1, *self.shape))
+        return one.expand(self.settings.n_samples, -1, -1, -1).to(self.model.device)
+
+    def _beside_the_noise(self) -> Tensor:
+        """What an inpainting model sees besides: mask and masked picture, (., 1 + C, h, w).
+
+        Where there is no mask, all is to be painted. The mask's pixels are picked, not pooled, as
+        in the training of such models.
+        """
+        hole = np.ones(self.size, bool) if self.mask is None else self.mask
+        picture = np.zeros((3, *self.size), np.float32)
+        if self.init is not None:
+            picture = images.to_unit(self.init) * ~hole
+        latents = self._encoded(picture)
+        mask = F.interpolate(torch.from_numpy(hole).float()[None, None], self.shape[1:])
+        return torch.cat([mask.to(latents).expand(len(latents), -1, -1, -1), latents], dim=1)
+
+    def _kept(self) -> Tensor:
+        """Which latents stay, (1, 1, h, w): 1 where no pixel of theirs is to be painted."""
+        hole = torch.from_numpy(self.mask).float()[None, None]
+        return 1 - F.adaptive_max_pool2d(hole, self.shape[1:]).to(self.model.device)
+
+    # --- each batch -------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def latents(self, batch: Sequence[tuple[str, int]]) -> Tensor:
+        """Latents of a batch of prompts and seeds, (B, C, h, w)."""
+        return self._finite("the U-Net", self.model.model, lambda: self._sampled(batch))
+
+    def _sampled(self, batch: Sequence[tuple[str, int]]) -> Tensor:
+        settings, n_pictures = self.settings, len(batch)
+        size = torch.Size((n_pictures, *self.shape))
+        source = None if self.is_upstream else PictureNoise(seed for _, seed in batch)
+        if self.start is not None:
+            noise = self.start[:n_pictures]
+        elif source is not None:
+            noise = source(size).to(self.model.device)
+        else:
+            noise = torch.randn(size, device=self.model.device)
+
+        options: dict[str, Any] = {"noise_source": source, "verbose": self.progress}
+        x, n_steps = noise, len(self.sampler.steps)
+        if self.known is not None:
+            known = _rows(self.known, n_pictures)
+            if self.mask is None:
+                n_steps = self._n_steps_back()
+                x = self.sampler.stochastic_encode(known, n_steps, noise=noise)
+            else:
+                options |= {"mask": self._kept(), "x0": known}
+        if settings.scale != 1:
+            negative = self._conditioning([settings.negative_prompt] * n_pictures)
+            options["unconditional_guidance_scale"] = settings.scale
+            options["unconditional_conditioning"] = negative
+        text = self._conditioning([prompt for prompt, _ in batch])
+        return self.sampler.decode(x, text, n_steps, **options)
+
+    def _n_steps_back(self) -> int:
+        """Steps that img2img takes: upstream's rounding, but at least one unless strength is 0."""
+        n_all, strength = len(self.sampler.steps), self.settings.strength
+        if strength in (0, 1):
+            return int(strength) * n_all
+        return min(n_all, max(1, int(strength * self.n_steps)))
+
+    def _conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        """What the U-Net is told: the texts, each encoded once, and what lies beside the noise."""
+        for prompt in set(prompts) - set(self.texts):
+            self.texts[prompt] = self._text(prompt)
+        text = torch.cat([self.texts[prompt] for prompt in prompts])
+        if self.beside is None:
+            return text
+        return {"c_crossattn": [text], "c_concat": [_rows(self.beside, len(prompts))]}
+
+    def _text(self, prompt: str) -> Tensor:
+        """The embedding of a prompt, (1, L, width)."""
+        return self._finite(
+            "the text encoder",
+            self.model.cond_stage_model,
+            lambda: self.model.get_learned_conditioning([prompt]),
+        )
+
+    @torch.inference_mode()
+    def pixels(self, latents: Tensor) -> Pixels:
+        """The picture (H, W, 3) of latents (1, C, h, w); outside of a mask, the original."""
+        stage = self.model.first_stage_model
+
+        def decode() -> Tensor:
+            weight = next(stage.parameters())
+            return self.model.decode_first_stage(latents.to(weight.dtype))[0].float()
+
+        drawn = images.to_pixels(self._finite("the first stage", stage, decode).cpu())
+        if self.mask is None or self.init is None:
+            return drawn
+        return np.where(self.mask[..., None], drawn, self.init)
+
+    def _finite(self, stage: str, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute; where the result has NaN or infinities, once more in float32.
+
+        Raises:
+            InputError: it has them in float32 too.
+        """
+        states = _random_states(self.model.device)
+        result = compute()
+        if torch.isfinite(result).all():
+            return result
+        kind = next(module.parameters()).dtype
+        if kind == torch.float32:
+            raise InputError(
+                f"{stage} of {self.name} gives values that are not numbers, in float32 too: the "
+                "file is damaged, or predicts something else than its configuration says"
+            )
+        logger.warning("%s gives values that are not numbers in %s; using float32", stage, kind)
+        module.float()
+        _restore_random_states(self.model.device, states)
+        return self._finite(stage, module, compute)
+
+
+def sees_mask(model: LatentDiffusion) -> bool:
+    """Whether the U-Net takes a mask and a masked picture beside the noisy latents."""
+    return model.model.diffusion_model.in_channels == 2 * model.channels + 1
+
+
+def _rows(tensor: Tensor, n: int) -> Tensor:
+    """The first n rows of a tensor, or its only row n times."""
+    return tensor.expand(n, *tensor.shape[1:]) if len(tensor) == 1 else tensor[:n]
+
+
+def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """States of torch's global generators, on the CPU and on a device."""
+    own = torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None
+    return torch.get_rng_state(), own
+
+
+def _restore_random_states(device: torch.device, states: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.get_device_module(device).set_rng_state(states[1])

@@ -1,0 +1,88 @@
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.images import load_rgb, read_settings
+from scripts import img2img
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "img2img.py"
+FAST = ["--steps", "4", "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture
+def run(run_program):
+    """Run the program with arguments; the result is its exit code."""
+    return partial(run_program, img2img)
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_a_process_redraws_a_photograph(tiny_checkpoint, photograph, tmp_path):
+    command = [sys.executable, str(SCRIPT), "--ckpt", str(tiny_checkpoint), *FAST]
+    command += ["--init-img", "photo.jpg", "--prompt", "snow", "--tome-ratio", "0.5"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "picture of 90x60 is drawn at 24x16" in done.stdout
+    assert done.stdout.splitlines()[-1] == "Pictures are in outputs/img2img-samples"
+    folder = tmp_path / "outputs" / "img2img-samples"
+    assert load_rgb(folder / "samples" / "00000.png").shape == (16, 24, 3)
+    assert (folder / "grid-0000.png").exists()
+    settings = read_settings(folder / "samples" / "00000.png")
+    assert (settings["strength"], settings["init_img"]) == (0.75, "photo.jpg")
+    text = Image.open(folder / "samples" / "00000.png").info["parameters"]
+    assert "Denoising strength: 0.75" in text
+    assert "Token merging ratio: 0.5" in text
+
+
+def test_strength_decides_how_much_is_redrawn(run, tiny_checkpoint, photograph, tmp_path):
+    drawn = []
+    for strength in (0, 0.3, 0.9, 1):
+        out = tmp_path / f"{strength}"
+        argv = ["--ckpt", tiny_checkpoint, *FAST, "--init-img", photograph, "--outdir", out]
+        assert run(*argv, "--strength", strength, "--scale", 1) == 0
+        drawn.append(load_rgb(out / "samples" / "00000.png").astype(int))
+    distances = [np.abs(picture - drawn[0]).mean() for picture in drawn]
+    assert distances == sorted(distances)
+    assert distances[1] > 0
+
+
+def test_every_sampler_and_several_pictures(run, tiny_checkpoint, photograph, tmp_path):
+    for sampler in ("--plms", "--dpm_solver"):
+        argv = ["--ckpt", tiny_checkpoint, *FAST, "--init-img", photograph, sampler]
+        assert run(*argv, "--outdir", tmp_path / sampler, "--n_samples", 2, "--H", 8) == 0
+        pictures = [load_rgb(tmp_path / sampler / "samples" / f"0000{i}.png") for i in range(2)]
+        assert pictures[0].shape == (8, 16, 3)
+        assert not np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--init-img"),
+        (["--init-img", "missing.png"], "missing.png: there is no such file"),
+        (["--init-img", "text.png"], "text.png: not a picture"),
+        (["--init-img", "photo.jpg", "--strength", "1.5"], "strength 1.5: allowed is 0 to 1"),
+        (["--init-img", "photo.jpg", "--strength", "-1"], "strength -1.0: allowed is 0 to 1"),
+        (["--init-img", "photo.jpg", "--H", "0"], "H 0: allowed is a number of pixels above 0"),
+    ],
+)
+def test_bad_input_is_one_clear_line(run, photograph, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    Path("text.png").write_text("text")
+    assert run(*argv) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.jpg", "text.png"]

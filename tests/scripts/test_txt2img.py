@@ -1,0 +1,130 @@
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.images import load_rgb, read_settings
+from scripts import txt2img
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "txt2img.py"
+FAST = ["--steps", "2", "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture
+def run(run_program):
+    """Run the program with arguments; the result is its exit code."""
+    return partial(run_program, txt2img)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_process_draws_a_picture_from_any_folder(tiny_checkpoint, tmp_path):
+    command = [sys.executable, str(SCRIPT), "--ckpt", str(tiny_checkpoint), *FAST]
+    command += ["--prompt", "a house", "--tome-ratio", "0.5", "--seed", "7"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "outputs" / "txt2img-samples"
+    assert files(folder) == ["grid-0000.png", "samples/00000.png"]
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("ToMe:") for line in lines) == 1
+    assert "64 -> 32 tokens" in done.stdout
+    assert lines[-1] == "Pictures are in outputs/txt2img-samples"
+    assert "DDIM Sampler: 100%" in done.stderr
+    assert "Traceback" not in done.stderr
+    settings = read_settings(folder / "samples" / "00000.png")
+    assert (settings["prompt"], settings["seed"], settings["steps"]) == ("a house", 7, 2)
+    assert settings["tome"]["ratio"] == 0.5
+
+
+def test_a_process_ends_with_one_line_where_the_input_is_bad(tmp_path):
+    (tmp_path / "model.ckpt").write_text("just some text")
+    command = [sys.executable, str(SCRIPT), "--ckpt", "model.ckpt", "--outdir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: model.ckpt is a text file, not a checkpoint\n"
+    assert files(tmp_path) == ["model.ckpt"]
+
+
+def test_pictures_are_numbered_on_and_reproduced(run, tiny_checkpoint, tmp_path):
+    argv = ["--ckpt", tiny_checkpoint, *FAST, "--outdir", tmp_path, "--prompt", "a house"]
+    assert run(*argv, "--n_samples", 2, "--n_iter", 2) == 0
+    assert run(*argv, "--n_iter", 2, "--seed", 44, "--n_rows", 1) == 0
+    numbers = [f"samples/0000{i}.png" for i in range(6)]
+    assert files(tmp_path) == ["grid-0000.png", "grid-0001.png", *numbers]
+    pictures = [load_rgb(tmp_path / number).astype(int) for number in numbers]
+    assert [read_settings(tmp_path / n)["seed"] for n in numbers] == [42, 43, 44, 45, 44, 45]
+    assert np.abs(pictures[2] - pictures[4]).max() <= 1  # drawn in other batches
+    assert np.abs(pictures[0] - pictures[1]).max() > 10
+    assert load_rgb(tmp_path / "grid-0000.png").shape == (38, 38, 3)
+    assert load_rgb(tmp_path / "grid-0001.png").shape == (38, 20, 3)
+
+
+def test_the_same_command_gives_the_same_bytes(run, tiny_checkpoint, tmp_path):
+    for name in ("one", "two"):
+        argv = ["--ckpt", tiny_checkpoint, *FAST, "--tome-ratio", 0.5, "--outdir", tmp_path / name]
+        assert run(*argv) == 0
+    one, two = ((tmp_path / name / "samples/00000.png").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_picture_for_each_line_of_a_file(run, tiny_checkpoint, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hills\n# not this\n\nthe sea\na house\n")
+    out = tmp_path / "out"
+    argv = ["--ckpt", tiny_checkpoint, *FAST, "--outdir", out, "--from-file", prompts]
+    assert run(*argv, "--n_samples", 2, "--negative_prompt", "blurry") == 0
+    drawn = [read_settings(out / f"samples/0000{i}.png")["prompt"] for i in range(3)]
+    assert drawn == ["hills", "the sea", "a house"]
+    assert len(files(out)) == 4
+
+
+def test_the_model_s_defaults_and_the_flags_over_them(run, tiny_checkpoint, tmp_path):
+    argv = ["--ckpt", tiny_checkpoint, "--device", "cpu", "--outdir", tmp_path]
+    assert run(*argv) == 0
+    settings = read_settings(tmp_path / "samples/00000.png")
+    assert (settings["H"], settings["W"], settings["steps"]) == (16, 16, 2)
+    assert run(*argv, "--H", 24, "--W", 9, "--steps", 3, "--scale", 2, "--dpm_solver") == 0
+    last = files(tmp_path / "samples")[-1]
+    settings = read_settings(tmp_path / "samples" / last)
+    assert (settings["H"], settings["W"], settings["sampler"]) == (24, 8, "dpm_solver")
+    assert load_rgb(tmp_path / "samples" / last).shape == (24, 8, 3)
+
+
+def test_what_is_saved_can_be_chosen(run, tiny_checkpoint, tmp_path):
+    argv = ["--ckpt", tiny_checkpoint, *FAST]
+    assert run(*argv, "--outdir", tmp_path / "a", "--skip_grid", "--no_metadata") == 0
+    assert files(tmp_path / "a") == ["samples/00000.png"]
+    assert Image.open(tmp_path / "a" / "samples" / "00000.png").info == {}
+    assert run(*argv, "--outdir", tmp_path / "b", "--skip_save") == 0
+    assert files(tmp_path / "b") == ["grid-0000.png"]
+    assert run(*argv, "--outdir", tmp_path / "c", "--skip_save", "--skip_grid") == 0
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--C", "8"], "C 8: this model's is 4"),
+        (["--tome-ratio", "0.9"], "at most 0.75"),
+        (["--tome-k", "4", "--tome-ratio", "0.5"], "both set the amount"),
+        (["--ema"], "no EMA"),
+        (["--dtype", "float16"], "float16 is for GPUs"),
+        (["--config", "configs/stable-diffusion/v1-inference.yaml"], "does not fit"),
+    ],
+)
+def test_what_the_checkpoint_cannot_do_is_one_clear_line(
+    run, tiny_checkpoint, tmp_path, capsys, argv, message
+):
+    out = tmp_path / "out"
+    assert run("--ckpt", tiny_checkpoint, "--device", "cpu", "--outdir", out, *argv) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert not out.exists()

@@ -1,0 +1,379 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ldm import images
+from ldm.errors import InputError
+from ldm.pipeline import Pipeline, unknown_words
+from ldm.sampling import PictureNoise
+from ldm.settings import SAMPLERS
+
+
+@pytest.fixture
+def pipeline(tiny_checkpoint):
+    return Pipeline.from_checkpoint(tiny_checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def inpainting(tiny_inpainting_checkpoint):
+    return Pipeline.from_checkpoint(tiny_inpainting_checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def photograph():
+    return np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+
+
+def pixels(pictures):
+    return np.stack([picture.pixels for picture in pictures])
+
+
+def count_calls(pipeline, name="apply_model"):
+    """Record the batch sizes with which a method of the model is called."""
+    sizes, method = [], getattr(pipeline.model, name)
+
+    def recorded(first, *rest):
+        sizes.append(len(first))
+        return method(first, *rest)
+
+    setattr(pipeline.model, name, recorded)
+    return sizes
+
+
+# --- text to picture --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_seed_gives_the_same_picture_whatever_was_drawn_before(pipeline, sampler):
+    first = pixels(pipeline.txt2img("a house", seed=3, sampler=sampler))
+    assert first.shape == (1, 16, 16, 3)
+    assert first.std() > 10
+    other = pixels(pipeline.txt2img("hills", seed=4, sampler=sampler, n_samples=2))
+    assert not np.array_equal(first[0], other[0])
+    np.testing.assert_array_equal(
+        pixels(pipeline.txt2img("a house", seed=3, sampler=sampler)), first
+    )
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_noise_of_a_picture_depends_on_its_own_seed_alone(pipeline, eta):
+    together = pipeline.txt2img("a house", seed=5, n_samples=3, eta=eta, steps=3)
+    one_by_one = pipeline.txt2img("a house", seed=5, n_iter=3, eta=eta, steps=3)
+    alone = pipeline.txt2img("a house", seed=7, eta=eta, steps=3)
+    assert [p.settings["seed"] for p in together] == [5, 6, 7]
+    # other batch sizes may round differently, no more
+    difference = pixels(together).astype(int) - pixels(one_by_one)
+    assert np.abs(difference).max() <= 1
+    np.testing.assert_array_equal(one_by_one[2].pixels, alone[0].pixels)
+    assert np.abs(together[0].pixels.astype(int) - together[1].pixels).mean() > 10
+
+
+def test_picture_noise_is_that_of_a_cpu_generator():
+    noise = PictureNoise([1, 2])
+    expected = torch.randn((4, 2, 2), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(noise((2, 4, 2, 2))[1], expected, rtol=0, atol=0)
+    assert not torch.equal(noise((2, 4, 2, 2))[1], expected)  # the stream goes on
+
+
+def test_upstream_s_noise_is_one_stream_from_the_seed(pipeline):
+    starts = []
+    decode = type(pipeline.model).apply_model
+
+    def recorded(x, t, c):
+        starts.append(x[: len(x) // 2].clone())
+        return decode(pipeline.model, x, t, c)
+
+    pipeline.model.apply_model = recorded
+    options = {"rng": "upstream", "seed": 9, "n_samples": 2, "n_iter": 2, "steps": 2}
+    first = pixels(pipeline.txt2img("a house", **options))
+    torch.manual_seed(9)
+    torch.testing.assert_close(starts[0], torch.randn(2, 4, 8, 8), rtol=0, atol=0)
+    for _ in range(2):  # DDIM draws at every step, even where it needs no noise
+        torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(starts[2], torch.randn(2, 4, 8, 8), rtol=0, atol=0)
+    torch.randn(5)
+    np.testing.assert_array_equal(pixels(pipeline.txt2img("a house", **options)), first)
+
+
+def test_fixed_code_starts_all_pictures_alike(pipeline):
+    pictures = pipeline.txt2img("a house", n_samples=2, n_iter=2, fixed_code=True)
+    assert np.ptp(pixels(pictures).astype(int), axis=0).max() <= 1
+
+
+def test_upstream_s_fixed_code_starts_all_batches_alike(pipeline):
+    options = {"n_samples": 2, "fixed_code": True, "rng": "upstream"}
+    pictures = pixels(pipeline.txt2img(["a", "b", "a"], **options))
+    assert np.abs(pictures[0].astype(int) - pictures[2]).max() <= 1  # the short batch included
+    pictures = pixels(pipeline.txt2img("a", n_iter=2, **options))
+    np.testing.assert_array_equal(pictures[:2], pictures[2:])
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_several_prompts_and_a_short_last_batch(pipeline):
+    sizes = count_calls(pipeline)
+    pictures = pipeline.txt2img(["a", "b", "c"], n_samples=2, steps=1)
+    assert [p.settings["prompt"] for p in pictures] == ["a", "b", "c"]
+    assert sizes == [4, 2]  # with guidance, two rows a picture
+
+
+def test_each_prompt_is_encoded_once(pipeline):
+    encoded = []
+    encode = pipeline.model.get_learned_conditioning
+    pipeline.model.get_learned_conditioning = lambda c: encoded.extend(c) or encode(c)
+    pipeline.txt2img("a house", n_samples=2, n_iter=3, negative_prompt="blurry")
+    assert sorted(encoded) == ["a house", "blurry"]
+
+
+def test_scale_1_needs_no_second_pass(pipeline, caplog):
+    sizes = count_calls(pipeline)
+    plain = pixels(pipeline.txt2img("a house", scale=1))
+    assert set(sizes) == {1}
+    assert not np.array_equal(plain, pixels(pipeline.txt2img("a house", scale=3)))
+    assert "no effect" not in caplog.text
+    pipeline.txt2img("a house", scale=1, negative_prompt="blurry")
+    assert "negative prompt has no effect at scale 1" in caplog.text
+
+
+def test_the_negative_prompt_and_the_prompt_matter(pipeline):
+    one = pixels(pipeline.txt2img("a house", negative_prompt="blurry"))
+    assert not np.array_equal(one, pixels(pipeline.txt2img("a house")))
+    assert not np.array_equal(one, pixels(pipeline.txt2img("a tree", negative_prompt="blurry")))
+
+
+def test_pictures_come_one_by_one(pipeline):
+    from ldm.settings import Settings
+
+    sizes = count_calls(pipeline)
+    stream = pipeline.generate(Settings("a house", n_iter=3, steps=1))
+    next(stream)
+    assert len(sizes) == 1
+    assert len(list(stream)) == 2
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 40), (24, 16), (56, 8)])
+def test_any_multiple_of_8_is_a_size(pipeline, height, width):
+    for tome in (None, {"ratio": 0.5}):
+        pipeline.set_tome(tome)
+        assert pixels(pipeline.txt2img("x", H=height, W=width)).shape == (1, height, width, 3)
+
+
+# --- from a picture ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("rng", ["image", "upstream"])
+def test_img2img_stays_the_closer_the_smaller_the_strength(pipeline, photograph, sampler, rng):
+    options = {"sampler": sampler, "rng": rng, "steps": 4, "scale": 1, "n_samples": 2}
+    kept = pixels(pipeline.img2img(photograph, "x", strength=0, **options))
+    assert kept.shape == (2, 16, 24, 3)
+    distances = []
+    for strength in (0.1, 0.5, 0.75):
+        redrawn = pixels(pipeline.img2img(photograph, "x", strength=strength, **options))
+        distances.append(np.abs(redrawn.astype(int) - kept).mean())
+    assert 0 < distances[0] < distances[1] < distances[2]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_img2img_at_strength_1_ignores_the_picture(pipeline, photograph, sampler):
+    options = {"sampler": sampler, "strength": 1.0, "steps": 3, "n_samples": 2, "seed": 3}
+    one = pixels(pipeline.img2img(photograph, "x", **options))
+    np.testing.assert_array_equal(one, pixels(pipeline.img2img(255 - photograph, "x", **options)))
+    del options["strength"]
+    np.testing.assert_array_equal(one, pixels(pipeline.txt2img("x", H=16, W=24, **options)))
+
+
+@pytest.mark.parametrize(
+    ("strength", "calls"), [(0.0, 0), (0.05, 1), (0.5, 5), (0.75, 7), (0.99, 9), (1.0, 10)]
+)
+def test_strength_is_a_share_of_the_steps(pipeline, photograph, strength, calls):
+    sizes = count_calls(pipeline)
+    pipeline.img2img(photograph, "x", strength=strength, steps=10)
+    assert len(sizes) == calls
+
+
+def test_a_huge_photograph_is_made_smaller_and_says_so(pipeline, caplog):
+    caplog.set_level("INFO", "ldm")
+    huge = np.zeros((300, 400, 3), np.uint8)
+    assert pipeline.img2img(huge, "x")[0].pixels.shape == (16, 24, 3)  # 1.5 times the model's 16
+    assert "picture of 400x300 is drawn at 24x16" in caplog.text
+    assert pipeline.img2img(huge, "x", W=32)[0].pixels.shape == (24, 32, 3)
+    assert pipeline.img2img(huge, "x", W=32, H=8)[0].pixels.shape == (8, 32, 3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("kind", ["pipeline", "inpainting"])
+def test_inpainting_paints_inside_of_the_mask_alone(kind, sampler, photograph, request):
+    painter = request.getfixturevalue(kind)
+    mask = np.zeros((16, 24), bool)
+    mask[3:9, 5:14] = True
+    painted = pixels(painter.inpaint(photograph, mask, "x", sampler=sampler, n_samples=2, steps=3))
+    assert painted.shape == (2, 16, 24, 3)
+    for picture in painted:
+        np.testing.assert_array_equal(picture[~mask], photograph[~mask])
+        assert np.abs(picture[mask].astype(int) - photograph[mask]).mean() > 10
+    assert not np.array_equal(painted[0], painted[1])
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "inpainting"])
+def test_inpainting_sees_what_surrounds_the_hole_but_not_what_is_in_it(kind, photograph, request):
+    painter = request.getfixturevalue(kind)
+    mask = np.zeros((16, 24), bool)
+    mask[:, 8:16] = True
+    painted = painter.inpaint(photograph, mask, "x", steps=3)[0].pixels[mask]
+    inside, outside = photograph.copy(), photograph.copy()
+    outside[:, :8] = 255 - outside[:, :8]
+    assert not np.array_equal(painter.inpaint(outside, mask, "x", steps=3)[0].pixels[mask], painted)
+    if kind == "inpainting":  # blending shows the rest of the picture through the first stage
+        inside[mask] = 255 - inside[mask]
+        hidden = painter.inpaint(inside, mask, "x", steps=3)[0].pixels[mask]
+        np.testing.assert_array_equal(hidden, painted)
+
+
+def test_an_inpainting_checkpoint_also_draws_whole_pictures(inpainting, photograph):
+    assert pixels(inpainting.txt2img("x", n_samples=2)).shape == (2, 16, 16, 3)
+    redrawn = inpainting.img2img(photograph, "x", strength=0.3, steps=10)
+    assert redrawn[0].pixels.shape == (16, 24, 3)
+
+
+# --- what is said -----------------------------------------------------------------------------
+
+
+def test_settings_survive_in_the_picture_and_reproduce_it(pipeline, tmp_path):
+    picture = pipeline.txt2img("a house", seed=11, n_samples=2, sampler="plms", scale=4.0)[1]
+    picture.save(tmp_path / "x.png")
+    read = images.read_settings(tmp_path / "x.png")
+    assert read == json.loads(json.dumps(picture.settings))
+    assert read["model"]["name"] == "tiny"
+    assert (read["dtype"], read["device"], read["rng"]) == ("float32", "cpu", "image")
+    again = {name: read[name] for name in ("seed", "sampler", "scale", "steps", "H", "W", "eta")}
+    redrawn = pipeline.txt2img(read["prompt"], **again)[0]
+    assert np.abs(redrawn.pixels.astype(int) - picture.pixels).max() <= 1
+
+
+def test_tome_is_reported_and_changes_the_picture(tiny_checkpoint, caplog):
+    caplog.set_level("INFO", "ldm")
+    options = {"device": "cpu", "dtype": "float32"}
+    plain = Pipeline.from_checkpoint(tiny_checkpoint, **options)
+    unmerged = pixels(plain.txt2img("a house"))
+    assert "ToMe:" not in caplog.text
+    merging = Pipeline.from_checkpoint(tiny_checkpoint, tome={"ratio": 0.5}, **options)
+    picture = merging.txt2img("a house")[0]
+    lines = [r.getMessage() for r in caplog.records if r.levelname == "INFO"]
+    assert sum(line.startswith("ToMe:") for line in lines) == 1
+    assert "64 -> 32 tokens" in caplog.text
+    assert picture.settings["tome"]["ratio"] == 0.5
+    assert not np.array_equal(picture.pixels, unmerged[0])
+    for off in ({"ratio": 0}, False, None):
+        merging.set_tome(off)
+        np.testing.assert_array_equal(pixels(merging.txt2img("a house")), unmerged)
+
+
+def test_the_yaml_s_tome_config_counts_unless_it_is_overruled(tiny_checkpoint):
+    config = yaml.safe_load(tiny_checkpoint.with_suffix(".yaml").read_text())
+    unet = config["model"]["params"]["unet_config"]["params"]
+    unet["tome_config"] = {"method": "bipartite", "ratio": 0.25, "protect": 1}
+
+    def merging(tome):
+        pipeline = Pipeline.from_checkpoint(tiny_checkpoint, config, "cpu", "float32", tome)
+        return pipeline.model.model.diffusion_model.tome.config
+
+    assert merging(None).ratio == 0.25
+    assert (merging({"r": 8}).r, merging({"r": 8}).ratio, merging({"r": 8}).protect) == (8, None, 1)
+    assert merging(False).is_off
+
+
+def test_a_merging_without_effect_is_a_warning(pipeline, caplog):
+    pipeline.set_tome({"ratio": 0.5, "min_tokens": 100000})
+    pipeline.txt2img("a house")
+    assert "ToMe merged nothing" in caplog.text
+
+
+def test_words_beyond_the_model_s_sight_are_named(pipeline, caplog):
+    pipeline.txt2img("hill " * 75 + "a purple sheep", steps=1)
+    assert "'a purple sheep'" in caplog.text
+    caplog.clear()
+    pipeline.txt2img("hill " * 75, steps=1)
+    assert caplog.text == ""
+
+
+def test_words_unknown_to_the_model_are_named(pipeline, caplog):
+    pipeline.defaults["vocabulary"] = "ldm.data.scenes.VOCABULARY"
+    pipeline.txt2img("snow, a Robot and a robot's spaceship", steps=1)
+    assert "words that this model has never seen: robot, s, spaceship" in caplog.text
+    assert unknown_words("Hills, 2 hills!", {"hills"}) == ["2"]
+
+
+# --- what goes wrong --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "stage"), [("model", "U-Net"), ("first_stage_model", "first stage")]
+)
+def test_half_precision_that_overflows_is_retried_in_float32(tiny_checkpoint, caplog, part, stage):
+    pipeline = Pipeline.from_checkpoint(tiny_checkpoint, device="cpu", dtype="float32")
+    expected = pixels(pipeline.txt2img("a house", rng="upstream", n_iter=2))
+    module = getattr(pipeline.model, part).bfloat16()
+    forward = "decode" if part == "first_stage_model" else "forward"
+    original = getattr(module, forward)
+
+    def overflow(*args, **kwargs):
+        result = original(*args, **kwargs)
+        is_half = next(module.parameters()).dtype == torch.bfloat16
+        return result * float("nan") if is_half else result
+
+    setattr(module, forward, overflow)
+    pictures = pixels(pipeline.txt2img("a house", rng="upstream", n_iter=2))
+    assert f"the {stage} gives values that are not numbers in torch.bfloat16" in caplog.text
+    assert caplog.text.count("using float32") == 1
+    assert np.abs(pictures.astype(int) - expected).mean() < 8  # weights rounded to bfloat16
+
+
+def test_a_model_that_gives_nan_in_float32_is_an_error(pipeline):
+    next(pipeline.model.model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"the U-Net of .*tiny\.safetensors gives values that are"):
+        pipeline.txt2img("a house")
+
+
+def test_too_little_memory_becomes_advice(pipeline):
+    def fail(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 12 GB")
+
+    pipeline.model.apply_model = fail
+    with pytest.raises(InputError, match="not enough memory: try n_samples 1"):
+        pipeline.txt2img("a house")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"C": 8}, "C 8: this model's is 4"), ({"f": 8}, "f 8: this model's is 2")],
+)
+def test_a_geometry_that_is_not_the_model_s_is_refused(pipeline, settings, message):
+    with pytest.raises(InputError, match=message):
+        pipeline.txt2img("x", **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "cuda:7"}, "torch sees"),
+        ({"dtype": "float16"}, "float16 is for GPUs"),
+        ({"tome": {"ratoi": 0.5}}, "no key 'ratoi'"),
+        ({"tome": {"ratio": 0.9}}, "at most 0.75"),
+        ({"ema": True}, "no EMA"),
+        ({"parameterization": "x"}, "eps or v"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_refused(tiny_checkpoint, arguments, message):
+    with pytest.raises(InputError, match=message):
+        Pipeline.from_checkpoint(tiny_checkpoint, **{"device": "cpu", **arguments})
+
+
+def test_bfloat16_draws_almost_the_same_picture(pipeline, tiny_checkpoint):
+    half = Pipeline.from_checkpoint(tiny_checkpoint, device="cpu", dtype="bfloat16")
+    picture = half.txt2img("a house")[0]
+    assert picture.settings["dtype"] == "bfloat16"
+    expected = pipeline.txt2img("a house")[0].pixels
+    assert 0 < np.abs(picture.pixels.astype(int) - expected).mean() < 8
