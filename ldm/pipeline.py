@@ -103,7 +103,7 @@ class Pipeline:
         merging = _tome_config(info, tome)
         logger.info("%s", note or info.summary())
         logger.info("Device: %s, %s", where, str(kind).removeprefix("torch."))
-        model = load_model(path, info.config, info.prediction, ema, kind, where, merging, attention)
+        model = load_model(path, config, parameterization, ema, kind, where, merging, attention)
         if kind != torch.float32 and where.type != "mps":
             model.model.to(memory_format=torch.channels_last)  # where half precision is fastest
         return cls(model, info, attention, ema)

@@ -87,6 +87,7 @@ class Settings:
             object.__setattr__(self, "prompt", tuple(self.prompt))
         if self.seed == -1:
             object.__setattr__(self, "seed", secrets.randbelow(2**32))
+            logger.info("The seed is %d", self.seed)
         for name in ("H", "W"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _rounded(name, getattr(self, name)))

@@ -7,9 +7,10 @@ import yaml
 
 from ldm import images
 from ldm.errors import InputError
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pipeline import Pipeline, unknown_words
 from ldm.sampling import PictureNoise
-from ldm.settings import SAMPLERS
+from ldm.settings import SAMPLERS, Settings
 
 
 @pytest.fixture
@@ -144,8 +145,6 @@ def test_the_negative_prompt_and_the_prompt_matter(pipeline):
 
 
 def test_pictures_come_one_by_one(pipeline):
-    from ldm.settings import Settings
-
     sizes = count_calls(pipeline)
     stream = pipeline.generate(Settings("a house", n_iter=3, steps=1))
     next(stream)
@@ -183,6 +182,23 @@ def test_img2img_at_strength_1_ignores_the_picture(pipeline, photograph, sampler
     np.testing.assert_array_equal(one, pixels(pipeline.img2img(255 - photograph, "x", **options)))
     del options["strength"]
     np.testing.assert_array_equal(one, pixels(pipeline.txt2img("x", H=16, W=24, **options)))
+
+
+def test_img2img_draws_upstream_s_noise_in_upstream_s_order(pipeline, photograph):
+    options = {"rng": "upstream", "seed": 9, "n_samples": 2, "steps": 4, "strength": 0.5}
+    pictures = pixels(pipeline.img2img(photograph, ["x", "x", "x"], scale=2, eta=1.0, **options))
+    model, sampler = pipeline.model, DDIMSampler(pipeline.model)
+    sampler.make_schedule(4, ddim_eta=1.0)
+    picture = torch.from_numpy(images.to_unit(photograph))[None]
+    torch.manual_seed(9)
+    posterior = model.encode_first_stage(picture.expand(2, -1, -1, -1))
+    latents = model.get_first_stage_encoding(posterior)  # drawn once, on the CPU
+    for start, n in ((0, 2), (2, 1)):
+        noisy = sampler.stochastic_encode(latents[:n], 2)
+        text, empty = (model.get_learned_conditioning([t] * n) for t in ("x", ""))
+        drawn = model.decode_first_stage(sampler.decode(noisy, text, 2, 2.0, empty, verbose=False))
+        expected = images.to_pixels(drawn.detach())
+        assert np.abs(pictures[start : start + n].astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -363,7 +379,7 @@ def test_a_geometry_that_is_not_the_model_s_is_refused(pipeline, settings, messa
         ({"tome": {"ratoi": 0.5}}, "no key 'ratoi'"),
         ({"tome": {"ratio": 0.9}}, "at most 0.75"),
         ({"ema": True}, "no EMA"),
-        ({"parameterization": "x"}, "eps or v"),
+        ({"parameterization": "x"}, "parameterization 'x'"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_refused(tiny_checkpoint, arguments, message):

@@ -45,8 +45,10 @@ def test_sizes_are_rounded_with_a_message(caplog):
     assert caplog.text == ""
 
 
-def test_a_seed_can_be_chosen_for_the_user():
+def test_a_seed_can_be_chosen_for_the_user(caplog):
+    caplog.set_level("INFO", "ldm")
     seeds = {Settings("x", seed=-1).seed for _ in range(3)}
+    assert all(f"The seed is {seed}" in caplog.messages for seed in seeds)
     assert len(seeds) == 3
     assert min(seeds) >= 0
 

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from ldm import device
+from ldm.errors import InputError
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "has_mps", "chosen"),
+    [(True, False, "cuda"), (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_auto_takes_the_fastest_there_is(monkeypatch, has_cuda, has_mps, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(has_cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    assert device.choose_device().type == chosen
+
+
+def test_what_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device.choose_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(InputError, match="device cuda:1: torch sees 1 CUDA devices"):
+        device.choose_device("cuda:1")
+    with pytest.raises(InputError, match="device mps: torch sees no Apple GPU"):
+        device.choose_device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="device cuda: torch sees 0 CUDA devices; try cpu"):
+        device.choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("where", "flags", "dtype"),
+    [
+        (CUDA, {"amx_bf16"}, torch.float16),
+        (MPS, {"amx_bf16"}, torch.float32),
+        (CPU, {"fpu", "amx_bf16"}, torch.bfloat16),
+        (CPU, {"avx512_bf16"}, torch.bfloat16),
+        (CPU, {"avx512f", "avx2"}, torch.float32),
+        (CPU, set(), torch.float32),
+    ],
+)
+def test_auto_takes_the_type_that_is_fast_there(monkeypatch, where, flags, dtype):
+    monkeypatch.setattr(device, "_processor_flags", lambda: flags)
+    assert device.choose_dtype("auto", where) == dtype
+    assert device.choose_dtype("float32", where) == torch.float32
+
+
+def test_float16_needs_a_gpu():
+    assert device.choose_dtype("float16", CUDA) == torch.float16
+    with pytest.raises(InputError, match="use bfloat16 or float32"):
+        device.choose_dtype("float16", CPU)
