@@ -17,7 +17,9 @@ from ldm.modules.tome.config import cells
 from ldm.modules.tome.merger import TokenMerger
 
 MAP_SIDE = 512  # pixels that the longer side of a map has at least
+TOKEN_SIDE = 16  # likewise of a token of square ones
 STRIP_SIDE = 256
+NEAR = 3.0  # tokens up to this distance are linked to the one that they were merged into
 STRIP_LENGTH = 8  # model calls in a strip
 FLATNESS = 0.8  # share of a group's mean colour in what is drawn of it
 
@@ -63,22 +65,23 @@ class MergeMap:
         """Tokens after merging."""
         return len(self.counts)
 
-    @property
-    def mean_distance(self) -> float:
-        """How far tokens lie from those they were merged into, in tokens; 0 where none was."""
-        moved = np.flatnonzero(self.merged_into != np.arange(self.n_tokens))
-        if not len(moved):
-            return 0.0
-        here, there = (np.divmod(t, self.size[1]) for t in (moved, self.merged_into[moved]))
-        return float(np.hypot(here[0] - there[0], here[1] - there[1]).mean())
+    @cached_property
+    def distances(self) -> NDArray[np.float64]:
+        """How far each token lies from the one that it was merged into, in tokens, (h * w,)."""
+        here, there = (
+            np.divmod(t, self.size[1]) for t in (np.arange(self.n_tokens), self.merged_into)
+        )
+        return np.hypot(here[0] - there[0], here[1] - there[1])
 
     def describe(self) -> str:
         """Numbers of tokens, and how they were merged, in one line."""
-        if self.n_kept == self.n_tokens:
+        n_merged = self.n_tokens - self.n_kept
+        if n_merged == 0:
             return f"{self.n_tokens} tokens, none merged"
+        away = self.distances.sum() / n_merged
         return (
-            f"{self.n_tokens} -> {self.n_kept} tokens ({'+'.join(self.places)}), "
-            f"up to {self.counts.max()} in one, {self.mean_distance:.1f} tokens apart"
+            f"{self.n_tokens} -> {self.n_kept} tokens ({'+'.join(self.places)}), up to "
+            f"{self.counts.max()} in one, on average from {away:.1f} tokens away"
         )
 
 
@@ -185,73 +188,44 @@ def strip_steps(n_calls: int) -> list[int]:
 # --- drawing ------------------------------------------------------------------------------------
 
 
-def draw_map(picture: Pixels, merge_map: MergeMap, side: int = MAP_SIDE) -> Pixels:
-    """Draw a map over a picture.
+def draw_map(picture: Pixels, merge_map: MergeMap) -> Pixels:
+    """Draw a map over a picture, with tokens large enough to be told apart.
 
-    Tokens that were merged are flat areas in the mean colour of their group, with a line around
-    neighbours of one group and a dot on the token that the others were merged into; where nothing
-    was merged, the picture is seen.
+    Merged tokens are flat areas in the mean colour of their group, with a line around neighbours of
+    one group, a dot on the token that the others were merged into, and a line to it from those that
+    are near. Where nothing was merged, the picture is seen.
 
     Args:
         picture: (H, W, 3).
         merge_map: of any block.
-        side: the result's longer side, in pixels, is at least this; it is a multiple of H, W.
     """
-    zoom = -(-side // max(picture.shape[:2]))
-    height, width = (zoom * length for length in picture.shape[:2])
-    shown = images.fit(picture, height, width).astype(np.float32)
+    side = max(MAP_SIDE, TOKEN_SIDE * max(merge_map.size))
+    shown, owner = _tinted(picture, merge_map, side)
+    height, width = owner.shape
     h, w = merge_map.size
-    token = np.arange(height)[:, None] * h // height * w + np.arange(width) * w // width
-    owner = merge_map.groups[token]
-    is_merged = (merge_map.counts > 1)[owner]
-
-    area = np.bincount(owner.flatten())
-    means = [np.bincount(owner.flatten(), shown[..., c].flatten()) / area for c in range(3)]
-    tint = np.stack(means, axis=1)[owner]
-    shown = np.where(is_merged[..., None], FLATNESS * tint + (1 - FLATNESS) * shown, shown)
-
-    ink = np.where(shown.mean(axis=2, keepdims=True) < 110, 255.0, 0.0)
     cell = min(height / h, width / w)
-    line = _borders(owner, is_merged, thickness=1 + (cell >= 24))
-    shown = np.where(line[..., None], 0.45 * shown + 0.55 * ink, shown)
-    heads = merge_map.destinations
-    heads = heads[merge_map.counts[merge_map.groups[heads]] > 1]
-    rows, columns = (heads // w + 0.5) * height / h, (heads % w + 0.5) * width / w
-    for radius, value in ((cell / 5 + 1, 0.0), (cell / 5, 255.0)):
-        shown[_dots((height, width), rows, columns, radius)] = value
+    ink = np.where(shown.mean(axis=2, keepdims=True) < 110, 255.0, 0.0)
+    line = _borders(owner, merge_map.counts > 1, thickness=1 + (cell >= 24))
+    shown = np.where(line[..., None], 0.6 * shown + 0.4 * ink, shown)
+
+    def middle(tokens: Integers) -> NDArray[np.float64]:
+        return np.stack([(tokens // w + 0.5) * height / h, (tokens % w + 0.5) * width / w])
+
+    tokens = np.arange(merge_map.n_tokens)
+    is_near = (merge_map.distances > 0) & (merge_map.distances <= NEAR)
+    ends = middle(tokens[is_near]), middle(merge_map.merged_into[is_near])
+    along = np.linspace(0, 1, int(2 * NEAR * cell))[:, None]
+    y, x = (start + along * (end - start) for start, end in zip(*ends, strict=True))
+    shown[y.astype(int), x.astype(int)] = ink[y.astype(int), x.astype(int)]
+
+    is_head = (merge_map.merged_into == tokens) & (merge_map.counts[merge_map.groups] > 1)
+    for radius, value in ((cell / 6 + 1, 0.0), (cell / 6, 255.0)):
+        shown[_dots((height, width), middle(tokens[is_head]), radius)] = value
     return np.rint(shown).astype(np.uint8)
 
 
-def _borders(owner: Integers, is_merged: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
-    """Where neighbouring pixels belong to different groups, one of them of several tokens."""
-    line = np.zeros(owner.shape, dtype=bool)
-    for shift in range(1, thickness + 1):
-        for here, there in (
-            (np.s_[shift:], np.s_[:-shift]),
-            (np.s_[:, shift:], np.s_[:, :-shift]),
-        ):
-            differ = (owner[here] != owner[there]) & (is_merged[here] | is_merged[there])
-            line[here] |= differ
-    return line
-
-
-def _dots(
-    shape: tuple[int, int], rows: NDArray[np.float64], columns: NDArray[np.float64], radius: float
-) -> NDArray[np.bool_]:
-    """Discs around points, (H, W)."""
-    reach = np.arange(-int(radius) - 1, int(radius) + 2)
-    y = np.floor(rows).astype(int)[:, None, None] + reach[:, None]
-    x = np.floor(columns).astype(int)[:, None, None] + reach
-    distance = np.hypot(y + 0.5 - rows[:, None, None], x + 0.5 - columns[:, None, None])
-    y, x = np.broadcast_arrays(y, x)
-    is_inside = (distance <= radius) & (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
-    dots = np.zeros(shape, dtype=bool)
-    dots[y[is_inside], x[is_inside]] = True
-    return dots
-
-
 def draw_strip(picture: Pixels, maps: Mapping[int, MergeMap]) -> Pixels:
-    """The picture, and beside it a small map for each of some model calls.
+    """The picture, and beside it a small map, of colours alone, for each of some model calls.
 
     Args:
         picture: (H, W, 3).
@@ -261,6 +235,63 @@ def draw_strip(picture: Pixels, maps: Mapping[int, MergeMap]) -> Pixels:
     height, width = (zoom * length for length in picture.shape[:2])
     cells = [images.label(images.fit(picture, height, width), ["the picture", ""])]
     for step, one in maps.items():
+        tinted = np.rint(_tinted(picture, one, STRIP_SIDE)[0]).astype(np.uint8)
         lines = [f"step {step}", f"{one.n_tokens} -> {one.n_kept} tokens"]
-        cells.append(images.label(draw_map(picture, one, STRIP_SIDE), lines))
+        cells.append(images.label(tinted, lines))
     return images.make_grid(cells, len(cells))
+
+
+def _tinted(
+    picture: Pixels, merge_map: MergeMap, side: int
+) -> tuple[NDArray[np.floating], Integers]:
+    """The picture with groups of several tokens in their mean colour, and each pixel's group.
+
+    Args:
+        picture: (H, W, 3).
+        merge_map: of any block.
+        side: the longer side of the result has at least so many pixels; it is enlarged by a whole
+            number.
+    """
+    zoom = -(-side // max(picture.shape[:2]))
+    height, width = (zoom * length for length in picture.shape[:2])
+    shown = images.fit(picture, height, width).astype(np.float64)
+    h, w = merge_map.size
+    token = np.arange(height)[:, None] * h // height * w + np.arange(width) * w // width
+    owner = merge_map.groups[token]
+    area = np.bincount(owner.flatten())
+    means = [np.bincount(owner.flatten(), shown[..., c].flatten()) / area for c in range(3)]
+    tint = FLATNESS * np.stack(means, axis=1)[owner] + (1 - FLATNESS) * shown
+    return np.where((merge_map.counts > 1)[owner][..., None], tint, shown), owner
+
+
+def _borders(owner: Integers, is_merged: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
+    """Where neighbouring pixels belong to different groups, one of them merged, (H, W).
+
+    Args:
+        owner: group of each pixel, (H, W).
+        is_merged: whether a group has several tokens, (n_kept,).
+        thickness: of the lines, in pixels.
+    """
+    line = np.zeros(owner.shape, dtype=bool)
+    for shift in range(1, thickness + 1):
+        for here, there in (
+            (np.s_[shift:], np.s_[:-shift]),
+            (np.s_[:, shift:], np.s_[:, :-shift]),
+        ):
+            is_either = is_merged[owner[here]] | is_merged[owner[there]]
+            line[here] |= (owner[here] != owner[there]) & is_either
+    return line
+
+
+def _dots(shape: tuple[int, int], centres: NDArray[np.float64], radius: float) -> NDArray[np.bool_]:
+    """Discs around points (2, n), (H, W)."""
+    reach = np.arange(-int(radius) - 1, int(radius) + 2)
+    rows, columns = centres[..., None, None]
+    y = np.floor(rows).astype(int) + reach[:, None]
+    x = np.floor(columns).astype(int) + reach
+    distance = np.hypot(y + 0.5 - rows, x + 0.5 - columns)
+    y, x = np.broadcast_arrays(y, x)
+    is_inside = (distance <= radius) & (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
+    dots = np.zeros(shape, dtype=bool)
+    dots[y[is_inside], x[is_inside]] = True
+    return dots

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.evaluation.merge_map import MergeMap
+from ldm.evaluation.merge_map import NEAR, MergeMap
 from ldm.images import Pixels, encode_png
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -30,6 +30,7 @@ def merge_page(
     data = {
         "prompt": prompt,
         "about": about,
+        "near": NEAR,
         "picture": "data:image/png;base64," + base64.b64encode(encode_png(picture)).decode(),
         "maps": [
             {
