@@ -172,8 +172,9 @@ class BasicTransformerBlock(nn.Module):
         """
         if not (self.checkpoint and torch.is_grad_enabled()):
             return self._forward(x, context, merging)
-        # Made outside, so that the recomputation in the backward pass meets the same plan.
-        merging.plans(partial(self._metric, x, None))
+        # Made outside, so that the recomputation in the backward pass meets the same plan; and
+        # detached, or the compiler takes this norm and the recomputed one for the same.
+        merging.plans(partial(self._metric, x.detach(), None))
         return checkpoint(self._forward, x, context, merging, use_reentrant=False)
 
     def _forward(self, x: Tensor, context: Tensor | None, merging: BlockMerge) -> Tensor:

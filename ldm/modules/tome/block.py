@@ -18,19 +18,17 @@ from ldm.modules.tome.merge import (
 )
 from ldm.modules.tome.plan import MergePlan
 
-IDENTITY = MergePlan.identity()
-
 
 @dataclass(frozen=True)
 class BlockPlans:
     """The plan for each place of a block; the identity where nothing is merged."""
 
-    block: MergePlan = IDENTITY
-    q: MergePlan = IDENTITY
-    kv: MergePlan = IDENTITY
-    crossattn: MergePlan = IDENTITY
-    mlp: MergePlan = IDENTITY
-    is_proportional: bool = False
+    block: MergePlan
+    q: MergePlan
+    kv: MergePlan
+    crossattn: MergePlan
+    mlp: MergePlan
+    is_proportional: bool
 
     @classmethod
     def at(cls, plan: MergePlan, places: tuple[str, ...], is_proportional: bool) -> BlockPlans:
@@ -39,12 +37,17 @@ class BlockPlans:
             inside = MergePlan.identity(plan.sizes)
             return cls(plan, inside, inside, inside, inside, is_proportional)
         return cls(
-            q=plan if {"q", "attn"} & {*places} else IDENTITY,
-            kv=plan if {"kv", "attn"} & {*places} else IDENTITY,
+            block=IDENTITY,
+            q=plan if "q" in places or "attn" in places else IDENTITY,
+            kv=plan if "kv" in places or "attn" in places else IDENTITY,
             crossattn=plan if "crossattn" in places else IDENTITY,
             mlp=plan if "mlp" in places else IDENTITY,
             is_proportional=is_proportional,
         )
+
+
+IDENTITY = MergePlan.identity()
+NOTHING = BlockPlans(IDENTITY, IDENTITY, IDENTITY, IDENTITY, IDENTITY, False)
 
 
 class BlockMerge:
@@ -104,7 +107,7 @@ class BlockMerge:
                 is called only where a plan has to be made.
         """
         if self.removed == 0:
-            return BlockPlans()
+            return NOTHING
         if self.plan is None:
             with torch.no_grad():
                 self.plan = self._make_plan(metric(self.config.metric).detach())
