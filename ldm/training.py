@@ -122,8 +122,12 @@ class SetupCallback(pl.Callback):
 class CUDACallback(pl.Callback):
     """Report time and peak memory of each epoch; on the CPU, of the process."""
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock: a resumed run goes on within an epoch, without that epoch's start."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock anew."""
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
             torch.cuda.synchronize(pl_module.device)

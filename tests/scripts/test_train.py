@@ -54,16 +54,18 @@ def test_trains_logs_and_resumes(config, tmp_path, capsys):
     first = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert first["global_step"] == 2
 
-    train["main"](["--resume", str(run), "--train", "--max_steps", "3", "data.params.batch_size=1"])
+    # four steps are an epoch: the run goes on in the middle of one and ends in the next
+    change = "model.base_learning_rate=0.002"
+    train["main"](["--resume", str(run), "--train", "--max_steps", "5", change])
     second = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    assert second["global_step"] == 3
+    assert second["global_step"] == 5
     changed = [
         not torch.equal(first["state_dict"][name], second["state_dict"][name])
         for name in first["state_dict"]
     ]
     assert any(changed)
     stored = sorted((run / "configs").glob("*-project.yaml"))[-1]
-    assert yaml.safe_load(stored.read_text())["data"]["params"]["batch_size"] == 1
+    assert yaml.safe_load(stored.read_text())["model"]["base_learning_rate"] == 0.002
 
 
 def test_without_train_the_configuration_is_shown(config, tmp_path, capsys):
