@@ -36,6 +36,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["ldm", "ldm.*"]),
+    package_data={"ldm.evaluation": ["*.html"]},
     cmdclass={"build_py": BuildWithShippedFiles},
     install_requires=[
         "torch>=2.4",
@@ -45,7 +46,7 @@ setup(
         "transformers>=4.40",
         "open_clip_torch>=2.24",
         "kornia>=0.7",
-        "pillow>=10",
+        "pillow>=10.1",
         "numpy>=1.26",
         "safetensors>=0.4",
         "tqdm>=4.66",

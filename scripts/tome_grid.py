@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -80,8 +80,7 @@ def columns(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found = {}
     for text, name in ((ratios, "tome_ratio"), (args.presets, "tome_preset")):
         for value in (part.strip() for part in (text or "").split(",") if part.strip()):
-            one = argparse.Namespace(**{**vars(args), name: value})
-            tome = options.tome_arguments(one)
+            tome = options.tome_arguments(argparse.Namespace(**{**vars(args), name: value}))
             assert isinstance(tome, dict)
             if tome.get("ratio") != 0:  # the picture without merging is there anyhow
                 title = f"ratio {value}" if name == "tome_ratio" else Path(value).stem
@@ -124,6 +123,8 @@ def cell(picture: Picture, column: dict[str, Any], i: int) -> Pixels:
     if column["pictures"]:
         away = column["pictures"][i]
         lines[2] = f"PSNR {away['psnr_db']:.1f} dB, SSIM {away['ssim']:.3f}"
+        if away["psnr_db"] == 100:
+            lines[2] = "the same picture"
     return label(fit(picture.pixels, zoom * height, zoom * width), lines)
 
 
@@ -145,8 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     merger = pipeline.model.model.diffusion_model.tome
     report: list[dict[str, Any]] = []
     runs: list[list[Picture]] = []
-    for name, tome in {"no merging": False, **ways}.items():
-        pipeline.set_tome(tome)
+    merge_nothing: Literal[False] = False
+    for name, way in (("no merging", merge_nothing), *ways.items()):
+        pipeline.set_tome(way)
         if not runs:
             draw(pipeline, dataclasses.replace(settings, steps=1, n_iter=1))
         pictures, seconds = draw(pipeline, settings)
