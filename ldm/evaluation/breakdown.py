@@ -1,0 +1,106 @@
+"""Where the time of merging goes: seconds spent in match, merge and unmerge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.modules.tome.block import BlockMerge, BlockPlans
+from ldm.modules.tome.merger import TokenMerger
+from ldm.modules.tome.plan import MergePlan
+
+PARTS = ("match", "merge", "unmerge")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class Stopwatch:
+    """Adds up the seconds of each part of the work.
+
+    Args:
+        device: where the work is done; every part waits for it, before and after.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._device = device
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what happens in the context as part ``name``."""
+        synchronize(self._device)
+        start = perf_counter()
+        yield
+        synchronize(self._device)
+        self.seconds[name] += perf_counter() - start
+
+
+@dataclass(frozen=True)
+class TimedPlan(MergePlan):
+    """A merge plan under a stopwatch."""
+
+    watch: Stopwatch = field(default_factory=lambda: Stopwatch(torch.device("cpu")))
+
+    @classmethod
+    def of(cls, plan: MergePlan, watch: Stopwatch) -> TimedPlan:
+        """The same plan, with a stopwatch."""
+        return cls(**{f.name: getattr(plan, f.name) for f in fields(MergePlan)}, watch=watch)
+
+    def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
+        """As `MergePlan.merge`."""
+        with self.watch.part("merge"):
+            return super().merge(x, mode)
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """As `MergePlan.unmerge`."""
+        with self.watch.part("unmerge"):
+            return super().unmerge(x)
+
+
+@contextmanager
+def breakdown(unet: Any, device: torch.device) -> Iterator[dict[str, float]]:
+    """Measure the parts of merging in a U-Net, as long as the context lasts.
+
+    Matching includes making the plan, and the metric (where that is the keys, a projection).
+
+    Args:
+        unet: a UNetModel.
+        device: where it computes.
+
+    Yields:
+        Seconds for each of `PARTS`, growing as the model is called.
+    """
+    watch = Stopwatch(device)
+
+    def block(*args: Any) -> BlockMerge:
+        merging: Any = TokenMerger.block(unet.tome, *args)
+
+        def plans(metric: Callable[[str], Tensor]) -> BlockPlans:
+            if merging.removed and merging.plan is None:
+                with watch.part("match"):
+                    BlockMerge.plans(merging, metric)
+                plan: Any = merging.plan  # there now
+                if not plan.is_identity:
+                    merging.plan = TimedPlan.of(plan, watch)
+            return BlockMerge.plans(merging, metric)
+
+        merging.plans = plans  # hides the method of its class
+        return merging
+
+    unet.tome.block = block
+    try:
+        yield watch.seconds
+    finally:
+        del unet.tome.block

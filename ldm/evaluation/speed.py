@@ -1,0 +1,276 @@
+"""How long one step of a U-Net takes under each setting, measured side by side.
+
+Weights are random: time and memory do not depend on their values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.evaluation.breakdown import PARTS, breakdown, synchronize
+from ldm.evaluation.memory import peak_memory
+from ldm.evaluation.oracle import oracle
+from ldm.evaluation.peers import TOMESD_MAX_RATIO, diffusers_step
+from ldm.modules.attention import set_attention_backend
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.tome.config import ToMeConfig
+from ldm.util import get_obj_from_str
+
+N_TIMESTEPS = 1000
+CONTEXT_LENGTH = 77  # tokens of a prompt
+MIN_SECONDS = 0.3  # a shorter step is measured several times in a row
+MAX_REPEATS = 20
+
+Step = Callable[[Tensor], Any]  # one call of a U-Net, given the timesteps (B,)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all settings have in common that are compared with each other.
+
+    Attributes:
+        model: a name.
+        size: pixels a side.
+        batch: rows; guidance takes two for each picture.
+        dtype: of weights and activations.
+        attention: sdpa or einsum.
+    """
+
+    model: str
+    size: int
+    batch: int
+    dtype: str
+    attention: str
+
+
+@dataclass
+class Row:
+    """What was measured of one setting.
+
+    Attributes:
+        case: where.
+        name: of the setting.
+        kind: off (no merging), ours, oracle (of the row of ours with that name) or peer.
+        config: what was merged.
+        ms: milliseconds of a step, one entry for each round.
+        peak_mib: peak memory of each round; empty where the system does not tell.
+        shares: share of a step spent in match, merge and unmerge.
+        report: the ``ToMe:`` line.
+        error: why there is nothing.
+    """
+
+    case: Case
+    name: str
+    kind: str
+    config: dict[str, Any] = field(default_factory=dict)
+    ms: list[float] = field(default_factory=list)
+    peak_mib: list[float] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)
+    report: str = ""
+    error: str = ""
+
+
+@dataclass
+class Contender:
+    """A setting, ready to be measured.
+
+    Attributes:
+        row: where its results go.
+        apply: puts it in force for as long as the context lasts.
+        timesteps: of the calls that make a round.
+        repeats: how often a round goes through them.
+    """
+
+    row: Row
+    apply: Callable[[], AbstractContextManager[Step]]
+    timesteps: list[Tensor]
+    repeats: int = 1
+
+    def seconds(self, step: Step, device: torch.device) -> float:
+        """Measure one round; seconds of a single call."""
+        synchronize(device)
+        start = perf_counter()
+        for _ in range(self.repeats):
+            for timesteps in self.timesteps:
+                step(timesteps)
+        synchronize(device)
+        return (perf_counter() - start) / (self.repeats * len(self.timesteps))
+
+
+@torch.no_grad()
+def build_unet(
+    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> UNetModel:
+    """The U-Net of a model's configuration, with random weights, as the pipeline would have it."""
+    unet_config = config["model"]["params"]["unet_config"]
+    params = {**unet_config["params"], "tome_config": None}
+    with torch.device("meta"):
+        unet = get_obj_from_str(unet_config["target"])(**params).to(dtype)
+    unet = unet.to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in unet.named_parameters():
+        if parameter.ndim > 1:  # such that activations keep their size
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    if dtype != torch.float32 and device.type != "mps":
+        unet.to(memory_format=torch.channels_last)
+    return unet
+
+
+def contenders(
+    case: Case,
+    unet: UNetModel,
+    latent_size: int,
+    settings: Mapping[str, ToMeConfig],
+    peer: Any = None,
+    tomesd_ratios: Sequence[float] = (),
+    has_oracles: bool = True,
+) -> list[Contender]:
+    """Everything to be compared in one case; no merging comes first.
+
+    Args:
+        case: which.
+        unet: built for it.
+        latent_size: h and w.
+        settings: ours, by name.
+        peer: a diffusers model to compare with.
+        tomesd_ratios: run tomesd in it at these ratios, too.
+        has_oracles: add the oracle of each of our settings.
+    """
+    set_attention_backend(unet, case.attention)
+    weight = next(unet.parameters())
+    generator = torch.Generator(weight.device).manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
+
+    x = noise(case.batch, unet.in_channels, latent_size, latent_size)
+    context = noise(case.batch, CONTEXT_LENGTH, _context_channels(unet))
+
+    def ours(name: str, kind: str, config: ToMeConfig) -> Contender:
+        def apply() -> AbstractContextManager[Step]:
+            return _merging(unet, x, context, config, kind == "oracle")
+
+        row = Row(case, name, kind, asdict(config))
+        return Contender(row, apply, _timesteps(config, x))
+
+    found = [ours("off", "off", ToMeConfig())]
+    for name, config in settings.items():
+        found.append(ours(name, "ours", config))
+        if has_oracles:
+            found.append(ours(name, "oracle", config))
+    if peer is not None:
+        for ratio in (0.0, *tomesd_ratios):
+            name = f"diffusers, tomesd {ratio:g}" if ratio else "diffusers"
+
+            def apply(ratio: float = ratio) -> AbstractContextManager[Step]:
+                return diffusers_step(peer, x, context, ratio)
+
+            row = Row(case, name, "peer", {"ratio": min(ratio, TOMESD_MAX_RATIO)})
+            found.append(Contender(row, apply, _timesteps(ToMeConfig(), x)))
+    return found
+
+
+@torch.inference_mode()
+def compare(found: Sequence[Contender], unet: UNetModel, rounds: int) -> Iterator[str]:
+    """Measure contenders in turn, A B C A B C, and fill their rows as it goes.
+
+    Args:
+        found: the contenders; those without room in memory, and peers that fail, are left out with
+            the reason in their row.
+        unet: the model that ours run in.
+        rounds: how often each is measured, after one call to warm up.
+
+    Yields:
+        The name of a setting, after each of ``rounds + 2`` visits to it.
+    """
+    device = next(unet.parameters()).device
+    for round_ in range(-2, rounds):
+        for contender in found:
+            row = contender.row
+            if not row.error:
+                with _failures_noted(row):
+                    if round_ == -2:
+                        _warm_up(contender, device)
+                    elif round_ == -1:
+                        _break_down(contender, unet, device)
+                    else:
+                        _measure(contender, device)
+            yield row.name
+
+
+def _warm_up(contender: Contender, device: torch.device) -> None:
+    with contender.apply() as step:
+        seconds = contender.seconds(step, device)
+        if device.type != "cpu":  # where a first call sets much up
+            seconds = contender.seconds(step, device)
+    contender.repeats = max(1, min(MAX_REPEATS, round(MIN_SECONDS / seconds)))
+
+
+def _break_down(contender: Contender, unet: UNetModel, device: torch.device) -> None:
+    if contender.row.kind != "ours":
+        return
+    with contender.apply() as step, breakdown(unet, device) as parts:
+        total = contender.seconds(step, device) * contender.repeats * len(contender.timesteps)
+        contender.row.shares = {part: parts[part] / total for part in PARTS}
+        contender.row.report = unet.tome.report()
+
+
+def _measure(contender: Contender, device: torch.device) -> None:
+    with contender.apply() as step, peak_memory(device) as peak:
+        seconds = contender.seconds(step, device)
+    contender.row.ms.append(seconds * 1000)
+    if peak.mib is not None:
+        contender.row.peak_mib.append(peak.mib)
+
+
+@contextmanager
+def _merging(
+    unet: UNetModel, x: Tensor, context: Tensor, config: ToMeConfig, is_oracle: bool
+) -> Iterator[Step]:
+    """A step of our U-Net with a configuration in force."""
+    unet.tome.configure(config)
+    try:
+        with oracle(unet) if is_oracle else nullcontext():
+            yield lambda timesteps: unet(x, timesteps, context)
+    finally:
+        unet.tome.configure(ToMeConfig())
+
+
+def _timesteps(config: ToMeConfig, x: Tensor) -> list[Tensor]:
+    """Timesteps that stand for a whole run: one, unless plans are kept or the ratio changes."""
+    has_schedule = any(c.steps for c in (config, *config.rules))
+    n_calls = max(config.reuse_steps, 10 if has_schedule else 1)
+    progress = [(i + 0.5) / n_calls for i in range(n_calls)]
+    return [torch.full((len(x),), N_TIMESTEPS * (1 - p), device=x.device) for p in progress]
+
+
+def _context_channels(unet: UNetModel) -> int:
+    """Channels of the text embedding that a U-Net takes."""
+    names = (name for name, _ in unet.named_parameters() if name.endswith("attn2.to_k.weight"))
+    return unet.get_parameter(next(names)).shape[1]
+
+
+@contextmanager
+def _failures_noted(row: Row) -> Iterator[None]:
+    """Note in the row that memory did not suffice, or that a peer failed, and go on."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
+            row.error = "out of memory"
+            torch.cuda.empty_cache()
+        elif row.kind == "peer":  # other people's packages, in whatever version
+            row.error = f"{type(error).__name__}: {text}"[:200]
+        else:
+            raise
