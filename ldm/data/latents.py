@@ -68,7 +68,7 @@ class EncodedPictures(Dataset):
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}.part")
         starts = range(0, len(self.pictures), batch_size)
-        latents: np.ndarray | None = None
+        latents: np.memmap | None = None
         try:
             for start in tqdm(starts, desc="Encoding pictures"):
                 stop = min(start + batch_size, len(self.pictures))

@@ -27,8 +27,8 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
 
     Source: Wang et al. 2004, with their 11 x 11 window.
     """
-    unit = (((p.float() + 1) / 2).clamp(0, 1) for p in (pictures, reference))
-    return ssim_map(*unit, window_size=11).mean(dim=(1, 2, 3))
+    a, b = (((p.float() + 1) / 2).clamp(0, 1) for p in (pictures, reference))
+    return ssim_map(a, b, window_size=11).mean(dim=(1, 2, 3))
 
 
 def high_frequency_ratio(pictures: Tensor, reference: Tensor) -> Tensor:

@@ -137,6 +137,26 @@ class Level(nn.Module):
         return x
 
 
+class DownLevel(Level):
+    """A level of the encoder; ``downsample`` comes last, and is the identity at the coarsest."""
+
+    downsample: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, h, w) -> (B, C_out, h/2, w/2)."""
+        return self.downsample(super().forward(x))
+
+
+class UpLevel(Level):
+    """A level of the decoder; ``upsample`` comes last, and is the identity at the finest."""
+
+    upsample: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, h, w) -> (B, C_out, 2h, 2w)."""
+        return self.upsample(super().forward(x))
+
+
 class Encoder(nn.Module):
     """Pictures to the parameters of their latents.
 
@@ -172,7 +192,7 @@ class Encoder(nn.Module):
         widths = [ch, *(ch * m for m in ch_mult)]
         self.down = nn.ModuleList()
         for i in range(len(ch_mult)):
-            level = Level(
+            level = DownLevel(
                 widths[i],
                 widths[i + 1],
                 num_res_blocks,
@@ -180,8 +200,8 @@ class Encoder(nn.Module):
                 dropout,
                 has_attn=resolution // 2**i in attn_resolutions,
             )
-            if i < len(ch_mult) - 1:
-                level.downsample = Downsample(widths[i + 1])
+            is_last = i == len(ch_mult) - 1
+            level.downsample = nn.Identity() if is_last else Downsample(widths[i + 1])
             self.down.append(level)
         self.mid = Middle(widths[-1], norm_groups, dropout)
         self.norm_out = normalize(widths[-1], norm_groups)
@@ -192,8 +212,6 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -226,7 +244,7 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1], norm_groups, dropout)
         self.up = nn.ModuleList()
         for i in range(len(ch_mult)):
-            level = Level(
+            level = UpLevel(
                 widths[min(i + 1, len(ch_mult) - 1)],
                 widths[i],
                 num_res_blocks + 1,
@@ -234,8 +252,7 @@ class Decoder(nn.Module):
                 dropout,
                 has_attn=resolution // 2**i in attn_resolutions,
             )
-            if i > 0:
-                level.upsample = Upsample(widths[i])
+            level.upsample = Upsample(widths[i]) if i > 0 else nn.Identity()
             self.up.append(level)
         self.norm_out = normalize(widths[0], norm_groups)
         self.conv_out = conv3x3(widths[0], out_ch)
@@ -245,8 +262,6 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
