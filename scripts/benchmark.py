@@ -10,7 +10,6 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ QUICK = {
     "ratios": "",
     "rounds": 3,
 }
-AUTO_SIZES = {"cpu": "512"}  # elsewhere:
+CPU_SIZES = "512"
 GPU_SIZES = "512,768,1024,2048"
 
 EPILOG = """
@@ -77,7 +76,7 @@ def build_parser() -> Parser:
     add(
         "--sizes",
         metavar="PIXELS,...",
-        help=f"sides of the pictures (default: {AUTO_SIZES['cpu']} on the cpu, else {GPU_SIZES})",
+        help=f"sides of the pictures (default: {CPU_SIZES} on the cpu, else {GPU_SIZES})",
     )
     add(
         "--dtypes",
@@ -125,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     device = choose_device(args.device)
     if sizes is None:
-        sizes = numbers(AUTO_SIZES.get(device.type, GPU_SIZES), "--sizes")
+        sizes = numbers(CPU_SIZES if device.type == "cpu" else GPU_SIZES, "--sizes")
     types = {str(choose_dtype(name, device)).removeprefix("torch."): None for name in dtypes}
     outdir = Path(args.outdir)
     try:
@@ -133,10 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise InputError(f"--outdir {outdir}: cannot write there ({error.strerror})") from None
 
-    from ldm.evaluation.benchmark import Plan, measure
+    from ldm.evaluation.benchmark import Scope, measure
 
-    started = datetime.now(timezone.utc)
-    plan = Plan(
+    scope = Scope(
         models=models,
         sizes=sizes,
         dtypes=list(types),
@@ -150,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(
         ["python", "scripts/benchmark.py", *(sys.argv[1:] if argv is None else argv)]
     )
-    measure(plan, device, outdir / f"{started:%Y%m%d-%H%M%S}.json", command, f"{started:%F %T} UTC")
+    measure(scope, device, outdir, command)
 
 
 def read_model(name: str) -> tuple[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from tqdm import tqdm
 from ldm.config import model_defaults
 from ldm.errors import InputError
 from ldm.evaluation.peers import PACKAGES, TOMESD_MAX_RATIO, diffusers_unet, installed
-from ldm.evaluation.speed import Case, Row, build_unet, compare, contenders
+from ldm.evaluation.speed import N_EXTRA_ROUNDS, Case, Row, build_unet, compare, contenders
 from ldm.evaluation.speed_report import (
+    against_upstream,
     can_plot,
     machine,
     table,
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Scope:
     """What to measure: every combination.
 
     Attributes:
@@ -48,7 +50,7 @@ class Plan:
         has_peers: measure diffusers and tomesd where they are installed.
     """
 
-    models: Mapping[str, Mapping[str, Any]]
+    models: Mapping[str, dict[str, Any]]
     sizes: Sequence[int]
     dtypes: Sequence[str]
     backends: Sequence[str]
@@ -59,69 +61,79 @@ class Plan:
     has_peers: bool = True
 
     @property
+    def groups(self) -> list[tuple[str, int, int]]:
+        """Backend, size and batch of the cases of each model and type."""
+        return list(itertools.product(self.backends, self.sizes, self.batches))
+
+    def n_visits(self, peers: Sequence[str]) -> int:
+        """How often `compare` comes by, with those packages among the peers."""
+        n_ours = 1 + len(self.settings) * (2 if self.has_oracles else 1)
+        n_peers = 0
+        if "diffusers" in peers:
+            n_peers = 1 + len(self.tomesd_ratios) * ("tomesd" in peers)
+        n_settings = sum(n_ours + n_peers * (group[0] == "sdpa") for group in self.groups)
+        return len(self.models) * len(self.dtypes) * n_settings * (self.rounds + N_EXTRA_ROUNDS)
+
+    @property
     def tomesd_ratios(self) -> list[float]:
         """The ratios for tomesd: those of our settings that it can remove, else its default."""
         plain = [c.ratio for name, c in self.settings.items() if name.startswith("ratio ")]
         return [r for r in plain if isinstance(r, float) and r <= TOMESD_MAX_RATIO] or [0.5]
 
 
-def measure(
-    plan: Plan, device: torch.device, path: Path, command: str = "", started: str = ""
-) -> list[Row]:
+def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> None:
     """Measure everything; print a table for each case, and write a JSON file and a plot.
 
     Args:
-        plan: what.
+        scope: what.
         device: where.
-        path: the JSON file, written anew after each measurement; the plot lies beside it.
-        command, started: notes for the file.
+        outdir: the folder of results. The JSON file is written anew after each measurement.
+        command: noted in it.
     """
+    started = datetime.now(timezone.utc)
+    path = outdir / f"{started:%Y%m%d-%H%M%S}.json"
     about: dict[str, Any] = {
         "command": command,
-        "started": started,
-        "rounds": plan.rounds,
+        "started": f"{started:%Y-%m-%d %H:%M:%S} UTC",
+        "rounds": scope.rounds,
         "machine": machine(device),
         "versions": versions(),
     }
-    _say_what_disturbs(plan, about["machine"])
+    _say_what_disturbs(scope, about["machine"])
     rows: list[Row] = []
-    peers = installed() if plan.has_peers else []
-    n_settings = len(plan.settings) * (2 if plan.has_oracles else 1) + 1
-    n_cases = len(plan.models) * len(plan.dtypes) * len(plan.sizes) * len(plan.batches)
-    n_visits = n_cases * len(plan.backends) * n_settings
-    if "diffusers" in peers and "sdpa" in plan.backends:
-        n_visits += n_cases * (1 + len(plan.tomesd_ratios) * ("tomesd" in peers))
-    with tqdm(total=n_visits * (plan.rounds + 2), unit="visit", smoothing=0.1) as bar:
-        for (name, config), dtype in itertools.product(plan.models.items(), plan.dtypes):
+    peers = installed() if scope.has_peers else []
+    with tqdm(total=scope.n_visits(peers), unit="visit", smoothing=0.1) as bar:
+        for (name, config), dtype in itertools.product(scope.models.items(), scope.dtypes):
             bar.set_description(f"building {name}")
+            f = model_defaults(config)["f"]
             unet = build_unet(config, getattr(torch, dtype), device)
             peer = _peer(config, unet) if "diffusers" in peers else None
-            f = model_defaults(dict(config))["f"]
-            for backend, size, batch in itertools.product(plan.backends, plan.sizes, plan.batches):
+            for backend, size, batch in scope.groups:
                 case = Case(name, size, batch, dtype, backend)
                 found = contenders(
                     case,
                     unet,
                     size // f,
-                    plan.settings,
+                    scope.settings,
                     peer if backend == "sdpa" else None,
-                    plan.tomesd_ratios if "tomesd" in peers else (),
-                    plan.has_oracles,
+                    scope.tomesd_ratios if "tomesd" in peers else (),
+                    scope.has_oracles,
                 )
                 rows += [contender.row for contender in found]
                 bar.set_description(title(case))
-                for setting in compare(found, unet, plan.rounds):
+                for setting in compare(found, unet, scope.rounds):
                     bar.set_postfix_str(setting, refresh=False)
                     bar.update()
                     write_json(path, about, rows)
                 shown = table([row for row in rows if row.case == case])
                 bar.write(f"\n{title(case)}\n\n{shown}\n")
             del unet, peer, found  # one model in memory at a time
+    for line in against_upstream(rows):
+        print(line)
     print(f"Results are in {path}")
     if can_plot():
         write_plot(path.with_suffix(".png"), rows)
         print(f"The plot is {path.with_suffix('.png')}")
-    return rows
 
 
 def _peer(config: Mapping[str, Any], unet: torch.nn.Module) -> Any:
@@ -133,7 +145,7 @@ def _peer(config: Mapping[str, Any], unet: torch.nn.Module) -> Any:
         return None
 
 
-def _say_what_disturbs(plan: Plan, about: Mapping[str, Any]) -> None:
+def _say_what_disturbs(scope: Scope, about: Mapping[str, Any]) -> None:
     """Warn of a busy machine, and tell which peers could be had."""
     load, cores = about.get("load_before"), about["cores"]
     if load is not None and load > BUSY * cores:
@@ -143,7 +155,7 @@ def _say_what_disturbs(plan: Plan, about: Mapping[str, Any]) -> None:
             *(load, cores),
         )
     missing = [name for name in PACKAGES if name not in installed()]
-    if plan.has_peers and missing:
+    if scope.has_peers and missing:
         logger.info(
             'Not installed, so not compared with: %s (pip install -e ".[bench]")',
             ", ".join(missing),

@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.evaluation.breakdown import PARTS, breakdown, synchronize
 from ldm.evaluation.memory import peak_memory
 from ldm.evaluation.oracle import oracle
-from ldm.evaluation.peers import TOMESD_MAX_RATIO, diffusers_step
+from ldm.evaluation.peers import diffusers_step
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome.config import ToMeConfig
@@ -28,6 +28,7 @@ N_TIMESTEPS = 1000
 CONTEXT_LENGTH = 77  # tokens of a prompt
 MIN_SECONDS = 0.3  # a shorter step is measured several times in a row
 MAX_REPEATS = 20
+N_EXTRA_ROUNDS = 2  # before those that count: one to warm up, one for the breakdown
 
 Step = Callable[[Tensor], Any]  # one call of a U-Net, given the timesteps (B,)
 
@@ -175,7 +176,7 @@ def contenders(
             def apply(ratio: float = ratio) -> AbstractContextManager[Step]:
                 return diffusers_step(peer, x, context, ratio)
 
-            row = Row(case, name, "peer", {"ratio": min(ratio, TOMESD_MAX_RATIO)})
+            row = Row(case, name, "peer", {"ratio": ratio})
             found.append(Contender(row, apply, _timesteps(ToMeConfig(), x)))
     return found
 
@@ -191,10 +192,10 @@ def compare(found: Sequence[Contender], unet: UNetModel, rounds: int) -> Iterato
         rounds: how often each is measured, after one call to warm up.
 
     Yields:
-        The name of a setting, after each of ``rounds + 2`` visits to it.
+        The name of a setting, after each of ``rounds + N_EXTRA_ROUNDS`` visits to it.
     """
     device = next(unet.parameters()).device
-    for round_ in range(-2, rounds):
+    for round_ in range(-N_EXTRA_ROUNDS, rounds):
         for contender in found:
             row = contender.row
             if not row.error:
@@ -269,7 +270,6 @@ def _failures_noted(row: Row) -> Iterator[None]:
         text = " ".join(str(error).split())
         if re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
             row.error = "out of memory"
-            torch.cuda.empty_cache()
         elif row.kind == "peer":  # other people's packages, in whatever version
             row.error = f"{type(error).__name__}: {text}"[:200]
         else:

@@ -106,6 +106,33 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def against_upstream(rows: Sequence[Row]) -> list[str]:
+    """How our fastest setting compares with upstream's own way to compute, where both are there.
+
+    That way is einsum attention in float32 without merging.
+    """
+    lines = []
+    for old in rows:
+        where = (old.case.model, old.case.size, old.case.batch)
+        if (old.kind, old.case.attention, old.case.dtype) != ("off", "einsum", "float32"):
+            continue
+        ours = [
+            row
+            for row in rows
+            if row.kind == "ours"
+            and row.case.attention == "sdpa"
+            and where == (row.case.model, row.case.size, row.case.batch)
+            and row.ms
+        ]
+        if ours and old.ms:
+            best = min(ours, key=lambda row: median(row.ms))
+            lines.append(
+                f"{title(best.case)}: {best.name} is {median(old.ms) / median(best.ms):.2f} times "
+                "as fast as einsum attention in float32 without merging"
+            )
+    return lines
+
+
 def title(case: Case) -> str:
     """A case in words."""
     return (

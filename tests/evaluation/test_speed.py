@@ -15,7 +15,7 @@ from ldm.evaluation.memory import peak_memory
 from ldm.evaluation.oracle import FreePlan, oracle
 from ldm.evaluation.peers import diffusers_config, diffusers_step, diffusers_unet
 from ldm.evaluation.speed import Case, Contender, Row, build_unet, compare, contenders
-from ldm.evaluation.speed_report import figures, table, write_json
+from ldm.evaluation.speed_report import against_upstream, figures, table, write_json
 from ldm.modules.attention import CrossAttention
 from ldm.modules.tome.config import ToMeConfig
 from tests.tiny_models import tiny_config
@@ -330,6 +330,24 @@ def test_table():
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
 
 
+def test_our_fastest_against_upstreams_way():
+    def row(name, kind, ms, dtype="float32", attention="sdpa", size=16):
+        return Row(Case("tiny", size, 2, dtype, attention), name, kind, ms=[ms])
+
+    found = [
+        row("off", "off", 1000, attention="einsum"),
+        row("off", "off", 900, attention="einsum", dtype="bfloat16"),
+        row("fast", "ours", 700, attention="einsum"),
+        row("fast", "ours", 500),
+        row("fast", "ours", 250, dtype="bfloat16"),
+        row("fast", "oracle", 100, dtype="bfloat16"),
+        row("fast", "ours", 50, size=8),
+    ]
+    (line,) = against_upstream(found)
+    assert line.startswith("tiny, 16x16, batch 2, bfloat16, sdpa: fast is 4.00 times as fast")
+    assert against_upstream(found[1:]) == []
+
+
 def test_results_are_written_whole(tmp_path):
     path = tmp_path / "results.json"
     write_json(path, {"command": "it"}, rows())
@@ -345,12 +363,13 @@ def test_what_was_measured_before_an_interruption_is_there(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(benchmark, "compare", interrupted)
-    plan = benchmark.Plan(
+    scope = benchmark.Scope(
         {"tiny": tiny_config()}, [16], ["float32"], ["sdpa"], [1], {}, 5, has_peers=False
     )
     with pytest.raises(KeyboardInterrupt):
-        benchmark.measure(plan, CPU, tmp_path / "results.json")
-    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+        benchmark.measure(scope, CPU, tmp_path, "it")
+    (path,) = tmp_path.iterdir()
+    (row,) = json.loads(path.read_text())["rows"]
     assert len(row["ms"]) == 3
 
 
@@ -363,4 +382,4 @@ def test_what_was_measured_before_an_interruption_is_there(tmp_path, monkeypatch
 )
 def test_tomesd_runs_at_the_same_ratios(settings, ratios):
     configs = {name: ToMeConfig(ratio=ratio) for name, ratio in settings.items()}
-    assert benchmark.Plan({}, [], [], [], [], configs, 1).tomesd_ratios == ratios
+    assert benchmark.Scope({}, [], [], [], [], configs, 1).tomesd_ratios == ratios

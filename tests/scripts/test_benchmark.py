@@ -99,7 +99,7 @@ def test_einsum_and_nothing_but_ratios(tiny, tmp_path):
 )
 def test_bad_values(arguments, complaint, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("ldm.evaluation.speed.build_unet", None)  # nothing heavy comes before
+    monkeypatch.setattr("ldm.evaluation.benchmark.measure", None)  # nothing heavy comes before
     with pytest.raises(InputError) as error:
         main(*arguments)
     assert complaint in str(error.value)
@@ -129,12 +129,12 @@ finally:
 
 
 def test_quick_is_small_and_flags_win(monkeypatch, tmp_path):
-    plans = []
-    monkeypatch.setattr("ldm.evaluation.benchmark.measure", lambda plan, *_: plans.append(plan))
+    scopes = []
+    monkeypatch.setattr("ldm.evaluation.benchmark.measure", lambda scope, *_: scopes.append(scope))
     main("--quick", "--device", "cpu", "--outdir", tmp_path)
     main("--quick", "--device", "cpu", "--outdir", tmp_path, "--rounds", 1, "--sizes", "1024")
     main("--device", "cpu", "--outdir", tmp_path)
-    quick, changed, standard = plans
+    quick, changed, standard = scopes
     assert list(quick.models) == ["sd1.5"]
     assert list(quick.settings) == ["fast", "tomesd"]
     assert (quick.sizes, quick.rounds) == ([512], 3)
