@@ -15,6 +15,13 @@ from ldm import checkpoint_keys as keys
 from ldm.checkpoint_files import StateDict, open_state_dict
 from ldm.errors import InputError
 
+COMPONENTS = {
+    "first_stage": "first_stage_model.",
+    "unet": "model.diffusion_model.",
+    "text": "cond_stage_model.",
+}
+"""Names of a split checkpoint's files, and of the tensors in them."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,6 +32,7 @@ def convert(
     ema: bool = False,
     parameterization: str | None = None,
     force: bool = False,
+    split: float | None = None,
 ) -> Path:
     """Write a checkpoint's tensors, under this project's names, and what is known about it.
 
@@ -36,16 +44,20 @@ def convert(
         parameterization: what the U-Net predicts (``eps`` or ``v``), to be recorded in the
             metadata; by default as the metadata or name of the source say.
         force: overwrite the target.
+        split: make the target a folder with files for each component, of at most so many
+            megabytes each; what is not a component's, as the schedule, is left out.
 
     Returns:
-        The file written; it appears whole or not at all.
+        The file or folder written; each file appears whole or not at all.
 
     Raises:
         InputError: the source cannot be read, or the target is there already or cannot be written.
     """
-    target = Path(source).with_suffix(".safetensors") if target is None else Path(target)
-    if target.suffix != ".safetensors":
-        raise InputError(f"{target} is no .safetensors file")
+    suffix = ".safetensors" if split is None else ""
+    target = Path(source).with_suffix(suffix) if target is None else Path(target)
+    if target.suffix != suffix:
+        kind = ".safetensors file" if split is None else "name for a folder"
+        raise InputError(f"{target} is no {kind}")
     if target.exists() and not force:
         raise InputError(f"{target} exists; give --force to overwrite it, or --output another name")
     if not target.parent.is_dir():
@@ -54,7 +66,13 @@ def convert(
     metadata = {**weights.metadata, "format": "pt"}
     if prediction := parameterization or _prediction(weights):
         metadata["modelspec.prediction_type"] = "v" if prediction == "v" else "epsilon"
-    _write(target, _tensors(weights, half, ema), metadata)
+    tensors = _tensors(weights, half, ema)
+    if split is None:
+        _write(target, tensors, metadata)
+        return target
+    target.mkdir(exist_ok=True)
+    for name, part in _parts(tensors, split * 1e6).items():
+        _write(target / f"{name}.safetensors", part, metadata)
     return target
 
 
@@ -99,6 +117,24 @@ def _tensors(weights: StateDict, half: bool, ema: bool) -> dict[str, Tensor]:
         tensors[name] = tensor.clone() if address in memory else tensor
         memory.add(address)
     return tensors
+
+
+def _parts(tensors: dict[str, Tensor], limit: float) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each component, in files of at most so many bytes."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for component, prefix in COMPONENTS.items():
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        files: list[dict[str, Tensor]] = []
+        room = 0.0
+        for name, tensor in own.items():
+            if not files or tensor.nbytes > room:
+                files.append({})
+                room = limit - 1e5  # less the names
+            files[-1][name] = tensor
+            room -= tensor.nbytes
+        for number, file in enumerate(files, 1):
+            parts[component if len(files) == 1 else f"{component}-{number}"] = file
+    return parts
 
 
 def _write(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

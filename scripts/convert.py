@@ -37,6 +37,12 @@ def build_parser() -> Parser:
         choices=("eps", "v"),
         help="what the U-Net predicts, if neither metadata nor name of the source say",
     )
+    add(
+        "--split",
+        type=float,
+        metavar="MB",
+        help="write a folder with files for each component, of at most so many megabytes",
+    )
     add("--force", action="store_true", help="overwrite an existing file")
     return parser
 
@@ -47,9 +53,11 @@ def main() -> None:
     from ldm.convert import convert  # takes torch
 
     target = convert(
-        args.source, args.output, args.half, args.ema, args.parameterization, args.force
+        args.source, args.output, args.half, args.ema, args.parameterization, args.force, args.split
     )
-    print(f"{target}: {target.stat().st_size / 2**20:.0f} MiB")
+    files = [target] if target.is_file() else sorted(target.glob("*.safetensors"))
+    for file in files:
+        print(f"{file}: {file.stat().st_size / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -182,3 +182,20 @@ def test_nothing_is_left_of_a_failed_write(ckpt, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"cannot be written.*No space left"):
         convert(ckpt)
     assert [p.name for p in tmp_path.iterdir()] == ["model.ckpt"]
+
+
+def test_a_folder_with_files_of_limited_size(tmp_path):
+    weights = {f"{UNET}layer{i}.weight": torch.randn(100, 500) for i in range(4)}
+    weights |= {"first_stage_model.x": torch.randn(3), "betas": torch.zeros(3)}
+    source = tmp_path / "model.ckpt"
+    torch.save({"state_dict": weights}, source)
+    folder = convert(source, half=True, split=0.35)
+    assert folder == tmp_path / "model"
+    names = sorted(path.stem for path in folder.iterdir())
+    assert names == ["first_stage", "unet-1", "unet-2"]
+    assert all(path.stat().st_size <= 0.35e6 for path in folder.iterdir())
+    stored = {k: v for path in folder.iterdir() for k, v in content(path)[0].items()}
+    assert set(stored) == set(weights) - {"betas"}
+    assert all(torch.equal(stored[k], weights[k].half()) for k in stored)
+    with pytest.raises(InputError, match="exists; give --force"):
+        convert(source, split=0.35)
