@@ -146,8 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     merger = pipeline.model.model.diffusion_model.tome
     report: list[dict[str, Any]] = []
     runs: list[list[Picture]] = []
-    merge_nothing: Literal[False] = False
-    for name, way in (("no merging", merge_nothing), *ways.items()):
+    everything: dict[str, dict[str, Any] | Literal[False]] = {"no merging": False, **ways}
+    for name, way in everything.items():
         pipeline.set_tome(way)
         if not runs:
             draw(pipeline, dataclasses.replace(settings, steps=1, n_iter=1))
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs.append(pictures)
         report.append(column)
 
-    rows = [
+    cells = [
         cell(picture, column, i)
         for i, row in enumerate(zip(*runs, strict=True))
         for picture, column in zip(row, report, strict=True)
@@ -173,11 +173,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = {key: value for key, value in runs[0][0].settings.items() if key != "tome"}
     prompts = [{"prompt": one.settings["prompt"], "seed": one.settings["seed"]} for one in runs[0]]
     if not args.skip_grid:
-        grid = Picture(make_grid(rows, len(runs)), made)
+        grid = Picture(make_grid(cells, args.n_rows or len(runs)), made)
         grid.save(path.with_suffix(".png"), gallery.has_settings)
+        print(f"The pictures are in {path.with_suffix('.png')}")
     about = {"settings": made, "pictures": prompts, "columns": report}
     write_text(path, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-    print(f"Comparison: {path.with_suffix('.png')}, numbers: {path}")
+    print(f"The numbers are in {path}")
 
 
 if __name__ == "__main__":

@@ -215,3 +215,23 @@ def test_gallery_leaves_out_what_is_not_wanted(tmp_path):
         gallery.close()
     names = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.png"))
     assert names == ["grid/grid-0000.png", "samples/samples/00000.png"]
+
+
+# --- labels -----------------------------------------------------------------------------------
+
+
+def test_a_label_is_dark_text_below_an_untouched_picture():
+    pixels = noise(40, 200)
+    labelled = images.label(pixels, ["ratio 0.5", "a line much too wide for a picture this narrow"])
+    np.testing.assert_array_equal(labelled[:40], pixels)
+    text = labelled[40:].min(axis=2)
+    assert labelled.shape[1] == 200
+    assert np.median(text) == 255
+    assert (text[:20] < 100).sum() > 20  # the first line
+    assert (text[20:] < 100).sum() > (text[:20] < 100).sum()
+    assert (text[:, -4:] == 255).all()  # the font shrank
+
+
+def test_an_encoded_png_is_the_picture(tmp_path):
+    (tmp_path / "a.png").write_bytes(images.encode_png(noise(5, 7)))
+    np.testing.assert_array_equal(images.load_rgb(tmp_path / "a.png"), noise(5, 7))
