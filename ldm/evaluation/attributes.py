@@ -18,10 +18,11 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ldm.config import shipped
 from ldm.data.scenes import ATTRIBUTES
 from ldm.errors import InputError
 
-DEFAULT_WEIGHTS = Path(__file__).parents[2] / "models" / "demo" / "classifier.safetensors"
+WEIGHTS = "models/demo/classifier/attributes.safetensors"
 
 
 class AttributeClassifier(pl.LightningModule):
@@ -166,7 +167,7 @@ def load_classifier(path: str | Path | None = None) -> AttributeClassifier:
     Raises:
         InputError: there is no such file.
     """
-    path = DEFAULT_WEIGHTS if path is None else Path(path)
+    path = shipped(WEIGHTS) if path is None else Path(path)
     if not path.is_file():
         raise InputError(
             f"{path}: no classifier weights; train them with configs/demo/classifier.yaml"

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from ldm.config import shipped
 from ldm.data.rendered import RenderedScenes
 from ldm.data.scenes import ATTRIBUTES
 from ldm.errors import InputError
 from ldm.evaluation.attributes import (
-    DEFAULT_WEIGHTS,
+    WEIGHTS,
     AttributeClassifier,
     disturb,
     export_classifier,
@@ -92,4 +93,4 @@ def test_the_shipped_classifier_knows_scenes_it_has_not_seen():
     for name in ATTRIBUTES:
         correct = sum(a[name] == i["scene"][name] for a, i in zip(answers, items, strict=True))
         assert correct >= 46, name
-    assert DEFAULT_WEIGHTS.stat().st_size < 2**20
+    assert shipped(WEIGHTS).stat().st_size < 2**20

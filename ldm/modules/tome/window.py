@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ldm.modules.tome.matching import pieces, take, unit_destinations
@@ -45,7 +44,7 @@ def nearest_in_window(
     tokens = (token_y[:, None, :, None] * w + token_x[:, None, :]).flatten(2)
     around = (cell_y[:, None, :, None] * n_columns + cell_x[:, None, :]).flatten(2)
     near = near_y[:, None, :, None, :, None] & near_x[:, None, :, None, :]
-    near = rearrange(near, "i j a b y x -> i j (a b) (y x)")
+    near = near.flatten(4, 5).flatten(2, 3)  # (i, j, a b, y x)
 
     (n_tiles_y, n_tiles_x, n_around, n_inside), n_channels = near.shape, metric.shape[2]
     best = metric.new_empty((len(metric), *tokens.shape), dtype=torch.long)
@@ -64,9 +63,8 @@ def nearest_in_window(
             index = around[i].flatten()[(index + first)]
             index = torch.where(highest.view_as(index) > -math.inf, index, -1)
             best[rows, i] = index.view(len(part), -1, *tokens.shape[1:])
-    best = rearrange(best, "b i j (y x) -> b (i y) (j x)", y=token_y.shape[1], x=token_x.shape[1])[
-        :, :h, :w
-    ].flatten(1)
+    best = best.unflatten(3, (token_y.shape[1], token_x.shape[1]))  # (b, i, j, y, x)
+    best = best.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1)
     return torch.where(best < 0, home, best)
 
 
