@@ -294,7 +294,7 @@ class SpatialTransformer(nn.Module):
         h, w = x.shape[2:]
         tokens = self.norm(x)
         tokens = tokens if self.use_linear else self.proj_in(tokens)
-        tokens = rearrange(tokens, "b c h w -> b (h w) c")
+        tokens = rearrange(tokens, "b c h w -> b (h w) c").contiguous()
         tokens = self.proj_in(tokens) if self.use_linear else tokens
         for block in self.transformer_blocks:
             merging = self.tome.block(tokens, (h, w), self.downsample, self.has_self_attention)

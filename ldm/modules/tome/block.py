@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merge import (
+from ldm.modules.tome.plan import MergePlan
+from ldm.modules.tome.planning import (
     plan_bipartite,
     plan_downsample,
     plan_grid,
     plan_kth,
     plan_random,
 )
-from ldm.modules.tome.plan import MergePlan
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,9 @@ class BlockMerge:
     def _make_plan(self, metric: Tensor) -> MergePlan:
         config, removed, threshold = self.config, self.removed, self.config.similarity
         if config.method == "bipartite":
-            return plan_bipartite(metric, removed, config.protect, threshold)
+            return plan_bipartite(
+                metric, removed, config.protect > 0, config.protect > 1, threshold
+            )
         if config.method == "kth":
             return plan_kth(metric, config.group(self.n_tokens), threshold)
         if config.method == "random":

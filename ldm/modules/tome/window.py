@@ -58,10 +58,10 @@ def nearest_in_window(
             cell = take(units, around[i].view(1, -1)).view(-1, n_around, n_channels)
             bias = torch.where(near[i], bar[:, around[i], None], -math.inf).flatten(0, 2)
             highest, index = torch.baddbmm(bias, cell, tile.mT).max(1)  # (b t, around, inside)
-            index = index.view(len(part), -1, n_inside)
-            first = torch.arange(index.shape[1], device=index.device)[:, None] * n_around
-            index = around[i].flatten()[(index + first)]
-            index = torch.where(highest.view_as(index) > -math.inf, index, -1)
+            first = torch.arange(cell.shape[0] // len(part), device=index.device) * n_around
+            index = index.view(len(part), -1, n_inside) + first[:, None]
+            found = highest.view_as(index) > -math.inf
+            index = torch.where(found, around[i].flatten()[index], -1)
             best[rows, i] = index.view(len(part), -1, *tokens.shape[1:])
     best = best.unflatten(3, (token_y.shape[1], token_x.shape[1]))  # (b, i, j, y, x)
     best = best.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1)

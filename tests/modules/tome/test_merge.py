@@ -23,11 +23,11 @@ from ldm.modules.tome.merge import (
     kth_bipartite_soft_matching,
     merge_source,
     merge_wavg,
-    plan_grid,
     random_bipartite_soft_matching,
 )
 from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import MergePlan
+from ldm.modules.tome.planning import plan_grid
 from tests.golden_util import load_golden
 
 GOLDEN, METADATA = load_golden("merge")

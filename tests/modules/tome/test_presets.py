@@ -143,7 +143,7 @@ def test_ours(block: BasicTransformerBlock, x: Tensor, name: str, stride: int, r
 
 MEMORY = """
 import resource, torch
-from ldm.modules.tome.merge import plan_grid, plan_kth
+from ldm.modules.tome.planning import plan_grid, plan_kth
 metric = torch.empty(2, 256 * 256, 320, dtype=torch.bfloat16).normal_(1)
 plan_grid(metric[:, :4096], (64, 64), (2, 2), 2048, window=3)  # libraries are loaded
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
