@@ -148,7 +148,7 @@ class LatentDiffusion(pl.LightningModule):
         channels: of the latents.
         monitor: name of the logged value by which checkpoints are kept.
         scheduler_config: learning-rate schedule.
-        ckpt_path: weights to start from, .ckpt or .safetensors.
+        ckpt_path: weights to start from: .ckpt, .safetensors, or a folder of the latter.
         ignore_keys: names that begin so are not loaded from it.
         load_only_unet: load only the denoising network from it.
         ucg_training: batch key -> {p, val}: with probability p an entry is replaced by val (the
@@ -423,20 +423,23 @@ class LatentDiffusion(pl.LightningModule):
         """Load what a training run or a published file has of this model's weights.
 
         Args:
-            path: .ckpt (read without executing pickled code) or .safetensors.
+            path: .ckpt (read without executing pickled code), .safetensors, or a folder of them.
             ignore_keys: names that begin so are not loaded.
             only_model: load only the denoising network.
 
         Raises:
-            InputError: there is no such file.
+            InputError: there is nothing to load.
         """
-        if not Path(path).is_file():
-            raise InputError(f"ckpt_path {path!r}: there is no such file")
-        if path.endswith(".safetensors"):
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
+        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+        if not files or not files[0].is_file():
+            raise InputError(f"ckpt_path {path!r}: there are no weights")
+        state: dict[str, Any] = {}
+        for file in files:
+            if file.suffix == ".safetensors":
+                state |= load_file(file)
+            else:
+                saved = torch.load(file, map_location="cpu", weights_only=True)
+                state |= saved.get("state_dict", saved)
         state = {k: v for k, v in state.items() if not k.startswith(tuple(ignore_keys))}
         if only_model:
             state = {k: v for k, v in state.items() if k.startswith("model.diffusion_model.")}

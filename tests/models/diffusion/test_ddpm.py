@@ -366,7 +366,7 @@ def test_log_images_draws_pictures(batch):
     assert set(pictures) == {"reconstruction"}
 
 
-@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors", "folder"])
 def test_weights_are_loaded_from_a_file(tmp_path, suffix):
     source = build()
     nn.init.constant_(source.model.diffusion_model.conv_in.weight, 7.0)
@@ -377,11 +377,13 @@ def test_weights_are_loaded_from_a_file(tmp_path, suffix):
     else:
         from safetensors.torch import save_file
 
-        save_file(source.state_dict(), path)
+        if suffix == "folder":
+            path.mkdir()
+        save_file(source.state_dict(), path / "all.safetensors" if path.is_dir() else path)
     model = build(ckpt_path=str(path), ignore_keys=["first_stage_model."])
     assert (model.model.diffusion_model.conv_in.weight == 7).all()
     assert not (model.first_stage_model.encoder.weight == 7).any()
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="there are no weights"):
         build(ckpt_path=str(tmp_path / "missing.ckpt"))
 
 
