@@ -50,9 +50,9 @@ GPU_SIZES = "512,768,1024,2048"
 
 EPILOG = """
 examples:
-  the short one, about two minutes on two cores:
+  a few settings at one size:
     python scripts/benchmark.py --quick
-  everything at one size:
+  every setting at one size, in two precisions:
     python scripts/benchmark.py --models sd1.5 --sizes 1024 --dtypes float32,bfloat16
   against upstream's own way to compute, einsum attention in float32:
     python scripts/benchmark.py --models sd1.5 --sizes 512 --attention sdpa,einsum --dtypes float32
