@@ -114,8 +114,8 @@ def inspect_checkpoint(
 
     Args:
         path: ``.ckpt``, ``.safetensors``, or a folder of ``.safetensors`` that make one model.
-        config: a YAML file or its content; None: a YAML of the same name beside the file, else
-            the shipped configuration that fits.
+        config: a YAML file or its content; None: a YAML of the same name beside the file, or the
+            one that its training run stored, else the shipped configuration that fits.
         parameterization: ``eps`` or ``v``; None: as the file's metadata, the given or neighbouring
             configuration, or the file's name says.
         ema: the running averages are wanted.
@@ -193,9 +193,8 @@ def _inspect(
         for file, whole in ((file, load_config(file)) for file in model_configs())
         if keys.misfit(whole, shapes) is None
     ]
-    sidecar = path.with_suffix(".yaml")
-    if config is None and sidecar.is_file():
-        config = sidecar
+    if config is None:
+        config = _neighbouring_config(path)
     if config is not None:
         candidates = [_chosen_config(config, shapes, path, [name for name, _ in shipped_fits])]
     elif shipped_fits:
@@ -241,6 +240,18 @@ def _require_components(shapes: Mapping[str, keys.Shape], path: Path) -> None:
         raise InputError(f"{path} is no Stable Diffusion checkpoint: it has no {missing[0]}")
     if missing:
         raise InputError(f"{path} has no {' and no '.join(missing)}; a full checkpoint is needed")
+
+
+def _neighbouring_config(path: Path) -> Path | None:
+    """A configuration that was put beside the file, or that its training run stored."""
+    sidecar = path.with_suffix(".yaml")
+    if sidecar.is_file():
+        return sidecar
+    if (
+        path.parent.name == "checkpoints"
+    ):  # logs/RUN/checkpoints/last.ckpt, as scripts/train.py does
+        return max(path.parent.parent.glob("configs/*-project.yaml"), default=None)
+    return None
 
 
 def _chosen_config(
@@ -305,7 +316,8 @@ def _parameters_on_meta() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    handle = nn.modules.module.register_module_parameter_registration_hook(move)
+    hooks: Any = nn.modules.module  # annotated as if a hook returned nothing
+    handle = hooks.register_module_parameter_registration_hook(move)
     try:
         yield
     finally:

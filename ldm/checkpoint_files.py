@@ -196,7 +196,7 @@ TOLERATED = [
 ]
 
 
-def _stubs() -> list[type]:
+def _stubs() -> list[Any]:
     """A class for each tolerated name, such that torch finds it by that name."""
     split = (name.rpartition(".") for name in TOLERATED)
     return [type(name, (_Inert,), {"__module__": module}) for module, _, name in split]

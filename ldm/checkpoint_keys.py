@@ -139,13 +139,12 @@ def refuse_other_families(shapes: Mapping[str, Shape], where: str) -> None:
         expression = re.compile(pattern)
         if any(expression.search(name) for name in shapes):
             raise InputError(f"{where} is {kind}; {SUPPORTED}")
-    context = context_size(shapes)
-    inputs = input_channels(shapes)
-    kind = CONTEXT_SIZES.get(context or 0) or UNET_INPUTS.get(inputs or 0)
-    if kind is None and f"{UNET}label_emb.0.0.weight" in shapes:
-        kind = "a Stable unCLIP model"
-    if kind:
-        raise InputError(f"{where} is {kind}; {SUPPORTED}")
+    special = CONTEXT_SIZES.get(context_size(shapes) or 0)
+    special = special or UNET_INPUTS.get(input_channels(shapes) or 0)
+    if special is None and f"{UNET}label_emb.0.0.weight" in shapes:
+        special = "a Stable unCLIP model"
+    if special:
+        raise InputError(f"{where} is {special}; {SUPPORTED}")
 
 
 # --- what the shapes say ----------------------------------------------------------------------

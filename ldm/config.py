@@ -73,7 +73,7 @@ def load_config(
     """
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     try:
         for path in paths:
             merged = OmegaConf.merge(merged, _read(find_config(path)))

@@ -523,6 +523,17 @@ def test_model_of_another_size_needs_a_configuration(tmp_path, config, weights):
     assert (info.defaults["H"], info.defaults["f"], info.defaults["steps"]) == (16, 2, 2)
 
 
+def test_training_run_keeps_the_configuration(tmp_path, config, weights):
+    for folder in ("checkpoints", "configs"):
+        (tmp_path / folder).mkdir()
+    old, new = (tmp_path / f"configs/2026-01-0{day}T00-00-00-project.yaml" for day in (1, 2))
+    old.write_text("nonsense: true")
+    new.write_text(yaml.safe_dump(config))
+    torch.save({"state_dict": weights}, tmp_path / "checkpoints" / "last.ckpt")
+    info = inspect_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert info.config_name == str(new)
+
+
 def test_other_families_are_refused(tmp_path):
     path = write_header(
         tmp_path / "xl.safetensors",
@@ -616,7 +627,7 @@ def test_every_published_tensor_has_its_place(tmp_path, family):
 
 
 SCRIPT = """
-import resource, sys
+import sys
 import torch
 from ldm.checkpoint import load_model, state_dict_of
 from ldm.checkpoint_keys import SCHEDULE
@@ -630,13 +641,13 @@ import ldm.models.diffusion.ddpm, transformers, open_clip
 before = megabytes("RssAnon")
 model = load_model(path, dtype=dtype)
 anonymous = megabytes("RssAnon") - before
+peak = megabytes("VmHWM") - before
 stored = state_dict_of(path)
 wrong = [
     name for name, tensor in model.state_dict().items()
     if name not in SCHEDULE and not torch.equal(tensor, stored[name].to(dtype))
 ]
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(len(model.state_dict()), len(wrong), round(anonymous), round(peak - before))
+print(len(model.state_dict()), len(wrong), round(anonymous), round(peak))
 """
 
 
