@@ -247,9 +247,8 @@ def _neighbouring_config(path: Path) -> Path | None:
     sidecar = path.with_suffix(".yaml")
     if sidecar.is_file():
         return sidecar
-    if (
-        path.parent.name == "checkpoints"
-    ):  # logs/RUN/checkpoints/last.ckpt, as scripts/train.py does
+    # scripts/train.py writes logs/RUN/checkpoints/last.ckpt and logs/RUN/configs/TIME-project.yaml
+    if path.parent.name == "checkpoints":
         return max(path.parent.parent.glob("configs/*-project.yaml"), default=None)
     return None
 
