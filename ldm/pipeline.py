@@ -3,7 +3,7 @@
 from ldm.pipeline import Pipeline
 
 pipeline = Pipeline.from_checkpoint(tome={"ratio": 0.5})
-for picture in pipeline.txt2img("a red house by the sea at dawn", seed=1, n_samples=4):
+for picture in pipeline.txt2img("a red house on snowy hills at dawn", seed=1, n_samples=4):
     picture.save(f"house-{picture.settings['seed']}.png")
 """
 
