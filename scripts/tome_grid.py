@@ -30,7 +30,7 @@ CELL_SIDE = 256  # pixels that the longer side of a shown picture has at least
 EPILOG = """
 examples:
   how much can be merged, in the form that plain --tome-ratio takes:
-    python scripts/tome_grid.py --prompt "a red house by the sea" --ratios 0.25,0.5,0.75
+    python scripts/tome_grid.py --prompt "a red house at noon" --ratios 0.25,0.5,0.75
   the same of keys and values only, and published ways of merging:
     python scripts/tome_grid.py --ratios 0.5,0.75 --tome-apply-to kv
     python scripts/tome_grid.py --presets tomesd,todo,balanced --n_samples 3

@@ -13,7 +13,7 @@ from ldm import options
 EPILOG = """
 examples:
   four pictures of the demo model, with half of the tokens merged:
-    python scripts/txt2img.py --prompt "a sailboat on the sea at sunset" --n_samples 4 --tome-ratio 0.5
+    python scripts/txt2img.py --prompt "the sea at sunset" --n_samples 4 --tome-ratio 0.5
   a checkpoint of your own, larger and with another sampler:
     python scripts/txt2img.py --ckpt model.safetensors --H 768 --W 512 --dpm_solver --steps 20
   a picture for each line of a file:

@@ -164,9 +164,9 @@ def test_training_libraries_are_neither_called_nor_needed(tmp_path, monkeypatch)
 
 def test_nothing_stays_allowed_afterwards(tmp_path):
     torch.save(lightning_content(), tmp_path / "last.ckpt")
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())  # torch keeps them in no order
     open_state_dict(tmp_path / "last.ckpt")
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 # --- hostile and damaged files ----------------------------------------------------------------
