@@ -39,7 +39,7 @@ setup(
     package_data={"ldm.evaluation": ["*.html"]},
     cmdclass={"build_py": BuildWithShippedFiles},
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.5",
         "pytorch-lightning>=2.2",
         "omegaconf>=2.3",
         "einops>=0.7",
