@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ldm.data.scenes import Scene, Split, attributes, caption, mirror, render, sample_scene
 from ldm.errors import InputError
 
-STYLE = 2
+STYLE = 3
 """Version of the renderer's look; a cache made by another version is made anew."""
 
 

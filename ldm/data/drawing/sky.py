@@ -53,12 +53,12 @@ def _disc(setting: Setting, distance: Array) -> None:
 def _stars(setting: Setting) -> None:
     """Small spots, none close to the moon."""
     c, rng = setting.canvas, setting.rng
-    n = 130
+    n = 70
     x, y = rng.random(n), rng.random(n) ** 1.2 * (setting.horizon - 0.02)
-    brightness = 0.35 + 0.65 * rng.random(n) ** 3
-    radius = 0.0030 + 0.0032 * brightness**2
+    brightness = 0.45 + 0.55 * rng.random(n) ** 2
+    radius = 0.0040 + 0.0045 * brightness**2
     brightness *= np.hypot(x - setting.light_x, y - setting.light_y) > 2.0 * DISC
-    reach = max(2, int(np.ceil(0.012 * c.size)))
+    reach = max(2, int(np.ceil(0.02 * c.size)))
     offsets = np.arange(-reach, reach + 1)
     columns = (x * c.size).astype(int)[:, None] + offsets
     rows = (y * c.size).astype(int)[:, None] + offsets
