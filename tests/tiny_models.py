@@ -132,3 +132,8 @@ def write_header(path: Path, shapes: Mapping[str, tuple[int, ...]], **metadata: 
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
     return path
+
+
+def compared(tokens: torch.Tensor, kind: str) -> torch.Tensor:
+    """What a block's plans ask for: the tokens, or the tokens in the form of logits of one head."""
+    return tokens[:, :, None] if kind.endswith("_logits") else tokens

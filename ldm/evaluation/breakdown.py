@@ -91,9 +91,10 @@ def breakdown(unet: Any, device: torch.device) -> Iterator[dict[str, float]]:
             if merging.removed and merging.plan is None:
                 with watch.part("match"):
                     BlockMerge.plans(merging, metric)
-                plan: Any = merging.plan  # there now
-                if not plan.is_identity:
-                    merging.plan = TimedPlan.of(plan, watch)
+                for name in ("plan", "query_plan"):
+                    plan = getattr(merging, name)
+                    if plan is not None and not plan.is_identity:
+                        setattr(merging, name, TimedPlan.of(plan, watch))
             return BlockMerge.plans(merging, metric)
 
         merging.plans = plans  # hides the method of its class

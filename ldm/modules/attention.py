@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.errors import InputError
 from ldm.modules.tome.block import BlockMerge, BlockPlans
 from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.logits import sampled_logits, sampled_tokens
 from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import MergePlan
 
@@ -174,26 +175,30 @@ class BasicTransformerBlock(nn.Module):
             return self._forward(x, context, merging)
         # Made outside, so that the recomputation in the backward pass meets the same plan; and
         # detached, or the compiler takes this norm and the recomputed one for the same.
-        merging.plans(partial(self._metric, x.detach(), None))
+        merging.plans(partial(self._metric, x.detach(), None, merging.size))
         return checkpoint(self._forward, x, context, merging, use_reentrant=False)
 
     def _forward(self, x: Tensor, context: Tensor | None, merging: BlockMerge) -> Tensor:
         if merging.is_whole_block:
-            plans = merging.plans(partial(self._metric, x, None))
+            plans = merging.plans(partial(self._metric, x, None, merging.size))
             merged = plans.block.merge(x)
             out = self._sublayers(merged, self.norm1(merged), context, plans)
             return x + plans.block.unmerge(out - merged)
         normed = self.norm1(x)
-        plans = merging.plans(partial(self._metric, x, normed))
+        plans = merging.plans(partial(self._metric, x, normed, merging.size))
         return self._sublayers(x, normed, context, plans)
 
-    def _metric(self, x: Tensor, normed: Tensor | None, kind: str) -> Tensor:
-        """What is compared to find similar tokens, (B, N, C')."""
+    def _metric(self, x: Tensor, normed: Tensor | None, size: tuple[int, int], kind: str) -> Tensor:
+        """What is compared to find similar tokens; see `BlockMerge.plans`."""
         if kind == "hidden":
             return x
         normed = self.norm1(x) if normed is None else normed
         if kind == "normed":
             return normed
+        if kind in ("key_logits", "query_logits"):
+            q, k, heads = self.attn1.to_q.weight, self.attn1.to_k.weight, self.attn1.heads
+            asking, asked = (q, k) if kind == "key_logits" else (k, q)
+            return sampled_logits(normed, asking, asked, heads, sampled_tokens(size, x.device))
         keys = self.attn1.to_k(normed)
         if kind == "keys":
             return keys

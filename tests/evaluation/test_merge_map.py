@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from ldm.evaluation.merge_map import (
 from ldm.evaluation.merge_page import merge_page
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
+from tests.tiny_models import compared
 
 CONFIGS = [
     {"ratio": 0.5},
@@ -45,7 +47,7 @@ def recorded(config, size=(6, 7), n_rows=4, n_calls=2):
         merger.begin_call(*size, torch.tensor([900 - call]))
         tokens = torch.randn(n_rows, size[0] * size[1], 8)
         block = merger.block(tokens, size, 1)
-        block.plans(lambda _, tokens=tokens: tokens)
+        block.plans(partial(compared, tokens))
         plans.append(block.plan)
     return recorder, plans
 
@@ -75,7 +77,7 @@ def test_a_merged_token_is_nearest_to_the_destination_that_took_it():
     recorder = Recorder(merger)
     merger.begin_call(4, 4, torch.tensor([5]))
     tokens = torch.randn(1, 16, 8)
-    merger.block(tokens, (4, 4), 1).plans(lambda _: tokens)
+    merger.block(tokens, (4, 4), 1).plans(partial(compared, tokens))
     ((one,),) = recorder.maps()
     similarity = F.normalize(tokens[0], dim=-1) @ F.normalize(tokens[0], dim=-1).T
     heads = np.arange(3, 16, 4)

@@ -25,6 +25,7 @@ from ldm.modules.attention import (
 from ldm.modules.tome.block import BlockMerge
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
+from ldm.modules.tome.plan import MergePlan
 from tests.golden_util import fill_parameters, load_golden_keys
 
 H, W, C, HEADS = 6, 8, 16, 2
@@ -182,9 +183,16 @@ def test_block_with_merging_is_its_equations(config: dict[str, Any]) -> None:
     module, (x, context) = block(), inputs()
     found = module(x, context, merge := merging(config, x))
     plan, places = merge.plan, merge.config.apply_to
-    groups = plan.groups.view(2, N) - torch.arange(2)[:, None] * plan.n_kept
-    spread = F.one_hot(groups, plan.n_kept).float()  # (B, N, n): unmerge
-    average = spread.mT / spread.sum(1)[..., None]  # (B, n, N): merge
+
+    def matrices(plan: MergePlan) -> tuple[Tensor, Tensor]:
+        groups = plan.groups.view(2, N) - torch.arange(2)[:, None] * plan.n_kept
+        spread = F.one_hot(groups, plan.n_kept).float()  # (B, N, n): unmerge
+        weights = 1 if plan.shares is None else plan.shares.view(2, 1, N)
+        average = spread.mT * weights
+        return average / average.sum(2, keepdim=True), spread  # (B, n, N): merge
+
+    average, spread = matrices(plan)
+    of_queries = matrices(merge.query_plan or plan)
     if config["method"] == "downsample" if "method" in config else False:
         average = F.one_hot(plan.chosen.view(2, -1) - torch.arange(2)[:, None] * N, N).float()
     identity = torch.eye(N).expand(2, -1, -1)
@@ -206,7 +214,8 @@ def test_block_with_merging_is_its_equations(config: dict[str, Any]) -> None:
     else:
         kv = at("kv", "attn")
         bias = bias if kv[0] is average else None
-        expected = sublayers(x, at("q", "attn"), kv, at("crossattn"), at("mlp"), bias)
+        q = of_queries if {"q", "attn"} & {*places} else (identity, identity)
+        expected = sublayers(x, q, kv, at("crossattn"), at("mlp"), bias)
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, module(x, context))
 
@@ -217,9 +226,24 @@ def test_metrics() -> None:
     keys = module.attn1.to_k(normed)
     mean = torch.stack(keys.split(C // HEADS, -1)).mean(0)
     expected = {"hidden": x, "normed": normed, "keys": keys, "keys_mean": mean}
+    sample = [y * W + x for y in spread_out(H) for x in spread_out(W)]
+    q, k = (
+        rearrange(t, "b n (h d) -> b h n d", h=HEADS) for t in (module.attn1.to_q(normed), keys)
+    )
+    scale = (C // HEADS) ** -0.5
+    for kind, logits in {
+        "key_logits": scale * k @ q[:, :, sample].mT,
+        "query_logits": scale * q @ k[:, :, sample].mT,
+    }.items():
+        expected[kind] = rearrange(logits - logits.mean(2, keepdim=True), "b h n r -> b n h r")
     for kind, metric in expected.items():
-        torch.testing.assert_close(module._metric(x, None, kind), metric)
-        torch.testing.assert_close(module._metric(x, normed, kind), metric)
+        torch.testing.assert_close(module._metric(x, None, (H, W), kind), metric)
+        torch.testing.assert_close(module._metric(x, normed, (H, W), kind), metric)
+
+
+def spread_out(n: int) -> list[int]:
+    """Four positions in the middles of the quarters of a row of n."""
+    return [int((i + 0.5) / 4 * n) for i in range(4)]
 
 
 def test_self_attention_of_a_block_without_context() -> None:
@@ -266,12 +290,10 @@ def test_gradients_with_checkpointing_are_those_without(config: dict[str, Any]) 
 def test_the_recomputation_makes_no_plan_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     make = BlockMerge._make_plan
-    monkeypatch.setattr(
-        BlockMerge, "_make_plan", lambda self, metric: made.append(1) or make(self, metric)
-    )
+    monkeypatch.setattr(BlockMerge, "_make_plan", lambda *args: made.append(1) or make(*args))
     module, (x, context) = block(checkpoint=True), inputs()
     module(x, context, merging({"ratio": 0.5, "random": True}, x)).sum().backward()
-    assert len(made) == 1
+    assert len(made) == 2  # for keys and values, and for queries
 
 
 class _ForbidOnMps(TorchDispatchMode):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.logits import attention_received
 from ldm.modules.tome.plan import MergePlan
 from ldm.modules.tome.planning import (
     plan_bipartite,
@@ -31,14 +32,20 @@ class BlockPlans:
     is_proportional: bool
 
     @classmethod
-    def at(cls, plan: MergePlan, places: tuple[str, ...], is_proportional: bool) -> BlockPlans:
-        """Use one plan in the places of ``apply_to``."""
+    def at(
+        cls,
+        plan: MergePlan,
+        places: tuple[str, ...],
+        is_proportional: bool,
+        query_plan: MergePlan | None = None,
+    ) -> BlockPlans:
+        """Use a plan in the places of ``apply_to``; for queries another one, if there is one."""
         if "block" in places:
             inside = MergePlan.identity(plan.sizes)
             return cls(plan, inside, inside, inside, inside, is_proportional)
         return cls(
             block=IDENTITY,
-            q=plan if "q" in places or "attn" in places else IDENTITY,
+            q=(query_plan or plan) if "q" in places or "attn" in places else IDENTITY,
             kv=plan if "kv" in places or "attn" in places else IDENTITY,
             crossattn=plan if "crossattn" in places else IDENTITY,
             mlp=plan if "mlp" in places else IDENTITY,
@@ -63,6 +70,7 @@ class BlockMerge:
         n_channels: channels of the block's tokens.
         pays: whether merging is expected to save time here.
         plan: the plan, once made.
+        query_plan: the one for queries, where they are merged by a metric of their own.
     """
 
     def __init__(
@@ -80,6 +88,7 @@ class BlockMerge:
         self.n_channels = n_channels
         self.pays = pays
         self.plan: MergePlan | None = None
+        self.query_plan: MergePlan | None = None
         self._draw = draw
 
     @property
@@ -103,29 +112,55 @@ class BlockMerge:
         """The plans for the block's places.
 
         Args:
-            metric: gives the tokens to compare, (B, N, C), for a value of the key ``metric``; it
-                is called only where a plan has to be made.
+            metric: gives what is compared, for a value of the key ``metric``: tokens, (B, N, C),
+                or for ``key_logits`` and ``query_logits`` their sampled logits,
+                (B, N, heads, R); it is called only where a plan has to be made.
         """
         if self.removed == 0:
             return NOTHING
+        config = self.config
         if self.plan is None:
             with torch.no_grad():
-                self.plan = self._make_plan(metric(self.config.metric).detach())
-        return BlockPlans.at(self.plan, self.config.apply_to, self.config.proportional)
+                if config.metric == "logits":
+                    self._plan_by_logits(metric)
+                else:
+                    self.plan = self._make_plan(metric(config.metric).detach())
+        assert self.plan is not None
+        return BlockPlans.at(self.plan, config.apply_to, config.proportional, self.query_plan)
 
-    def _make_plan(self, metric: Tensor) -> MergePlan:
+    def _plan_by_logits(self, metric: Callable[[str], Tensor]) -> None:
+        """Make a plan for keys and values, and another one for queries, as they are needed."""
+        places = {*self.config.apply_to}
+        if places & {"q", "attn"}:
+            self.query_plan = self._make_plan(metric("query_logits").detach().flatten(2), True)
+        if places & {"kv", "attn"}:
+            logits = metric("key_logits").detach()
+            self.plan = self._make_plan(logits.flatten(2), True)
+            if self.config.weighted:
+                self.plan = self.plan.weighted(attention_received(logits))
+        else:
+            self.plan = self.query_plan
+
+    def _make_plan(self, metric: Tensor, by_distance: bool = False) -> MergePlan:
         config, removed, threshold = self.config, self.removed, self.config.similarity
         if config.method == "bipartite":
             return plan_bipartite(
-                metric, removed, config.protect > 0, config.protect > 1, threshold
+                metric, removed, config.protect > 0, config.protect > 1, threshold, by_distance
             )
         if config.method == "kth":
-            return plan_kth(metric, config.group(self.n_tokens), threshold)
+            return plan_kth(metric, config.group(self.n_tokens), threshold, by_distance)
         if config.method == "random":
             assert self._draw is not None
-            return plan_random(metric, removed, self._draw, threshold)
+            return plan_random(metric, removed, self._draw, threshold, by_distance)
         if config.method == "grid":
             return plan_grid(
-                metric, self.size, config.stride, removed, self._draw, config.window, threshold
+                metric,
+                self.size,
+                config.stride,
+                removed,
+                self._draw,
+                config.window,
+                threshold,
+                by_distance,
             )
         return plan_downsample(len(metric), self.size, config.stride, metric.device)

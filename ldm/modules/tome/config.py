@@ -49,7 +49,8 @@ class ToMeConfig:
     stride: tuple[int, int] = (2, 2)
     random: bool = False
     apply_to: tuple[str, ...] = ("attn",)
-    metric: str = "hidden"
+    metric: str = "logits"
+    weighted: bool = True
     protect: int = 0
     window: int | None = 3
     max_downsample: int = 1
@@ -85,8 +86,7 @@ class ToMeConfig:
             values["method"] = "grid" if values.get("k") is None else "kth"
         _refuse_contradictions(values)
         values.setdefault("window", 3 if values["method"] == "grid" else None)
-        if values.get("metric") is None:
-            values["metric"] = "keys" if values.get("apply_to") == ("kv",) else "hidden"
+        _set_metric(values)
         rules = tuple(_rule(entry, given) for entry in values.pop("rules", ()))
         return cls(**values, rules=rules)
 
@@ -234,6 +234,30 @@ def _refuse_contradictions(values: dict[str, Any]) -> None:
                 + (f" with stride {list(values.get('stride', (2, 2)))}" if method == "grid" else "")
                 + f" can remove at most {limit:g} of the tokens"
             )
+
+
+def _set_metric(values: dict[str, Any]) -> None:
+    """Choose the metric where none is given; raise InputError where values do not go with it."""
+    places = {*values.get("apply_to", ("attn",))}
+    is_attention = places <= {"kv", "q", "attn"}
+    if values.get("metric") is None:
+        is_ours = is_attention and values["method"] == "grid" and values.get("similarity") is None
+        published = "keys" if places == {"kv"} else "hidden"
+        values["metric"] = "logits" if is_ours else published
+    by_logits = values["metric"] == "logits"
+    if by_logits and not is_attention:
+        raise InputError(
+            f"ToMe metric='logits' is for kv, q and attn alone, not for "
+            f"apply_to={list(values['apply_to'])}; hidden is for all"
+        )
+    if by_logits and values.get("similarity") is not None:
+        raise InputError(
+            f"ToMe similarity={values['similarity']!r} is a cosine, but metric logits compares "
+            "distances; set metric to hidden, normed, keys or keys_mean"
+        )
+    if values.get("weighted") and not by_logits:
+        raise InputError(f"ToMe weighted=True needs metric logits, not {values['metric']}")
+    values.setdefault("weighted", by_logits)
 
 
 def _rule(entry: Mapping[str, Any], base: Mapping[str, Any]) -> ToMeConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 METHODS = ("bipartite", "kth", "random", "grid", "downsample")
 PLACES = ("kv", "q", "attn", "crossattn", "mlp", "block")
-METRICS = ("hidden", "normed", "keys", "keys_mean")
+METRICS = ("hidden", "normed", "keys", "keys_mean", "logits")
 
 # --- the values of each key ---------------------------------------------------------------------
 
@@ -193,6 +193,9 @@ KEYS: dict[str, Key] = {
         _words,
     ),
     "metric": Key(_metric, "|".join(METRICS), "what is compared to find similar tokens"),
+    "weighted": Key(
+        _boolean, "BOOL", "kv by logits: in a group's mean, count tokens by the attention they get"
+    ),
     "protect": Key(_one_of(0, 1, 2), "0|1|2", "bipartite: first tokens never merged away"),
     "window": Key(_window, "CELLS|none", "grid: match only within so many cells a side (odd)"),
     "max_downsample": Key(_one_of(1, 2, 4, 8), "1|2|4|8", "act at up to this downsampling"),

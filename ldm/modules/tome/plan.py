@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ class MergePlan:
         members, starts: the tokens, group after group, and where each group begins; None where
             groups are added up without them.
         chosen: the one token that speaks for its group, (B * n_kept,); None takes the mean.
+        shares: what each token counts in its group's mean, (B * N,), summing to 1 in each group;
+            None counts all alike.
     """
 
     n_tokens: int = -1
@@ -33,6 +35,7 @@ class MergePlan:
     members: Tensor | None = None
     starts: Tensor | None = None
     chosen: Tensor | None = None
+    shares: Tensor | None = None
 
     @classmethod
     def identity(cls, sizes: Tensor | None = None) -> MergePlan:
@@ -70,6 +73,19 @@ class MergePlan:
             starts=(sizes.long().cumsum(0) - sizes.long()) if is_ordered else None,
             chosen=None if chosen is None else (chosen + row * n_tokens).flatten(),
         )
+
+    def weighted(self, weights: Tensor) -> MergePlan:
+        """The same plan, whose means weigh the tokens.
+
+        Args:
+            weights: (B, N) above 0; those that are not, or are no numbers, count as very little.
+        """
+        if self.groups is None or self.chosen is not None:
+            return self
+        assert self.sizes is not None
+        weights = weights.float().nan_to_num(0.0, 0.0, 0.0).clamp(min=1e-6).flatten()
+        total = weights.new_zeros(self.sizes.numel()).index_add_(0, self.groups, weights)
+        return replace(self, shares=weights / total.index_select(0, self.groups))
 
     @property
     def is_identity(self) -> bool:
@@ -122,11 +138,18 @@ class MergePlan:
 
     def _reduce(self, rows: Tensor, mode: str) -> Tensor:
         """Mean or sum of each group's rows, added up in float32."""
+        shares = self.shares if mode == "mean" else None
         if self.members is not None:
             # In a fixed order, so the same on every run, and without a copy of the rows.
-            return F.embedding_bag(self.members, rows, self.starts, mode=mode)
+            if shares is not None:
+                shares, mode = shares[self.members].to(rows.dtype), "sum"
+            return F.embedding_bag(
+                self.members, rows, self.starts, mode=mode, per_sample_weights=shares
+            )
         assert self.groups is not None
         assert self.sizes is not None
+        if shares is None and mode == "mean":
+            shares = 1 / self.sizes.flatten().index_select(0, self.groups)
+        added = rows.float() if shares is None else rows.float() * shares[:, None]
         total = rows.new_zeros(self.sizes.numel(), rows.shape[1], dtype=torch.float32)
-        total = total.index_add(0, self.groups, rows.float())
-        return (total / self.sizes.view(-1, 1) if mode == "mean" else total).to(rows.dtype)
+        return total.index_add(0, self.groups, added).to(rows.dtype)

@@ -25,6 +25,7 @@ def plan_bipartite(
     class_token: bool = False,
     distill_token: bool = False,
     threshold: float | None = None,
+    by_distance: bool = False,
 ) -> MergePlan:
     """Merge the r most similar of the tokens at even positions into those at odd positions.
 
@@ -33,7 +34,8 @@ def plan_bipartite(
         r: tokens removed; no more than half of those that are not protected.
         class_token: token 0 is never merged away.
         distill_token: token 1 takes no other token.
-        threshold: merge only pairs of at least this cosine.
+        threshold: merge only pairs of at least this similarity.
+        by_distance: compare distances, not cosines.
     """
     n = metric.shape[1]
     r = min(r, (n - class_token - distill_token) // 2)
@@ -43,12 +45,14 @@ def plan_bipartite(
     src, dst = position[None, ::2], position[None, 1::2]
     n_barred, last = int(distill_token), dst.shape[1] - 1
     home = (src[0] // 2).clamp(min(n_barred, last), last)
-    best = nearest(metric, src, dst, home, n_barred)
-    return _plan(metric, src, dst, best, r, threshold, class_token, distill_token)
+    best = nearest(metric, src, dst, home, n_barred, by_distance)
+    return _plan(metric, src, dst, best, r, threshold, by_distance, class_token, distill_token)
 
 
 @torch.no_grad()
-def plan_kth(metric: Tensor, k: int, threshold: float | None = None) -> MergePlan:
+def plan_kth(
+    metric: Tensor, k: int, threshold: float | None = None, by_distance: bool = False
+) -> MergePlan:
     """Merge all tokens but the last of every k; those left over by k are merged like any other."""
     n = metric.shape[1]
     k = min(k, n)
@@ -59,19 +63,26 @@ def plan_kth(metric: Tensor, k: int, threshold: float | None = None) -> MergePla
     groups = position[:whole].view(-1, k)
     src = torch.cat([groups[:, :-1].flatten(), position[whole:]])[None]
     dst = groups[:, -1][None]
-    best = nearest(metric, src, dst, (src[0] // k).clamp(max=dst.shape[1] - 1))
-    return _plan(metric, src, dst, best, src.shape[1], threshold)
+    home = (src[0] // k).clamp(max=dst.shape[1] - 1)
+    best = nearest(metric, src, dst, home, by_distance=by_distance)
+    return _plan(metric, src, dst, best, src.shape[1], threshold, by_distance)
 
 
 @torch.no_grad()
-def plan_random(metric: Tensor, r: int, draw: Tensor, threshold: float | None = None) -> MergePlan:
+def plan_random(
+    metric: Tensor,
+    r: int,
+    draw: Tensor,
+    threshold: float | None = None,
+    by_distance: bool = False,
+) -> MergePlan:
     """Merge r tokens chosen at random into the others.
 
     Args:
         metric: (B, N, C).
         r: tokens removed, at most N - 1.
         draw: random numbers, (B or 1, N): the r smallest mark the sources; one row for all.
-        threshold: as in `plan_bipartite`.
+        threshold, by_distance: as in `plan_bipartite`.
     """
     n = metric.shape[1]
     if r >= n:
@@ -81,7 +92,8 @@ def plan_random(metric: Tensor, r: int, draw: Tensor, threshold: float | None = 
     order = draw.to(metric.device).argsort(dim=1)
     src, dst = order[:, :r], order[:, r:]
     home = torch.arange(r, device=metric.device) % (n - r)
-    return _plan(metric, src, dst, nearest(metric, src, dst, home), r, threshold)
+    best = nearest(metric, src, dst, home, by_distance=by_distance)
+    return _plan(metric, src, dst, best, r, threshold, by_distance)
 
 
 @torch.no_grad()
@@ -93,6 +105,7 @@ def plan_grid(
     draw: Tensor | None = None,
     window: int | None = None,
     threshold: float | None = None,
+    by_distance: bool = False,
 ) -> MergePlan:
     """Merge the r tokens most similar to one of the destinations, of which each cell has one.
 
@@ -104,7 +117,7 @@ def plan_grid(
         draw: which token of its cell is the destination, (rows, columns) of numbers below
             stride[0] * stride[1]; None: the first.
         window: match only with the destinations within so many cells a side; None: with all.
-        threshold: as in `plan_bipartite`.
+        threshold, by_distance: as in `plan_bipartite`.
     """
     (h, w), (sy, sx) = size, (min(stride[0], size[0]), min(stride[1], size[1]))
     if metric.shape[1] != h * w:
@@ -127,11 +140,12 @@ def plan_grid(
     home_y = (position // w // sy).clamp(max=n_rows - 1)
     home = (home_y * n_columns + (position % w // sx).clamp(max=n_columns - 1)).flatten()
     if window is None:
-        best = nearest(metric, src, dst, home[src[0]])
+        best = nearest(metric, src, dst, home[src[0]], by_distance=by_distance)
     else:
         grid = dst.view(n_rows, n_columns)
-        best = nearest_in_window(metric, size, grid, (sy, sx), window, home)[:, src[0]]
-    return _plan(metric, src, dst, best, r, threshold)
+        best = nearest_in_window(metric, size, grid, (sy, sx), window, home, by_distance)
+        best = best[:, src[0]]
+    return _plan(metric, src, dst, best, r, threshold, by_distance)
 
 
 @torch.no_grad()
@@ -171,6 +185,7 @@ def _plan(
     best: Tensor,
     r: int,
     threshold: float | None = None,
+    by_distance: bool = False,
     class_token: bool = False,
     distill_token: bool = False,
 ) -> MergePlan:
@@ -183,7 +198,7 @@ def _plan(
     to = best
     if r < n_src or threshold is not None:
         partner = take(dst.expand(n_rows, -1)[..., None], best)[..., 0]
-        score = similarity(metric, src, partner)
+        score = similarity(metric, src, partner, by_distance)
         if class_token:
             score[:, 0] = -math.inf
         if threshold is not None:  # the number depends on the picture: the one host sync here

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.modules.tome.matching import pieces, take, unit_destinations
+from ldm.modules.tome.matching import pieces, prepare_destinations, take
 
 _TILE = 8  # tokens a side of the tiles that share a set of destinations
 
@@ -19,6 +19,7 @@ def nearest_in_window(
     stride: tuple[int, int],
     window: int,
     home: Tensor,
+    by_distance: bool = False,
 ) -> Tensor:
     """Match every token with the most similar destination of the cells around it.
 
@@ -33,6 +34,7 @@ def nearest_in_window(
         stride: rows and columns of tokens in a cell.
         window: cells a side of the square in which a token looks, its own in the middle.
         home: (h * w,) position for a token that is similar to none.
+        by_distance: compare distances, not cosines.
 
     Returns:
         (B, h * w) positions in ``cells.flatten()``.
@@ -50,12 +52,13 @@ def nearest_in_window(
     best = metric.new_empty((len(metric), *tokens.shape), dtype=torch.long)
     for rows in pieces(len(metric), n_rows * n_columns * n_channels):
         part = metric[rows]
-        units, bar = unit_destinations(part, cells.view(1, -1))
+        vectors, bar = prepare_destinations(part, cells.view(1, -1), by_distance)
         values_each = len(part) * n_tiles_x * (n_around + n_inside) * (n_channels + n_around)
         for i in pieces(n_tiles_y, values_each):
             # Rows of tiles are batch rows of the product; here t = (i j).
             tile = take(part, tokens[i].view(1, -1)).view(-1, n_inside, n_channels)
-            cell = take(units, around[i].view(1, -1)).view(-1, n_around, n_channels)
+            tile = tile.to(vectors.dtype)
+            cell = take(vectors, around[i].view(1, -1)).view(-1, n_around, n_channels)
             bias = torch.where(near[i], bar[:, around[i], None], -math.inf).flatten(0, 2)
             highest, index = torch.baddbmm(bias, cell, tile.mT).max(1)  # (b t, around, inside)
             first = torch.arange(cell.shape[0] // len(part), device=index.device) * n_around

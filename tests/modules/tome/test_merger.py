@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from ldm.modules.tome.auto import PAYS_FROM
 from ldm.modules.tome.block import BlockMerge
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
+from tests.tiny_models import compared
 
 SIDE = 16
 LEVELS = [(1, 16), (1, 16), (2, 32), (1, 16)]  # downsampling and channels of the blocks, in order
@@ -33,7 +35,7 @@ def call(
         size = (side // downsample, side // downsample)
         x = torch.randn(n_rows, size[0] * size[1], channels, generator=generator)
         block = tome.block(x, size, downsample)
-        block.plans(lambda kind, x=x: x)
+        block.plans(partial(compared, x))
         blocks.append(block)
     return blocks
 
@@ -177,7 +179,7 @@ def test_rows_of_a_batch_share_the_partition(config: dict[str, Any]) -> None:
     tome.begin_call(SIDE, SIDE, torch.tensor([500]))
     x = torch.randn(1, 256, 4).repeat(2, 1, 1)
     block = tome.block(x, (16, 16), 1)
-    plan = block.plans(lambda kind: x).q
+    plan = block.plans(partial(compared, x)).q
     first, second = plan.groups.view(2, -1)
     assert torch.equal(first, second - plan.n_kept)
 
