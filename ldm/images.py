@@ -19,11 +19,19 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from ldm.errors import InputError
+from ldm.settings import SIGMA_SAMPLERS
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 # our names -> the web UIs'
-WEB_UI_SAMPLERS = {"ddim": "DDIM", "plms": "PLMS", "dpm_solver": "DPM++ 2M"}
+WEB_UI_SAMPLERS = {
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "dpm_solver": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "dpmpp_2m": "DPM++ 2M",
+}
 
 
 def load_rgb(path: str | Path) -> Pixels:
@@ -200,6 +208,7 @@ def web_ui_text(settings: Mapping[str, Any]) -> str:
     named = {
         "Steps": settings.get("steps"),
         "Sampler": WEB_UI_SAMPLERS.get(settings.get("sampler", "")),
+        "Schedule type": _schedule_type(settings),
         "CFG scale": settings.get("scale"),
         "Seed": settings.get("seed"),
         "Size": f"{settings['W']}x{settings['H']}" if "W" in settings else None,
@@ -220,6 +229,12 @@ def web_ui_text(settings: Mapping[str, Any]) -> str:
             line,
         ]
     )
+
+
+def _schedule_type(settings: Mapping[str, Any]) -> str | None:
+    """The name of the steps' spacing, for the samplers that have a choice."""
+    has_choice = settings.get("sampler") in SIGMA_SAMPLERS
+    return settings["schedule"].capitalize() if has_choice else None
 
 
 def _quoted(value: object) -> str:

@@ -19,7 +19,7 @@ from ldm.config import find_config, load_preset
 from ldm.errors import InputError
 from ldm.images import Gallery
 from ldm.modules.tome.config import KEYS, overlay, parse_flag
-from ldm.settings import NOISE_ORDERS, SAMPLERS, Settings
+from ldm.settings import NOISE_ORDERS, SAMPLERS, SCHEDULES, Settings
 
 # keys whose flags take several words, and what these are called
 LIST_KEYS = {"stride": ("ROWS", "COLUMNS"), "apply_to": ("PLACE", "PLACE")}
@@ -96,6 +96,13 @@ def add_sampling_flags(parser: Parser) -> None:
         const="dpm_solver",
         dest="sampler",
         help="= --sampler dpm_solver",
+    )
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default="uniform",
+        help="steps of euler, euler_a and dpmpp_2m: uniform in time (default), or karras, with "
+        "more of them at little noise",
     )
     add("--ddim_eta", type=float, default=0.0, dest="eta", metavar="0..1", help="noise of DDIM")
     add(

@@ -18,13 +18,21 @@ from ldm.errors import InputError
 from ldm.images import Mask, Pixels
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.dpm_solver import DPMpp2MSampler, DPMSolverSampler
+from ldm.models.diffusion.euler import EulerAncestralSampler, EulerSampler
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
 from ldm.settings import Settings
 
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ddim": DDIMSampler,
+    "plms": PLMSSampler,
+    "dpm_solver": DPMSolverSampler,
+    "euler": EulerSampler,
+    "euler_a": EulerAncestralSampler,
+    "dpmpp_2m": DPMpp2MSampler,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +88,7 @@ class Run:
             torch.manual_seed(settings.seed)
         self.sampler: Sampler = SAMPLERS[settings.sampler](self.model)
         self.n_steps = settings.steps
-        self.sampler.make_schedule(self.n_steps, ddim_eta=settings.eta)
+        self.sampler.make_schedule(self.n_steps, settings.schedule, settings.eta)
         self.size = (settings.H, settings.W)
         self.shape = (model.channels, settings.H // settings.f, settings.W // settings.f)
         self.texts: dict[str, Tensor] = {}

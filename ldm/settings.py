@@ -13,7 +13,9 @@ from typing import Any
 
 from ldm.errors import InputError
 
-SAMPLERS = ("ddim", "plms", "dpm_solver")
+SIGMA_SAMPLERS = ("euler", "euler_a", "dpmpp_2m")
+SAMPLERS = ("ddim", "plms", "dpm_solver", *SIGMA_SAMPLERS)
+SCHEDULES = ("uniform", "karras")
 NOISE_ORDERS = ("image", "upstream")
 SIZE_STEP = 8  # pixels; heights and widths are multiples of it
 
@@ -31,7 +33,9 @@ class Settings:
         n_iter: how often to go through the prompts.
         seed: of the first picture; -1 chooses one.
         steps: of the sampler.
-        sampler: ddim, plms or dpm_solver.
+        sampler: ddim, plms, dpm_solver, euler, euler_a or dpmpp_2m.
+        schedule: where the last three of them take their steps: uniform in time, or karras, which
+            has more of them at little noise.
         scale: of the guidance: e_u + scale * (e_c - e_u); 1 does without e_u.
         eta: of DDIM: 0 is deterministic, 1 adds as much noise as the training process.
         H: height in pixels; rounded to a multiple of 8.
@@ -54,6 +58,7 @@ class Settings:
     seed: int = 42
     steps: int | None = None
     sampler: str | None = None
+    schedule: str = "uniform"
     scale: float | None = None
     eta: float = 0.0
     H: int | None = None
@@ -72,15 +77,19 @@ class Settings:
             _require(1 <= self.steps <= 1000, "steps", self.steps, "1 to 1000")
         if self.sampler is not None:
             _require(self.sampler in SAMPLERS, "sampler", self.sampler, ", ".join(SAMPLERS))
+        _require(self.schedule in SCHEDULES, "schedule", self.schedule, ", ".join(SCHEDULES))
         if self.scale is not None:
             _require(math.isfinite(self.scale), "scale", self.scale, "a finite number")
         _require(0 <= self.eta <= 1, "eta", self.eta, "0 to 1")
         _require(0 <= self.strength <= 1, "strength", self.strength, "0 to 1")
         _require(self.rng in NOISE_ORDERS, "rng", self.rng, ", ".join(NOISE_ORDERS))
         _require(-1 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1, or -1 for any")
-        if self.eta > 0 and self.sampler in ("plms", "dpm_solver"):
+        if self.eta > 0 and self.sampler not in (None, "ddim"):
+            raise InputError(f"eta {self.eta:g} needs the ddim sampler, not {self.sampler}")
+        if self.schedule != "uniform" and self.sampler not in (None, *SIGMA_SAMPLERS):
             raise InputError(
-                f"eta {self.eta:g} needs the ddim sampler; {self.sampler} is deterministic"
+                f"schedule {self.schedule} needs one of the samplers {', '.join(SIGMA_SAMPLERS)}, "
+                f"not {self.sampler}"
             )
         if self.prompt is not None and not isinstance(self.prompt, str):
             _require(len(self.prompt) > 0, "prompt", "()", "at least one text")

@@ -19,6 +19,7 @@ LAYERS = [
         "ldm.models.diffusion.ddim",
         "ldm.models.diffusion.plms",
         "ldm.models.diffusion.dpm_solver",
+        "ldm.models.diffusion.euler",
     ],
     ["ldm.models", "ldm.models.diffusion.ddpm", "ldm.data"],
     ["ldm.config", "ldm.checkpoint", "ldm.options", "ldm.training"],

@@ -185,6 +185,13 @@ def test_a_picture_remembers_how_it_was_made(tmp_path):
     ]
 
 
+def test_the_schedule_is_named_as_the_web_uis_do():
+    text = images.web_ui_text({**SETTINGS, "sampler": "euler_a", "schedule": "karras"})
+    assert "Sampler: Euler a, Schedule type: Karras, CFG scale: 7.5" in text
+    text = images.web_ui_text({**SETTINGS, "sampler": "plms", "schedule": "uniform"})
+    assert "Sampler: PLMS, CFG scale: 7.5" in text
+
+
 def test_a_picture_can_keep_its_settings_to_itself(tmp_path):
     Picture(noise(4, 4), SETTINGS).save(tmp_path / "x.png", with_settings=False)
     assert Image.open(tmp_path / "x.png").info == {}

@@ -88,7 +88,8 @@ def test_help_comes_at_once_and_without_torch(program):
     ("argv", "message"),
     [
         ("--steps many", "invalid int value: 'many'"),
-        ("--sampler euler", "invalid choice: 'euler'"),
+        ("--sampler heun", "invalid choice: 'heun'"),
+        ("--plms --schedule karras", "schedule karras needs one of the samplers euler, euler_a"),
         ("--seed", "expected one argument"),
         ("--laion400m", "unrecognized arguments: --laion400m"),
         ("--steps 0", "steps 0: allowed is 1 to 1000"),

@@ -11,7 +11,8 @@ from ldm.settings import Settings
         ("n_iter", -1, "at least 1"),
         ("steps", 0, "1 to 1000"),
         ("steps", 1001, "1 to 1000"),
-        ("sampler", "euler", "ddim, plms, dpm_solver"),
+        ("sampler", "heun", "ddim, plms, dpm_solver, euler, euler_a, dpmpp_2m"),
+        ("schedule", "exponential", "uniform, karras"),
         ("scale", float("nan"), "a finite number"),
         ("eta", 1.5, "0 to 1"),
         ("strength", 1.01, "0 to 1"),
@@ -28,7 +29,18 @@ def test_values_out_of_range_are_refused_with_the_limit(name, value, limit):
         Settings(**{"prompt": "x", name: value})
 
 
-@pytest.mark.parametrize("sampler", ["plms", "dpm_solver"])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
+def test_the_schedule_is_a_choice_of_three_samplers(sampler):
+    with pytest.raises(
+        InputError, match=f"karras needs .* euler, euler_a, dpmpp_2m, not {sampler}"
+    ):
+        Settings("x", sampler=sampler, schedule="karras")
+    with pytest.raises(InputError, match="schedule karras needs"):
+        Settings("x", schedule="karras").filled({"sampler": sampler})
+    Settings("x", sampler="dpmpp_2m", schedule="karras")
+
+
+@pytest.mark.parametrize("sampler", ["plms", "dpm_solver", "euler_a"])
 def test_eta_needs_ddim(sampler):
     with pytest.raises(InputError, match=r"eta 0\.5 needs the ddim sampler"):
         Settings("x", sampler=sampler, eta=0.5)
