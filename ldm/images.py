@@ -32,6 +32,7 @@ WEB_UI_SAMPLERS = {
     "euler_a": "Euler a",
     "dpmpp_2m": "DPM++ 2M",
 }
+WEB_UI_UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 
 
 def load_rgb(path: str | Path) -> Pixels:
@@ -214,9 +215,13 @@ def web_ui_text(settings: Mapping[str, Any]) -> str:
         "Size": f"{settings['W']}x{settings['H']}" if "W" in settings else None,
         "Model hash": model.get("hash"),
         "Model": model.get("name"),
-        "Denoising strength": settings.get("strength"),
+        "Denoising strength": settings.get("strength", settings.get("hires_strength")),
+        "Hires upscale": settings.get("hires_scale"),
+        "Hires steps": settings.get("hires_steps"),
+        "Hires upscaler": WEB_UI_UPSCALERS.get(settings.get("hires_upscaler", "")),
         "Eta": settings.get("eta") or None,
         "Token merging ratio": tome.get("ratio") or None,
+        "Token merging ratio hr": (tome.get("hires") or {}).get("ratio"),
     }
     line = ", ".join(
         f"{name}: {_quoted(value)}" for name, value in named.items() if value is not None

@@ -19,7 +19,7 @@ from ldm.config import find_config, load_preset
 from ldm.errors import InputError
 from ldm.images import Gallery
 from ldm.modules.tome.config import KEYS, overlay, parse_flag
-from ldm.settings import NOISE_ORDERS, SAMPLERS, SCHEDULES, Settings
+from ldm.settings import NOISE_ORDERS, SAMPLERS, SCHEDULES, UPSCALERS, Settings
 
 # keys whose flags take several words, and what these are called
 LIST_KEYS = {"stride": ("ROWS", "COLUMNS"), "apply_to": ("PLACE", "PLACE")}
@@ -126,6 +126,46 @@ def add_sampling_flags(parser: Parser) -> None:
         "--fixed_code",
         action="store_true",
         help="start all pictures from the same noise (with --rng upstream: all batches)",
+    )
+
+
+def add_hires_flags(parser: Parser) -> None:
+    """The second pass of txt2img, on the enlarged picture."""
+    group = parser.add_argument_group(
+        "second pass", "The picture is enlarged and redrawn, as with img2img."
+    )
+    add = group.add_argument
+    add(
+        "--hires_scale",
+        type=float,
+        default=1.0,
+        metavar="1..8",
+        help="factor by which it is enlarged; 1 (default): no second pass",
+    )
+    add(
+        "--hires_strength",
+        type=float,
+        default=0.6,
+        metavar="0..1",
+        help="how much is redrawn (default: 0.6)",
+    )
+    add(
+        "--hires_steps",
+        type=int,
+        metavar="N",
+        help="sampling steps, of which the strength's share is taken (default: as --steps)",
+    )
+    add(
+        "--hires_upscaler",
+        choices=UPSCALERS,
+        default="latent",
+        help="latent (default): enlarge the latents; lanczos: the picture, which stays closer to "
+        "the first pass",
+    )
+    add(
+        "--tome-hires-ratio",
+        metavar="RATIO|auto",
+        help="share of tokens removed in the second pass; = --tome-hires ratio=RATIO",
     )
 
 
@@ -291,20 +331,27 @@ def tome_arguments(args: argparse.Namespace) -> dict[str, Any] | Literal[False] 
         for name, value in given.items()
         if value is not None
     }
+    hires_ratio = getattr(args, "tome_hires_ratio", None)
     if args.no_tome:
-        if texts or args.tome_preset is not None:
+        if texts or hires_ratio is not None or args.tome_preset is not None:
             raise InputError("--no-tome merges nothing: leave out the other --tome flags")
         return False
-    flags = {}
-    for name, text in texts.items():
-        flags[name] = parse_flag(name, text)
-        try:
-            KEYS[name].check(flags[name])
-        except ValueError as limit:
-            flag = "--tome-" + name.replace("_", "-")
-            raise InputError(f"{flag} {text}: {limit}") from None
+    flags = {name: _tome_value(name, text, name) for name, text in texts.items()}
+    if hires_ratio is not None:
+        ratio = {"ratio": _tome_value("ratio", hires_ratio, "hires_ratio")}
+        flags["hires"] = overlay(flags.get("hires"), ratio)
     preset = None if args.tome_preset is None else load_preset(args.tome_preset)
     return overlay(preset, flags) or None
+
+
+def _tome_value(key: str, text: str, flag: str) -> Any:
+    """The checked value of a Token Merging flag."""
+    value = parse_flag(key, text)
+    try:
+        KEYS[key].check(value)
+    except ValueError as limit:
+        raise InputError(f"--tome-{flag.replace('_', '-')} {text}: {limit}") from None
+    return value
 
 
 def gallery(args: argparse.Namespace) -> Gallery:

@@ -147,11 +147,30 @@ class Run:
     # --- each batch -------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def latents(self, batch: Sequence[tuple[str, int]]) -> Tensor:
-        """Latents of a batch of prompts and seeds, (B, C, h, w)."""
-        return self._finite("the U-Net", self.model.model, lambda: self._sampled(batch))
+    def latents(self, batch: Sequence[tuple[str, int]], start: Tensor | None = None) -> Tensor:
+        """Latents of a batch of prompts and seeds, (B, C, h, w).
 
-    def _sampled(self, batch: Sequence[tuple[str, int]]) -> Tensor:
+        Args:
+            batch: prompts and seeds.
+            start: latents to redraw, of the same shape, in place of the picture to start from.
+        """
+        known = self.known if start is None else start
+        return self._finite("the U-Net", self.model.model, lambda: self._sampled(batch, known))
+
+    @torch.inference_mode()
+    def enlarged(self, latents: Tensor, upscaler: str) -> Tensor:
+        """Latents of a smaller picture, (B, C, h, w), at this run's size.
+
+        Args:
+            latents: of any size.
+            upscaler: ``latent`` or ``lanczos``; see Settings.
+        """
+        if upscaler == "latent":
+            return F.interpolate(latents, self.shape[1:], mode="bilinear")
+        pictures = [images.fit(self.pixels(one), *self.size) for one in latents.split(1)]
+        return torch.cat([self._encoded(images.to_unit(one))[:1] for one in pictures])
+
+    def _sampled(self, batch: Sequence[tuple[str, int]], known: Tensor | None) -> Tensor:
         settings, n_pictures = self.settings, len(batch)
         size = torch.Size((n_pictures, *self.shape))
         source = None if self.is_upstream else PictureNoise(seed for _, seed in batch)
@@ -164,8 +183,8 @@ class Run:
 
         options: dict[str, Any] = {"noise_source": source, "verbose": self.progress}
         x, n_steps = noise, len(self.sampler.steps)
-        if self.known is not None:
-            known = _rows(self.known, n_pictures)
+        if known is not None:
+            known = _rows(known, n_pictures)
             if self.mask is None:
                 n_steps = self._n_steps_back()
                 x = self.sampler.stochastic_encode(known, n_steps, noise=noise)

@@ -16,6 +16,8 @@ examples:
     python scripts/txt2img.py --prompt "the sea at sunset" --n_samples 4 --tome-ratio 0.5
   a checkpoint of your own, larger and with another sampler:
     python scripts/txt2img.py --ckpt model.safetensors --H 768 --W 512 --dpm_solver --steps 20
+  twice as large in a second pass, where merging helps most:
+    python scripts/txt2img.py --hires_scale 2 --tome-hires-ratio 0.5
   a picture for each line of a file:
     python scripts/txt2img.py --from-file prompts.txt --negative_prompt "blurry"
 
@@ -28,6 +30,7 @@ def build_parser() -> options.Parser:
     parser = options.Parser(__doc__, EPILOG)
     options.add_prompt_flags(parser)
     options.add_sampling_flags(parser)
+    options.add_hires_flags(parser)
     options.add_tome_flags(parser)
     options.add_model_flags(parser)
     options.add_output_flags(parser, "outputs/txt2img-samples")

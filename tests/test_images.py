@@ -192,6 +192,16 @@ def test_the_schedule_is_named_as_the_web_uis_do():
     assert "Sampler: PLMS, CFG scale: 7.5" in text
 
 
+def test_the_second_pass_is_named_as_the_web_uis_do():
+    second = {"hires_scale": 2.0, "hires_strength": 0.6, "hires_steps": None}
+    tome = {"ratio": 0.25, "hires": {"ratio": 0.5}}
+    made = {**SETTINGS, **second, "hires_upscaler": "latent", "tome": tome}
+    text = images.web_ui_text(made)
+    assert "Denoising strength: 0.6, Hires upscale: 2, Hires upscaler: Latent, Token" in text
+    assert text.endswith("Token merging ratio: 0.25, Token merging ratio hr: 0.5")
+    assert "Hires steps: 9, " in images.web_ui_text({**made, "hires_steps": 9})
+
+
 def test_a_picture_can_keep_its_settings_to_itself(tmp_path):
     Picture(noise(4, 4), SETTINGS).save(tmp_path / "x.png", with_settings=False)
     assert Image.open(tmp_path / "x.png").info == {}

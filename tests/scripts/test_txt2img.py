@@ -96,6 +96,22 @@ def test_the_model_s_defaults_and_the_flags_over_them(run, tiny_checkpoint, tmp_
     assert load_rgb(tmp_path / "samples" / last).shape == (24, 8, 3)
 
 
+def test_a_second_pass(run, tiny_checkpoint, tmp_path, capsys):
+    argv = ["--ckpt", tiny_checkpoint, *FAST, "--outdir", tmp_path, "--sampler", "euler_a"]
+    assert run(*argv, "--hires_scale", 2, "--hires_steps", 3, "--tome-hires-ratio", 0.5) == 0
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if line.startswith("ToMe:")]
+    assert len(lines) == 1
+    assert lines[0].startswith("ToMe: second pass: grid 2x2 ratio=0.5")
+    assert "256 -> 128 tokens" in lines[0]
+    path = tmp_path / "samples/00000.png"
+    assert load_rgb(path).shape == (32, 32, 3)
+    text = Image.open(path).info["parameters"]
+    assert "Size: 16x16" in text
+    assert "Hires upscale: 2, Hires steps: 3, Hires upscaler: Latent" in text
+    assert "Token merging ratio hr: 0.5" in text
+
+
 def test_what_is_saved_can_be_chosen(run, tiny_checkpoint, tmp_path):
     argv = ["--ckpt", tiny_checkpoint, *FAST]
     assert run(*argv, "--outdir", tmp_path / "a", "--skip_grid", "--no_metadata") == 0
