@@ -139,14 +139,15 @@ def size_for(
 
 
 def make_grid(pictures: Sequence[Pixels] | Pixels, n_columns: int, padding: int = 2) -> Pixels:
-    """Lay pictures of one size out in rows, on black, with a margin around each.
+    """Lay pictures out in rows, on black, with a margin around each; a cell fits the largest.
 
     Args:
         pictures: (H, W, 3) each.
         n_columns: pictures in a row; fewer if there are not so many.
         padding: width of the margin in pixels.
     """
-    height, width = pictures[0].shape[:2]
+    height = max(picture.shape[0] for picture in pictures)
+    width = max(picture.shape[1] for picture in pictures)
     n_columns = min(n_columns, len(pictures))
     n_rows = -(-len(pictures) // n_columns)
     cell_h, cell_w = height + padding, width + padding
@@ -154,7 +155,7 @@ def make_grid(pictures: Sequence[Pixels] | Pixels, n_columns: int, padding: int 
     for i, picture in enumerate(pictures):
         top = i // n_columns * cell_h + padding
         left = i % n_columns * cell_w + padding
-        grid[top : top + height, left : left + width] = picture
+        grid[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return grid
 
 
@@ -306,13 +307,15 @@ class Gallery:
     has_settings: bool = True
     _shown: list[Picture] = field(default_factory=list)
 
-    def add(self, picture: Picture) -> None:
-        """Save a picture under the next number."""
-        if self.has_samples:
-            path = next_path(self.folder / "samples", "{:05}.png")
-            picture.save(path, self.has_settings)
+    def add(self, picture: Picture) -> Path | None:
+        """Save a picture under the next number; returns where, if single pictures are saved."""
         if self.has_grid:
             self._shown.append(picture)
+        if not self.has_samples:
+            return None
+        path = next_path(self.folder / "samples", "{:05}.png")
+        picture.save(path, self.has_settings)
+        return path
 
     def close(self) -> None:
         """Save the grid, with the settings of its first picture."""

@@ -29,6 +29,7 @@ from ldm.errors import InputError
 from ldm.images import Mask, Picture, Pixels
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import truncated_words
+from ldm.modules.encoders.prompts import plain_text
 from ldm.modules.tome.config import ToMeConfig, overlay
 from ldm.sampling import Run
 from ldm.settings import SIZE_STEP, Settings
@@ -223,8 +224,15 @@ class Pipeline:
         vocabulary = get_obj_from_str(known) if known else None
         prompts = [prompt for batch in settings.batches() for prompt, _ in batch]
         for prompt in dict.fromkeys([*prompts, settings.negative_prompt]):
-            if cut := truncated_words(prompt, self.model.cond_stage_model.max_length):
-                logger.warning("the prompt is too long; the model does not see its end: %r", cut)
+            if settings.emphasis:
+                prompt = plain_text(prompt)
+            cut = truncated_words(prompt, self.model.cond_stage_model.max_length)
+            if cut and not settings.long_prompt:
+                logger.warning(
+                    "the prompt is too long; the model does not see its end: %r (long_prompt reads "
+                    "all of it)",
+                    cut,
+                )
             if vocabulary is not None and (strange := unknown_words(prompt, vocabulary)):
                 logger.warning("words that this model has never seen: %s", ", ".join(strange))
 

@@ -23,6 +23,7 @@ from ldm.models.diffusion.euler import EulerAncestralSampler, EulerSampler
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
+from ldm.modules.encoders.prompts import embed_prompt
 from ldm.settings import Settings
 
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -92,6 +93,12 @@ class Run:
         self.size = (settings.H, settings.W)
         self.shape = (model.channels, settings.H // settings.f, settings.W // settings.f)
         self.texts: dict[str, Tensor] = {}
+        self.text_length = 0  # tokens of the longest text of the run, where they can differ
+        if settings.long_prompt:
+            prompts = {prompt for batch in settings.batches() for prompt, _ in batch}
+            for prompt in {"", settings.negative_prompt, *prompts}:
+                self.texts[prompt] = self._text(prompt)
+            self.text_length = max(text.shape[1] for text in self.texts.values())
         self.init = None if init is None else images.fit(init, *self.size)
         self.mask = None if mask is None else images.fit_mask(mask, *self.size)
         self.known: Tensor | None = None  # latents of init, where the steps need them
@@ -208,18 +215,30 @@ class Run:
         """What the U-Net is told: the texts, each encoded once, and what lies beside the noise."""
         for prompt in set(prompts) - set(self.texts):
             self.texts[prompt] = self._text(prompt)
-        text = torch.cat([self.texts[prompt] for prompt in prompts])
+        text = torch.cat([self._lengthened(self.texts[prompt]) for prompt in prompts])
         if self.beside is None:
             return text
         return {"c_crossattn": [text], "c_concat": [_rows(self.beside, len(prompts))]}
 
+    @torch.inference_mode()
     def _text(self, prompt: str) -> Tensor:
-        """The embedding of a prompt, (1, L, width)."""
-        return self._finite(
-            "the text encoder",
-            self.model.cond_stage_model,
-            lambda: self.model.get_learned_conditioning([prompt]),
-        )
+        """The embedding of a prompt, (1, L, width); a long one's L is a multiple of the model's."""
+        encoder, settings = self.model.cond_stage_model, self.settings
+
+        def encode() -> Tensor:
+            if settings.long_prompt or settings.emphasis:
+                return embed_prompt(encoder, prompt, settings.long_prompt, settings.emphasis)
+            return self.model.get_learned_conditioning([prompt])
+
+        return self._finite("the text encoder", encoder, encode)
+
+    def _lengthened(self, text: Tensor) -> Tensor:
+        """A text with empty chunks after it, so that all texts of a run are equally long."""
+        missing = self.text_length - text.shape[1]
+        if missing <= 0:
+            return text
+        empty = self.texts[""]
+        return torch.cat([text, empty.repeat(1, missing // empty.shape[1], 1)], dim=1)
 
     @torch.inference_mode()
     def pixels(self, latents: Tensor) -> Pixels:

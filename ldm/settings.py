@@ -30,6 +30,10 @@ class Settings:
     Attributes:
         prompt: what to draw; one text for all pictures, or one for each.
         negative_prompt: what guidance steers away from.
+        long_prompt: read prompts of any length, in chunks of 75 tokens; else the end of a long one
+            is cut off.
+        emphasis: read ``(word:1.2)``, ``(word)`` and ``[word]`` as the web UIs do; brackets that
+            are meant are written with a backslash.
         n_samples: pictures in a batch; with a single prompt, also pictures in an iteration.
         n_iter: how often to go through the prompts.
         seed: of the first picture; -1 chooses one.
@@ -60,6 +64,8 @@ class Settings:
 
     prompt: str | Sequence[str] | None = None
     negative_prompt: str = ""
+    long_prompt: bool = False
+    emphasis: bool = False
     n_samples: int = 1
     n_iter: int = 1
     seed: int = 42

@@ -23,6 +23,7 @@ LAYERS = [
     ],
     ["ldm.models", "ldm.models.diffusion.ddpm", "ldm.data"],
     ["ldm.config", "ldm.checkpoint", "ldm.options", "ldm.training"],
+    ["ldm.jobs", "ldm.prompt_loop"],
     ["ldm.sampling"],
     ["ldm.pipeline"],
     ["ldm.evaluation"],

@@ -209,6 +209,14 @@ def test_a_picture_can_keep_its_settings_to_itself(tmp_path):
         images.read_settings(tmp_path / "x.png")
 
 
+def test_a_grid_has_room_for_the_largest_picture():
+    grid = images.make_grid([noise(4, 6), noise(8, 2)], 2)
+    assert grid.shape == (12, 18, 3)
+    np.testing.assert_array_equal(grid[2:6, 2:8], noise(4, 6))
+    np.testing.assert_array_equal(grid[2:10, 10:12], noise(8, 2))
+    assert not grid[6:, :10].any()
+
+
 def test_gallery_numbers_pictures_and_makes_a_grid(tmp_path):
     gallery = Gallery(tmp_path / "out", n_columns=2)
     assert not (tmp_path / "out").exists()

@@ -385,6 +385,39 @@ def test_words_beyond_the_model_s_sight_are_named(pipeline, caplog):
     assert caplog.text == ""
 
 
+def test_long_prompts_are_read_to_their_end(pipeline, caplog):
+    start = " ".join(["tree"] * 80)
+    contexts = []
+    apply = pipeline.model.apply_model
+
+    def recorded(x, t, c):
+        contexts.append(c.shape[1])
+        return apply(x, t, c)
+
+    pipeline.model.apply_model = recorded
+    options = {"long_prompt": True, "scale": 3}
+    one = pixels(pipeline.txt2img(f"{start} house", **options))
+    assert set(contexts) == {2 * 77}
+    assert "too long" not in caplog.text
+    assert not np.array_equal(one, pixels(pipeline.txt2img(f"{start} sea", **options)))
+    # the batch does not matter, nor does another text's length in it
+    texts = [f"{start} house", "a sea"]
+    together = pixels(pipeline.txt2img(texts, n_samples=2, **options))
+    apart = pixels(pipeline.txt2img(texts, n_samples=1, **options))
+    assert np.abs(together.astype(int) - apart).max() <= 1
+    contexts.clear()
+    pipeline.txt2img("a house", **options)
+    assert set(contexts) == {77}
+
+
+def test_emphasis_changes_the_picture_only_where_it_is_asked_for(pipeline):
+    plain = pixels(pipeline.txt2img("a red house", steps=3))
+    weighed = pixels(pipeline.txt2img("a (red:1.8) house", steps=3, emphasis=True))
+    assert not np.array_equal(plain, weighed)
+    same = pixels(pipeline.txt2img("a (red:1.0) house", steps=3, emphasis=True))
+    np.testing.assert_array_equal(same, plain)
+
+
 def test_words_unknown_to_the_model_are_named(pipeline, caplog):
     pipeline.defaults["vocabulary"] = "ldm.data.scenes.VOCABULARY"
     pipeline.txt2img("snow, a Robot and a robot's spaceship", steps=1)
