@@ -108,7 +108,7 @@ def test_img2img_has_its_own_flags_in_a_line(jobs):
         ({"prompt": "x", "help": True}, "line 2: 'help' is no setting of a picture"),
         ({"prompt": "x", "steps": 0}, "line 2: steps 0: allowed is 1 to 1000"),
         ({"prompt": "x", "steps": "many"}, "line 2: .*invalid int value: 'many'"),
-        ({"prompt": "x", "fixed_code": 3}, "line 2: fixed-code 3: allowed is true or false"),
+        ({"prompt": "x", "fixed_code": 3}, "line 2: fixed_code 3: allowed is true or false"),
         ({"prompt": "x", "tome": {"ratio": 2}}, "line 2: --tome-ratio 2: must be auto or a number"),
         ({"steps": 3}, "line 2: there is no prompt in it"),
         ({"prompt": 3}, "line 2: there is no prompt in it"),
