@@ -19,11 +19,20 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from ldm.errors import InputError
+from ldm.settings import SIGMA_SAMPLERS
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 # our names -> the web UIs'
-WEB_UI_SAMPLERS = {"ddim": "DDIM", "plms": "PLMS", "dpm_solver": "DPM++ 2M"}
+WEB_UI_SAMPLERS = {
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "dpm_solver": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "dpmpp_2m": "DPM++ 2M",
+}
+WEB_UI_UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 
 
 def load_rgb(path: str | Path) -> Pixels:
@@ -130,14 +139,15 @@ def size_for(
 
 
 def make_grid(pictures: Sequence[Pixels] | Pixels, n_columns: int, padding: int = 2) -> Pixels:
-    """Lay pictures of one size out in rows, on black, with a margin around each.
+    """Lay pictures out in rows, on black, with a margin around each; a cell fits the largest.
 
     Args:
         pictures: (H, W, 3) each.
         n_columns: pictures in a row; fewer if there are not so many.
         padding: width of the margin in pixels.
     """
-    height, width = pictures[0].shape[:2]
+    height = max(picture.shape[0] for picture in pictures)
+    width = max(picture.shape[1] for picture in pictures)
     n_columns = min(n_columns, len(pictures))
     n_rows = -(-len(pictures) // n_columns)
     cell_h, cell_w = height + padding, width + padding
@@ -145,7 +155,7 @@ def make_grid(pictures: Sequence[Pixels] | Pixels, n_columns: int, padding: int 
     for i, picture in enumerate(pictures):
         top = i // n_columns * cell_h + padding
         left = i % n_columns * cell_w + padding
-        grid[top : top + height, left : left + width] = picture
+        grid[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return grid
 
 
@@ -200,14 +210,19 @@ def web_ui_text(settings: Mapping[str, Any]) -> str:
     named = {
         "Steps": settings.get("steps"),
         "Sampler": WEB_UI_SAMPLERS.get(settings.get("sampler", "")),
+        "Schedule type": _schedule_type(settings),
         "CFG scale": settings.get("scale"),
         "Seed": settings.get("seed"),
         "Size": f"{settings['W']}x{settings['H']}" if "W" in settings else None,
         "Model hash": model.get("hash"),
         "Model": model.get("name"),
-        "Denoising strength": settings.get("strength"),
+        "Denoising strength": settings.get("strength", settings.get("hires_strength")),
+        "Hires upscale": settings.get("hires_scale"),
+        "Hires steps": settings.get("hires_steps"),
+        "Hires upscaler": WEB_UI_UPSCALERS.get(settings.get("hires_upscaler", "")),
         "Eta": settings.get("eta") or None,
         "Token merging ratio": tome.get("ratio") or None,
+        "Token merging ratio hr": (tome.get("hires") or {}).get("ratio"),
     }
     line = ", ".join(
         f"{name}: {_quoted(value)}" for name, value in named.items() if value is not None
@@ -220,6 +235,12 @@ def web_ui_text(settings: Mapping[str, Any]) -> str:
             line,
         ]
     )
+
+
+def _schedule_type(settings: Mapping[str, Any]) -> str | None:
+    """The name of the steps' spacing, for the samplers that have a choice."""
+    has_choice = settings.get("sampler") in SIGMA_SAMPLERS
+    return settings["schedule"].capitalize() if has_choice else None
 
 
 def _quoted(value: object) -> str:
@@ -286,13 +307,15 @@ class Gallery:
     has_settings: bool = True
     _shown: list[Picture] = field(default_factory=list)
 
-    def add(self, picture: Picture) -> None:
-        """Save a picture under the next number."""
-        if self.has_samples:
-            path = next_path(self.folder / "samples", "{:05}.png")
-            picture.save(path, self.has_settings)
+    def add(self, picture: Picture) -> Path | None:
+        """Save a picture under the next number; returns where, if single pictures are saved."""
         if self.has_grid:
             self._shown.append(picture)
+        if not self.has_samples:
+            return None
+        path = next_path(self.folder / "samples", "{:05}.png")
+        picture.save(path, self.has_settings)
+        return path
 
     def close(self) -> None:
         """Save the grid, with the settings of its first picture."""

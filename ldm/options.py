@@ -11,19 +11,22 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias
 
 from ldm.config import find_config, load_preset
 from ldm.errors import InputError
 from ldm.images import Gallery
 from ldm.modules.tome.config import KEYS, overlay, parse_flag
-from ldm.settings import NOISE_ORDERS, SAMPLERS, Settings
+from ldm.settings import NOISE_ORDERS, SAMPLERS, SCHEDULES, UPSCALERS, Settings
 
 # keys whose flags take several words, and what these are called
 LIST_KEYS = {"stride": ("ROWS", "COLUMNS"), "apply_to": ("PLACE", "PLACE")}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+Arguments: TypeAlias = argparse.Namespace
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,9 +57,73 @@ class Parser(argparse.ArgumentParser):
             spelled.append(known.get(flag.replace("_", "-"), flag) + equals + value)
         return super().parse_known_args(spelled, namespace)
 
+    def changed(self, args: Arguments, changes: Mapping[str, Any]) -> Arguments:
+        """Arguments in which some settings of the picture are others.
+
+        Args:
+            args: parsed by this parser; left as they are.
+            changes: values by the flags' names: {"steps": 20, "tome.ratio": 0.5} or {"tome":
+                {"ratio": 0.5}}; a list is a flag's words, None stands for its default.
+
+        Raises:
+            InputError: a name is none of these, or a value is not allowed.
+        """
+        copy = argparse.Namespace(**vars(args))
+        # what must be there is there already, but argparse wants to see it again
+        needed = (action for action in self._actions if action.required)
+        argv = [f"{action.option_strings[0]}={getattr(args, action.dest)}" for action in needed]
+        for name, value in _flat(changes):
+            action = self._picture_flags().get(name.replace("_", "-"))
+            if action is None:
+                raise InputError(f"{name!r} is no setting of a picture (--help lists the flags)")
+            words = [_word(one) for one in (value if isinstance(value, list) else [value])]
+            if value is None or (action.nargs == 0 and words == ["false"]):
+                setattr(copy, action.dest, action.default)
+            elif action.nargs == 0 and words != ["true"]:
+                raise InputError(f"{name} {' '.join(words)}: allowed is true or false")
+            elif action.nargs == 0:
+                argv.append(action.option_strings[0])
+            elif action.nargs == "+":
+                argv += [action.option_strings[0], *words]
+            else:
+                argv.append(f"{action.option_strings[0]}={' '.join(words)}")
+        return self.parse_args(argv, copy)
+
+    def given(self, args: Arguments) -> dict[str, Any]:
+        """The settings of the picture that are not the flags' defaults, by the flags' names."""
+        found: dict[str, tuple[str, Any]] = {}
+        for name, action in self._picture_flags().items():
+            value = getattr(args, action.dest)
+            if value != action.default:
+                found.setdefault(action.dest, (name, value))
+        return dict(found.values())
+
+    def _picture_flags(self) -> dict[str, argparse.Action]:
+        """The flags that decide about a picture, by their names with ``-``."""
+        names = {field.name for field in dataclasses.fields(Settings)}
+        return {
+            flag.lstrip("-").replace("_", "-"): action
+            for flag, action in self._option_string_actions.items()
+            if action.dest in names or "tome" in action.dest
+        }
+
     def error(self, message: str) -> NoReturn:
         """Raise InputError instead of printing the usage."""
         raise InputError(f"{message} (--help lists the flags)")
+
+
+def _flat(changes: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Names and values with the mappings inside taken apart: {"a": {"b": 1}} -> ("a-b", 1)."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in changes.items():
+        name = prefix + key.replace(".", "-")
+        pairs += _flat(value, f"{name}-") if isinstance(value, Mapping) else [(name, value)]
+    return pairs
+
+
+def _word(value: Any) -> str:
+    """A value as a flag has it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 # --- flags ------------------------------------------------------------------------------------
@@ -69,12 +136,22 @@ def add_prompt_flags(parser: Parser, has_file: bool = True) -> argparse._Argumen
     group.add_argument(
         "--negative_prompt", default="", metavar="TEXT", help="what to steer away from"
     )
+    group.add_argument(
+        "--long_prompt",
+        action="store_true",
+        help="read prompts of any length, in chunks of 75 tokens (default: cut them off)",
+    )
+    group.add_argument(
+        "--emphasis",
+        action="store_true",
+        help=r"read (word:1.2), (word) and [word] as weights; \( is a bracket",
+    )
     if has_file:
         group.add_argument(
             "--from-file",
             metavar="FILE",
-            help="draw a picture for each line of a text file; empty lines and lines that begin "
-            "with # are skipped",
+            help="draw a picture for each line of a text file: a prompt, or in txt2img and img2img "
+            "a JSON object of flags by their names; empty lines and # comments are skipped",
         )
         group.add_argument(
             "--repeat", type=int, default=1, metavar="N", help="with --from-file: N for each line"
@@ -96,6 +173,13 @@ def add_sampling_flags(parser: Parser) -> None:
         const="dpm_solver",
         dest="sampler",
         help="= --sampler dpm_solver",
+    )
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default="uniform",
+        help="steps of euler, euler_a and dpmpp_2m: uniform in time (default), or karras, with "
+        "more of them at little noise",
     )
     add("--ddim_eta", type=float, default=0.0, dest="eta", metavar="0..1", help="noise of DDIM")
     add(
@@ -119,6 +203,46 @@ def add_sampling_flags(parser: Parser) -> None:
         "--fixed_code",
         action="store_true",
         help="start all pictures from the same noise (with --rng upstream: all batches)",
+    )
+
+
+def add_hires_flags(parser: Parser) -> None:
+    """The second pass of txt2img, on the enlarged picture."""
+    group = parser.add_argument_group(
+        "second pass", "The picture is enlarged and redrawn, as with img2img."
+    )
+    add = group.add_argument
+    add(
+        "--hires_scale",
+        type=float,
+        default=1.0,
+        metavar="1..8",
+        help="factor by which it is enlarged; 1 (default): no second pass",
+    )
+    add(
+        "--hires_strength",
+        type=float,
+        default=0.6,
+        metavar="0..1",
+        help="how much is redrawn (default: 0.6)",
+    )
+    add(
+        "--hires_steps",
+        type=int,
+        metavar="N",
+        help="sampling steps, of which the strength's share is taken (default: as --steps)",
+    )
+    add(
+        "--hires_upscaler",
+        choices=UPSCALERS,
+        default="latent",
+        help="latent (default): enlarge the latents; lanczos: the picture, which stays closer to "
+        "the first pass",
+    )
+    add(
+        "--tome-hires-ratio",
+        metavar="RATIO|auto",
+        help="share of tokens removed in the second pass; = --tome-hires ratio=RATIO",
     )
 
 
@@ -226,6 +350,19 @@ def read_prompts(path: str | Path, repeat: int = 1) -> tuple[str, ...]:
     Raises:
         InputError: the file cannot be read as text, or has no such line.
     """
+    lines = read_lines(path, repeat)
+    for number, line in lines:
+        if line.startswith("{"):
+            raise InputError(f"{path}, line {number}: here a line is a prompt, not JSON")
+    return tuple(line for _, line in lines)
+
+
+def read_lines(path: str | Path, repeat: int = 1) -> list[tuple[int, str]]:
+    """Number and text of a file's lines, without empty ones and comments, each so many times.
+
+    Raises:
+        InputError: the file cannot be read as text, or has no such line.
+    """
     if repeat < 1:
         raise InputError(f"repeat {repeat}: allowed is at least 1")
     try:
@@ -234,10 +371,10 @@ def read_prompts(path: str | Path, repeat: int = 1) -> tuple[str, ...]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file in UTF-8") from None
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
+    kept = [(i, line) for i, line in enumerate(lines, 1) if line and not line.startswith("#")]
+    if not kept:
         raise InputError(f"{path}: there is no prompt in it; write one a line")
-    return tuple(prompt for prompt in prompts for _ in range(repeat))
+    return [numbered for numbered in kept for _ in range(repeat)]
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -284,20 +421,27 @@ def tome_arguments(args: argparse.Namespace) -> dict[str, Any] | Literal[False] 
         for name, value in given.items()
         if value is not None
     }
+    hires_ratio = getattr(args, "tome_hires_ratio", None)
     if args.no_tome:
-        if texts or args.tome_preset is not None:
+        if texts or hires_ratio is not None or args.tome_preset is not None:
             raise InputError("--no-tome merges nothing: leave out the other --tome flags")
         return False
-    flags = {}
-    for name, text in texts.items():
-        flags[name] = parse_flag(name, text)
-        try:
-            KEYS[name].check(flags[name])
-        except ValueError as limit:
-            flag = "--tome-" + name.replace("_", "-")
-            raise InputError(f"{flag} {text}: {limit}") from None
+    flags = {name: _tome_value(name, text, name) for name, text in texts.items()}
+    if hires_ratio is not None:
+        ratio = {"ratio": _tome_value("ratio", hires_ratio, "hires_ratio")}
+        flags["hires"] = overlay(flags.get("hires"), ratio)
     preset = None if args.tome_preset is None else load_preset(args.tome_preset)
     return overlay(preset, flags) or None
+
+
+def _tome_value(key: str, text: str, flag: str) -> Any:
+    """The checked value of a Token Merging flag."""
+    value = parse_flag(key, text)
+    try:
+        KEYS[key].check(value)
+    except ValueError as limit:
+        raise InputError(f"--tome-{flag.replace('_', '-')} {text}: {limit}") from None
+    return value
 
 
 def gallery(args: argparse.Namespace) -> Gallery:

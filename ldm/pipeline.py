@@ -29,6 +29,7 @@ from ldm.errors import InputError
 from ldm.images import Mask, Picture, Pixels
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import truncated_words
+from ldm.modules.encoders.prompts import plain_text
 from ldm.modules.tome.config import ToMeConfig, overlay
 from ldm.sampling import Run
 from ldm.settings import SIZE_STEP, Settings
@@ -160,16 +161,34 @@ class Pipeline:
         Raises:
             InputError: a setting cannot be used with this model, or memory does not suffice.
         """
+        if settings.hires_scale > 1 and init is not None:
+            raise InputError(
+                f"hires_scale {settings.hires_scale:g} is for txt2img; with a picture to start "
+                "from, H and W say how large it is drawn"
+            )
         settings = self._settled(settings, init)
         self._check_prompts(settings)
         has_strength = init is not None and mask is None
+        name = self.info.path
         with _memory_advice():
-            run = Run(self.model, self.info.path, settings, init, mask, progress)
+            second = None  # made first: making the other starts the noise of rng upstream
+            if settings.hires_scale > 1:
+                second = Run(self.model, name, settings.second_pass(), progress=progress)
+            run = Run(self.model, name, settings, init, mask, progress)
             for batch in settings.batches():
-                for (prompt, seed), z in zip(batch, run.latents(batch).split(1), strict=True):
+                latents = run.latents(batch)
+                report = self._tome_report()
+                if second is not None:
+                    with self._second_pass_tome():
+                        start = second.enlarged(latents, settings.hires_upscaler)
+                        latents = second.latents(batch, start)
+                        report += self._tome_report("second pass: ")
+                for (prompt, seed), z in zip(batch, latents.split(1), strict=True):
                     about = self._about(settings, prompt, seed, has_strength)
-                    yield Picture(run.pixels(z), {**about, **(notes or {})})
-        self._report_tome()
+                    pixels = (second or run).pixels(z)
+                    yield Picture(pixels, {**about, **(notes or {})})
+        for level, message in report:
+            logger.log(level, "%s", message)
 
     # --- settings ---------------------------------------------------------------------------
 
@@ -195,6 +214,8 @@ class Pipeline:
                 )
         if settings.scale == 1 and settings.negative_prompt:
             logger.warning("the negative prompt has no effect at scale 1")
+        if settings.hires_scale == 1 and self.model.model.diffusion_model.tome.config.hires:
+            logger.warning("ToMe hires has no effect without a second pass (hires_scale)")
         return settings
 
     def _check_prompts(self, settings: Settings) -> None:
@@ -203,8 +224,15 @@ class Pipeline:
         vocabulary = get_obj_from_str(known) if known else None
         prompts = [prompt for batch in settings.batches() for prompt, _ in batch]
         for prompt in dict.fromkeys([*prompts, settings.negative_prompt]):
-            if cut := truncated_words(prompt, self.model.cond_stage_model.max_length):
-                logger.warning("the prompt is too long; the model does not see its end: %r", cut)
+            if settings.emphasis:
+                prompt = plain_text(prompt)
+            cut = truncated_words(prompt, self.model.cond_stage_model.max_length)
+            if cut and not settings.long_prompt:
+                logger.warning(
+                    "the prompt is too long; the model does not see its end: %r (long_prompt reads "
+                    "all of it)",
+                    cut,
+                )
             if vocabulary is not None and (strange := unknown_words(prompt, vocabulary)):
                 logger.warning("words that this model has never seen: %s", ", ".join(strange))
 
@@ -213,6 +241,8 @@ class Pipeline:
         about = dataclasses.asdict(settings)
         if not has_strength:
             del about["strength"]
+        if settings.hires_scale == 1:
+            about = {name: value for name, value in about.items() if "hires" not in name}
         merger = self.model.model.diffusion_model.tome
         unet = next(self.model.model.parameters())
         return {
@@ -234,12 +264,24 @@ class Pipeline:
             "tome": dataclasses.asdict(merger.config),
         }
 
-    def _report_tome(self) -> None:
+    @contextmanager
+    def _second_pass_tome(self) -> Iterator[None]:
+        """Merge inside as the settings for the second pass say."""
         merger = self.model.model.diffusion_model.tome
-        if not merger.config.is_off:
-            logger.info("%s", merger.report())
-        for warning in merger.warnings():
-            logger.warning("%s", warning)
+        own = merger.config
+        merger.configure(own.second_pass)
+        try:
+            yield
+        finally:
+            merger.configure(own)
+
+    def _tome_report(self, where: str = "") -> list[tuple[int, str]]:
+        """What was merged since the run of the sampler began: messages and their levels."""
+        merger = self.model.model.diffusion_model.tome
+        lines = [(logging.WARNING, where + warning) for warning in merger.warnings()]
+        if merger.config.is_off:
+            return lines
+        return [(logging.INFO, merger.report().replace("ToMe: ", f"ToMe: {where}", 1)), *lines]
 
     @functools.cached_property
     def _hash(self) -> str:

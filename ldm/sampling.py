@@ -18,13 +18,22 @@ from ldm.errors import InputError
 from ldm.images import Mask, Pixels
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.dpm_solver import DPMpp2MSampler, DPMSolverSampler
+from ldm.models.diffusion.euler import EulerAncestralSampler, EulerSampler
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
+from ldm.modules.encoders.prompts import embed_prompt
 from ldm.settings import Settings
 
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ddim": DDIMSampler,
+    "plms": PLMSSampler,
+    "dpm_solver": DPMSolverSampler,
+    "euler": EulerSampler,
+    "euler_a": EulerAncestralSampler,
+    "dpmpp_2m": DPMpp2MSampler,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +89,16 @@ class Run:
             torch.manual_seed(settings.seed)
         self.sampler: Sampler = SAMPLERS[settings.sampler](self.model)
         self.n_steps = settings.steps
-        self.sampler.make_schedule(self.n_steps, ddim_eta=settings.eta)
+        self.sampler.make_schedule(self.n_steps, settings.schedule, settings.eta)
         self.size = (settings.H, settings.W)
         self.shape = (model.channels, settings.H // settings.f, settings.W // settings.f)
         self.texts: dict[str, Tensor] = {}
+        self.text_length = 0  # tokens of the longest text of the run, where they can differ
+        if settings.long_prompt:
+            prompts = {prompt for batch in settings.batches() for prompt, _ in batch}
+            for prompt in {"", settings.negative_prompt, *prompts}:
+                self.texts[prompt] = self._text(prompt)
+            self.text_length = max(text.shape[1] for text in self.texts.values())
         self.init = None if init is None else images.fit(init, *self.size)
         self.mask = None if mask is None else images.fit_mask(mask, *self.size)
         self.known: Tensor | None = None  # latents of init, where the steps need them
@@ -139,11 +154,30 @@ class Run:
     # --- each batch -------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def latents(self, batch: Sequence[tuple[str, int]]) -> Tensor:
-        """Latents of a batch of prompts and seeds, (B, C, h, w)."""
-        return self._finite("the U-Net", self.model.model, lambda: self._sampled(batch))
+    def latents(self, batch: Sequence[tuple[str, int]], start: Tensor | None = None) -> Tensor:
+        """Latents of a batch of prompts and seeds, (B, C, h, w).
 
-    def _sampled(self, batch: Sequence[tuple[str, int]]) -> Tensor:
+        Args:
+            batch: prompts and seeds.
+            start: latents to redraw, of the same shape, in place of the picture to start from.
+        """
+        known = self.known if start is None else start
+        return self._finite("the U-Net", self.model.model, lambda: self._sampled(batch, known))
+
+    @torch.inference_mode()
+    def enlarged(self, latents: Tensor, upscaler: str) -> Tensor:
+        """Latents of a smaller picture, (B, C, h, w), at this run's size.
+
+        Args:
+            latents: of any size.
+            upscaler: ``latent`` or ``lanczos``; see Settings.
+        """
+        if upscaler == "latent":
+            return F.interpolate(latents, self.shape[1:], mode="bilinear")
+        pictures = [images.fit(self.pixels(one), *self.size) for one in latents.split(1)]
+        return torch.cat([self._encoded(images.to_unit(one))[:1] for one in pictures])
+
+    def _sampled(self, batch: Sequence[tuple[str, int]], known: Tensor | None) -> Tensor:
         settings, n_pictures = self.settings, len(batch)
         size = torch.Size((n_pictures, *self.shape))
         source = None if self.is_upstream else PictureNoise(seed for _, seed in batch)
@@ -156,8 +190,8 @@ class Run:
 
         options: dict[str, Any] = {"noise_source": source, "verbose": self.progress}
         x, n_steps = noise, len(self.sampler.steps)
-        if self.known is not None:
-            known = _rows(self.known, n_pictures)
+        if known is not None:
+            known = _rows(known, n_pictures)
             if self.mask is None:
                 n_steps = self._n_steps_back()
                 x = self.sampler.stochastic_encode(known, n_steps, noise=noise)
@@ -181,18 +215,30 @@ class Run:
         """What the U-Net is told: the texts, each encoded once, and what lies beside the noise."""
         for prompt in set(prompts) - set(self.texts):
             self.texts[prompt] = self._text(prompt)
-        text = torch.cat([self.texts[prompt] for prompt in prompts])
+        text = torch.cat([self._lengthened(self.texts[prompt]) for prompt in prompts])
         if self.beside is None:
             return text
         return {"c_crossattn": [text], "c_concat": [_rows(self.beside, len(prompts))]}
 
+    @torch.inference_mode()
     def _text(self, prompt: str) -> Tensor:
-        """The embedding of a prompt, (1, L, width)."""
-        return self._finite(
-            "the text encoder",
-            self.model.cond_stage_model,
-            lambda: self.model.get_learned_conditioning([prompt]),
-        )
+        """The embedding of a prompt, (1, L, width); a long one's L is a multiple of the model's."""
+        encoder, settings = self.model.cond_stage_model, self.settings
+
+        def encode() -> Tensor:
+            if settings.long_prompt or settings.emphasis:
+                return embed_prompt(encoder, prompt, settings.long_prompt, settings.emphasis)
+            return self.model.get_learned_conditioning([prompt])
+
+        return self._finite("the text encoder", encoder, encode)
+
+    def _lengthened(self, text: Tensor) -> Tensor:
+        """A text with empty chunks after it, so that all texts of a run are equally long."""
+        missing = self.text_length - text.shape[1]
+        if missing <= 0:
+            return text
+        empty = self.texts[""]
+        return torch.cat([text, empty.repeat(1, missing // empty.shape[1], 1)], dim=1)
 
     @torch.inference_mode()
     def pixels(self, latents: Tensor) -> Pixels:

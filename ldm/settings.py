@@ -13,7 +13,10 @@ from typing import Any
 
 from ldm.errors import InputError
 
-SAMPLERS = ("ddim", "plms", "dpm_solver")
+SIGMA_SAMPLERS = ("euler", "euler_a", "dpmpp_2m")
+SAMPLERS = ("ddim", "plms", "dpm_solver", *SIGMA_SAMPLERS)
+SCHEDULES = ("uniform", "karras")
+UPSCALERS = ("latent", "lanczos")
 NOISE_ORDERS = ("image", "upstream")
 SIZE_STEP = 8  # pixels; heights and widths are multiples of it
 
@@ -27,11 +30,17 @@ class Settings:
     Attributes:
         prompt: what to draw; one text for all pictures, or one for each.
         negative_prompt: what guidance steers away from.
+        long_prompt: read prompts of any length, in chunks of 75 tokens; else the end of a long one
+            is cut off.
+        emphasis: read ``(word:1.2)``, ``(word)`` and ``[word]`` as the web UIs do; brackets that
+            are meant are written with a backslash.
         n_samples: pictures in a batch; with a single prompt, also pictures in an iteration.
         n_iter: how often to go through the prompts.
         seed: of the first picture; -1 chooses one.
         steps: of the sampler.
-        sampler: ddim, plms or dpm_solver.
+        sampler: ddim, plms, dpm_solver, euler, euler_a or dpmpp_2m.
+        schedule: where the last three of them take their steps: uniform in time, or karras, which
+            has more of them at little noise.
         scale: of the guidance: e_u + scale * (e_c - e_u); 1 does without e_u.
         eta: of DDIM: 0 is deterministic, 1 adds as much noise as the training process.
         H: height in pixels; rounded to a multiple of 8.
@@ -39,6 +48,12 @@ class Settings:
         C: channels of a latent; the model has one number of them, so this is only checked.
         f: pixels to a latent; only checked, likewise.
         strength: img2img: share of the steps that are taken; 1 ignores the picture.
+        hires_scale: txt2img: draw the picture once more, enlarged by this factor; 1 does not.
+        hires_strength: of that second pass, as ``strength``.
+        hires_steps: of the sampler in the second pass, ``hires_strength``'s share of which is
+            taken; None: as many as in the first.
+        hires_upscaler: what is enlarged: ``latent``, the latents (bilinear), or ``lanczos``, the
+            picture, which stays closer to the first pass.
         rng: ``image``: picture i has noise of its own, from seed + i, whatever the batch size or
             device; ``upstream``: one stream of noise for the whole run, in upstream's order.
         fixed_code: start all pictures from the same noise; with rng upstream, all batches.
@@ -49,11 +64,14 @@ class Settings:
 
     prompt: str | Sequence[str] | None = None
     negative_prompt: str = ""
+    long_prompt: bool = False
+    emphasis: bool = False
     n_samples: int = 1
     n_iter: int = 1
     seed: int = 42
     steps: int | None = None
     sampler: str | None = None
+    schedule: str = "uniform"
     scale: float | None = None
     eta: float = 0.0
     H: int | None = None
@@ -61,6 +79,10 @@ class Settings:
     C: int | None = None
     f: int | None = None
     strength: float = 0.75
+    hires_scale: float = 1.0
+    hires_strength: float = 0.6
+    hires_steps: int | None = None
+    hires_upscaler: str = "latent"
     rng: str = "image"
     fixed_code: bool = False
 
@@ -68,19 +90,32 @@ class Settings:
         """Check every value; round the size and choose the seed where that was asked for."""
         for name in ("n_samples", "n_iter"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        if self.steps is not None:
-            _require(1 <= self.steps <= 1000, "steps", self.steps, "1 to 1000")
+        for name in ("steps", "hires_steps"):
+            steps = getattr(self, name)
+            _require(steps is None or 1 <= steps <= 1000, name, steps, "1 to 1000")
         if self.sampler is not None:
             _require(self.sampler in SAMPLERS, "sampler", self.sampler, ", ".join(SAMPLERS))
+        _require(self.schedule in SCHEDULES, "schedule", self.schedule, ", ".join(SCHEDULES))
         if self.scale is not None:
             _require(math.isfinite(self.scale), "scale", self.scale, "a finite number")
         _require(0 <= self.eta <= 1, "eta", self.eta, "0 to 1")
-        _require(0 <= self.strength <= 1, "strength", self.strength, "0 to 1")
+        for name in ("strength", "hires_strength"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        _require(1 <= self.hires_scale <= 8, "hires_scale", self.hires_scale, "1 (off) to 8")
+        _require(
+            self.hires_upscaler in UPSCALERS,
+            "hires_upscaler",
+            self.hires_upscaler,
+            ", ".join(UPSCALERS),
+        )
         _require(self.rng in NOISE_ORDERS, "rng", self.rng, ", ".join(NOISE_ORDERS))
         _require(-1 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1, or -1 for any")
-        if self.eta > 0 and self.sampler in ("plms", "dpm_solver"):
+        if self.eta > 0 and self.sampler not in (None, "ddim"):
+            raise InputError(f"eta {self.eta:g} needs the ddim sampler, not {self.sampler}")
+        if self.schedule != "uniform" and self.sampler not in (None, *SIGMA_SAMPLERS):
             raise InputError(
-                f"eta {self.eta:g} needs the ddim sampler; {self.sampler} is deterministic"
+                f"schedule {self.schedule} needs one of the samplers {', '.join(SIGMA_SAMPLERS)}, "
+                f"not {self.sampler}"
             )
         if self.prompt is not None and not isinstance(self.prompt, str):
             _require(len(self.prompt) > 0, "prompt", "()", "at least one text")
@@ -100,6 +135,23 @@ class Settings:
             if getattr(self, field.name) is None and field.name in defaults
         }
         return dataclasses.replace(self, **missing)
+
+    def second_pass(self) -> Settings:
+        """What the second pass of hires_scale does, for settings that are filled."""
+        assert self.H is not None
+        assert self.W is not None
+        height, width = (
+            round(side * self.hires_scale / SIZE_STEP) * SIZE_STEP for side in (self.H, self.W)
+        )
+        return dataclasses.replace(
+            self,
+            H=height,
+            W=width,
+            steps=self.hires_steps or self.steps,
+            strength=self.hires_strength,
+            hires_scale=1.0,
+            fixed_code=False,
+        )
 
     def batches(self) -> list[list[tuple[str, int]]]:
         """Prompt and seed of every picture, batch by batch; the last of an iteration may be short.

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import options
 from ldm.images import load_rgb
+from ldm.jobs import read_jobs
 
 EPILOG = """
 examples:
@@ -44,8 +45,9 @@ def build_parser() -> options.Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
-    args = build_parser().parse_args(argv)
-    settings = options.settings(args)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    jobs = read_jobs(parser, args)
     model = options.model_arguments(args)
     gallery = options.gallery(args)
     init = load_rgb(args.init_img)
@@ -54,8 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pipeline = Pipeline.from_checkpoint(**model)
     notes = {"init_img": args.init_img}
-    for picture in pipeline.generate(settings, init, progress=True, notes=notes):
-        gallery.add(picture)
+    for job in jobs:  # what cannot be used is said before anything is drawn
+        pipeline.set_tome(job.tome)
+    for job in jobs:
+        pipeline.set_tome(job.tome)
+        for picture in pipeline.generate(job.settings, init, progress=True, notes=notes):
+            gallery.add(picture)
     gallery.close()
     print(f"Pictures are in {args.outdir}")
 

@@ -9,6 +9,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import options
+from ldm.errors import InputError
+from ldm.jobs import read_jobs
+from ldm.prompt_loop import prompt_loop
+from ldm.settings import Settings
 
 EPILOG = """
 examples:
@@ -16,8 +20,14 @@ examples:
     python scripts/txt2img.py --prompt "the sea at sunset" --n_samples 4 --tome-ratio 0.5
   a checkpoint of your own, larger and with another sampler:
     python scripts/txt2img.py --ckpt model.safetensors --H 768 --W 512 --dpm_solver --steps 20
+  twice as large in a second pass, where merging helps most:
+    python scripts/txt2img.py --hires_scale 2 --tome-hires-ratio 0.5
   a picture for each line of a file:
     python scripts/txt2img.py --from-file prompts.txt --negative_prompt "blurry"
+  or with settings of its own, which are flags by their names, in JSON:
+    {"prompt": "the sea at dawn", "steps": 40, "tome": {"ratio": 0.4}}
+  prompt after prompt, with the model loaded once:
+    python scripts/txt2img.py --interactive
 
 Pictures land in OUTDIR/samples/00000.png and on, all of a run in OUTDIR/grid-0000.png.
 """
@@ -26,8 +36,14 @@ Pictures land in OUTDIR/samples/00000.png and on, all of a run in OUTDIR/grid-00
 def build_parser() -> options.Parser:
     """All flags."""
     parser = options.Parser(__doc__, EPILOG)
-    options.add_prompt_flags(parser)
+    group = options.add_prompt_flags(parser)
+    group.add_argument(
+        "--interactive",
+        action="store_true",
+        help="ask for prompts, one after the other; !help there says what can be set",
+    )
     options.add_sampling_flags(parser)
+    options.add_hires_flags(parser)
     options.add_tome_flags(parser)
     options.add_model_flags(parser)
     options.add_output_flags(parser, "outputs/txt2img-samples")
@@ -36,16 +52,33 @@ def build_parser() -> options.Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
-    args = build_parser().parse_args(argv)
-    settings = options.settings(args)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.interactive and (args.prompt is not None or args.from_file is not None):
+        raise InputError("--interactive asks for prompts: leave out --prompt and --from-file")
+    jobs = read_jobs(parser, args)
     model = options.model_arguments(args)
     gallery = options.gallery(args)
 
     from ldm.pipeline import Pipeline
 
     pipeline = Pipeline.from_checkpoint(**model)
-    for picture in pipeline.generate(settings, progress=True):
-        gallery.add(picture)
+
+    def draw(settings: Settings) -> None:
+        for picture in pipeline.generate(settings, progress=True):
+            path = gallery.add(picture)
+            if args.interactive:
+                print(f"Saved {path}")
+
+    if args.interactive:
+        gallery.has_grid = False
+        prompt_loop(parser, args, pipeline.set_tome, draw)
+    else:
+        for job in jobs:  # what cannot be used is said before anything is drawn
+            pipeline.set_tome(job.tome)
+        for job in jobs:
+            pipeline.set_tome(job.tome)
+            draw(job.settings)
     gallery.close()
     print(f"Pictures are in {args.outdir}")
 

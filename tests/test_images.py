@@ -185,11 +185,36 @@ def test_a_picture_remembers_how_it_was_made(tmp_path):
     ]
 
 
+def test_the_schedule_is_named_as_the_web_uis_do():
+    text = images.web_ui_text({**SETTINGS, "sampler": "euler_a", "schedule": "karras"})
+    assert "Sampler: Euler a, Schedule type: Karras, CFG scale: 7.5" in text
+    text = images.web_ui_text({**SETTINGS, "sampler": "plms", "schedule": "uniform"})
+    assert "Sampler: PLMS, CFG scale: 7.5" in text
+
+
+def test_the_second_pass_is_named_as_the_web_uis_do():
+    second = {"hires_scale": 2.0, "hires_strength": 0.6, "hires_steps": None}
+    tome = {"ratio": 0.25, "hires": {"ratio": 0.5}}
+    made = {**SETTINGS, **second, "hires_upscaler": "latent", "tome": tome}
+    text = images.web_ui_text(made)
+    assert "Denoising strength: 0.6, Hires upscale: 2, Hires upscaler: Latent, Token" in text
+    assert text.endswith("Token merging ratio: 0.25, Token merging ratio hr: 0.5")
+    assert "Hires steps: 9, " in images.web_ui_text({**made, "hires_steps": 9})
+
+
 def test_a_picture_can_keep_its_settings_to_itself(tmp_path):
     Picture(noise(4, 4), SETTINGS).save(tmp_path / "x.png", with_settings=False)
     assert Image.open(tmp_path / "x.png").info == {}
     with pytest.raises(InputError, match=r"x\.png: this picture does not say"):
         images.read_settings(tmp_path / "x.png")
+
+
+def test_a_grid_has_room_for_the_largest_picture():
+    grid = images.make_grid([noise(4, 6), noise(8, 2)], 2)
+    assert grid.shape == (12, 18, 3)
+    np.testing.assert_array_equal(grid[2:6, 2:8], noise(4, 6))
+    np.testing.assert_array_equal(grid[2:10, 10:12], noise(8, 2))
+    assert not grid[6:, :10].any()
 
 
 def test_gallery_numbers_pictures_and_makes_a_grid(tmp_path):

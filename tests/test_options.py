@@ -88,7 +88,8 @@ def test_help_comes_at_once_and_without_torch(program):
     ("argv", "message"),
     [
         ("--steps many", "invalid int value: 'many'"),
-        ("--sampler euler", "invalid choice: 'euler'"),
+        ("--sampler heun", "invalid choice: 'heun'"),
+        ("--plms --schedule karras", "schedule karras needs one of the samplers euler, euler_a"),
         ("--seed", "expected one argument"),
         ("--laion400m", "unrecognized arguments: --laion400m"),
         ("--steps 0", "steps 0: allowed is 1 to 1000"),
@@ -109,6 +110,9 @@ def test_help_comes_at_once_and_without_torch(program):
         ("--tome-stride 2", "--tome-stride 2: must be two whole numbers"),
         ("--tome-preset nonsense", "there is no ToMe preset 'nonsense'; known presets"),
         ("--no-tome --tome-ratio 0.5", "leave out the other --tome flags"),
+        ("--hires_scale 9", "hires_scale 9.0: allowed is 1 (off) to 8"),
+        ("--tome-hires-ratio 2", "--tome-hires-ratio 2: must be auto or a number"),
+        ("--no-tome --tome-hires-ratio 0.5", "leave out the other --tome flags"),
         ("--n_rows -1", "--n_rows -1: allowed is 0"),
         ("--outdir /dev/null/x", "--outdir /dev/null/x: cannot write there"),
     ],
@@ -196,6 +200,14 @@ def test_flags_win_over_the_preset(tmp_path):
     assert loaded == {"method": "kth", "k": 4, "max_downsample": 2}
     changed = options.tome_arguments(parse("--tome-preset", str(preset), "--tome-k", "2"))
     assert changed == {"method": "kth", "k": 2, "max_downsample": 2}
+
+
+def test_the_second_pass_has_flags_of_its_own():
+    argv = "--tome-hires window=5,ratio=0.2 --tome-hires-ratio 0.6 --tome-ratio 0.3"
+    expected = {"ratio": 0.3, "hires": {"window": 5, "ratio": 0.6}}
+    assert options.tome_arguments(parse(*argv.split())) == expected
+    settings = options.settings(parse("--hires_scale", "2", "--hires_steps", "9"))
+    assert (settings.hires_scale, settings.hires_steps) == (2, 9)
 
 
 def test_without_tome_flags_the_yaml_decides_and_no_tome_overrules_it():

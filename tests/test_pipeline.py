@@ -10,7 +10,7 @@ from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pipeline import Pipeline, unknown_words
 from ldm.sampling import PictureNoise
-from ldm.settings import SAMPLERS, Settings
+from ldm.settings import SAMPLERS, UPSCALERS, Settings
 
 
 @pytest.fixture
@@ -157,6 +157,76 @@ def test_any_multiple_of_8_is_a_size(pipeline, height, width):
     for tome in (None, {"ratio": 0.5}):
         pipeline.set_tome(tome)
         assert pixels(pipeline.txt2img("x", H=height, W=width)).shape == (1, height, width, 3)
+
+
+# --- second pass ------------------------------------------------------------------------------
+
+
+def enlarged(picture, side):
+    return images.fit(picture, side, side).astype(int)
+
+
+@pytest.mark.parametrize("upscaler", UPSCALERS)
+def test_the_second_pass_redraws_the_enlarged_picture(pipeline, upscaler):
+    options = {"n_samples": 2, "steps": 4, "seed": 5, "scale": 2}
+    first = pixels(pipeline.txt2img("a house", **options))
+    distances = []
+    for strength in (0.0, 0.5, 1.0):
+        options |= {"hires_scale": 2, "hires_strength": strength, "hires_upscaler": upscaler}
+        second = pixels(pipeline.txt2img("a house", **options))
+        assert second.shape == (2, 32, 32, 3)
+        pairs = zip(first, second, strict=True)
+        distances.append(np.mean([np.abs(enlarged(a, 32) - b).mean() for a, b in pairs]))
+    assert distances[0] < distances[1] < distances[2]
+
+
+@pytest.mark.parametrize("sampler", ["euler_a", "dpmpp_2m"])
+def test_the_second_pass_does_not_depend_on_the_batch(pipeline, sampler):
+    options = {"sampler": sampler, "schedule": "karras", "hires_scale": 1.5, "seed": 5, "steps": 3}
+    together = pixels(pipeline.txt2img("a house", n_samples=2, **options))
+    options["seed"] = 6
+    alone = pixels(pipeline.txt2img("a house", **options))
+    assert together.shape == (2, 24, 24, 3)
+    assert np.abs(together[1].astype(int) - alone[0]).max() <= 1
+
+
+def test_the_second_pass_takes_its_share_of_its_own_steps(pipeline):
+    sizes = count_calls(pipeline)
+    pipeline.txt2img("x", steps=4, hires_scale=2, hires_steps=10, hires_strength=0.6)
+    assert len(sizes) == 4 + 6
+
+
+def test_each_pass_merges_and_reports_for_itself(pipeline, caplog):
+    caplog.set_level("INFO", "ldm")
+    pipeline.set_tome({"ratio": 0.25, "hires": {"ratio": 0.5}})
+    own = pipeline.model.model.diffusion_model.tome.config
+    picture = pipeline.txt2img("x", hires_scale=2)[0]
+    lines = [line for line in caplog.messages if line.startswith("ToMe:")]
+    assert len(lines) == 2
+    assert "64 -> 48 tokens" in lines[0]
+    assert "256 -> 128 tokens" in lines[1]
+    assert lines[1].startswith("ToMe: second pass: grid 2x2 ratio=0.5")
+    assert pipeline.model.model.diffusion_model.tome.config == own
+    assert picture.settings["tome"]["hires"]["ratio"] == 0.5
+    json.dumps(picture.settings)
+    caplog.clear()
+    pipeline.txt2img("x")
+    assert "ToMe hires has no effect without a second pass" in caplog.text
+    assert "second pass" not in "".join(m for m in caplog.messages if m.startswith("ToMe:"))
+
+
+def test_upstream_s_noise_is_the_same_with_a_second_pass_to_come(pipeline):
+    options = {"rng": "upstream", "seed": 3, "steps": 2, "fixed_code": True}
+    first = pixels(pipeline.txt2img("x", **options))
+    kept = pixels(pipeline.txt2img("x", **options, hires_scale=2, hires_strength=0.0))
+    close = np.abs(enlarged(first[0], 32) - kept[0]).mean()
+    other = pixels(pipeline.txt2img("x", **{**options, "seed": 4}))
+    assert close < np.abs(enlarged(other[0], 32) - kept[0]).mean() / 2
+
+
+def test_a_picture_to_start_from_has_no_second_pass(pipeline, photograph):
+    with pytest.raises(InputError, match="hires_scale 2 is for txt2img"):
+        pipeline.img2img(photograph, "x", hires_scale=2)
 
 
 # --- from a picture ---------------------------------------------------------------------------
@@ -313,6 +383,39 @@ def test_words_beyond_the_model_s_sight_are_named(pipeline, caplog):
     caplog.clear()
     pipeline.txt2img("hill " * 75, steps=1)
     assert caplog.text == ""
+
+
+def test_long_prompts_are_read_to_their_end(pipeline, caplog):
+    start = " ".join(["tree"] * 80)
+    contexts = []
+    apply = pipeline.model.apply_model
+
+    def recorded(x, t, c):
+        contexts.append(c.shape[1])
+        return apply(x, t, c)
+
+    pipeline.model.apply_model = recorded
+    options = {"long_prompt": True, "scale": 3}
+    one = pixels(pipeline.txt2img(f"{start} house", **options))
+    assert set(contexts) == {2 * 77}
+    assert "too long" not in caplog.text
+    assert not np.array_equal(one, pixels(pipeline.txt2img(f"{start} sea", **options)))
+    # the batch does not matter, nor does another text's length in it
+    texts = [f"{start} house", "a sea"]
+    together = pixels(pipeline.txt2img(texts, n_samples=2, **options))
+    apart = pixels(pipeline.txt2img(texts, n_samples=1, **options))
+    assert np.abs(together.astype(int) - apart).max() <= 1
+    contexts.clear()
+    pipeline.txt2img("a house", **options)
+    assert set(contexts) == {77}
+
+
+def test_emphasis_changes_the_picture_only_where_it_is_asked_for(pipeline):
+    plain = pixels(pipeline.txt2img("a red house", steps=3))
+    weighed = pixels(pipeline.txt2img("a (red:1.8) house", steps=3, emphasis=True))
+    assert not np.array_equal(plain, weighed)
+    same = pixels(pipeline.txt2img("a (red:1.0) house", steps=3, emphasis=True))
+    np.testing.assert_array_equal(same, plain)
 
 
 def test_words_unknown_to_the_model_are_named(pipeline, caplog):

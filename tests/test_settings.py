@@ -11,11 +11,16 @@ from ldm.settings import Settings
         ("n_iter", -1, "at least 1"),
         ("steps", 0, "1 to 1000"),
         ("steps", 1001, "1 to 1000"),
-        ("sampler", "euler", "ddim, plms, dpm_solver"),
+        ("sampler", "heun", "ddim, plms, dpm_solver, euler, euler_a, dpmpp_2m"),
+        ("schedule", "exponential", "uniform, karras"),
         ("scale", float("nan"), "a finite number"),
         ("eta", 1.5, "0 to 1"),
         ("strength", 1.01, "0 to 1"),
         ("strength", -0.1, "0 to 1"),
+        ("hires_scale", 0.5, "1 .off. to 8"),
+        ("hires_strength", 2, "0 to 1"),
+        ("hires_steps", 0, "1 to 1000"),
+        ("hires_upscaler", "esrgan", "latent, lanczos"),
         ("rng", "gpu", "image, upstream"),
         ("seed", -2, "-1 for any"),
         ("H", 0, "above 0"),
@@ -28,7 +33,16 @@ def test_values_out_of_range_are_refused_with_the_limit(name, value, limit):
         Settings(**{"prompt": "x", name: value})
 
 
-@pytest.mark.parametrize("sampler", ["plms", "dpm_solver"])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
+def test_the_schedule_is_a_choice_of_three_samplers(sampler):
+    with pytest.raises(InputError, match=f"karras needs .* dpmpp_2m, not {sampler}"):
+        Settings("x", sampler=sampler, schedule="karras")
+    with pytest.raises(InputError, match="schedule karras needs"):
+        Settings("x", schedule="karras").filled({"sampler": sampler})
+    Settings("x", sampler="dpmpp_2m", schedule="karras")
+
+
+@pytest.mark.parametrize("sampler", ["plms", "dpm_solver", "euler_a"])
 def test_eta_needs_ddim(sampler):
     with pytest.raises(InputError, match=r"eta 0\.5 needs the ddim sampler"):
         Settings("x", sampler=sampler, eta=0.5)
@@ -58,6 +72,14 @@ def test_defaults_fill_what_is_open():
     filled = Settings(steps=7).filled(defaults)
     assert (filled.H, filled.W, filled.steps, filled.scale) == (64, 32, 7, 3.0)
     assert (filled.sampler, filled.prompt) == ("plms", "hills")
+
+
+def test_the_second_pass_is_larger_and_has_its_own_steps():
+    first = Settings("x", H=64, W=40, steps=20, hires_scale=1.5, hires_strength=0.4)
+    second = first.second_pass()
+    assert (second.H, second.W, second.steps, second.strength) == (96, 64, 20, 0.4)
+    assert second.hires_scale == 1
+    assert Settings("x", H=64, W=40, steps=20, hires_steps=7).second_pass().steps == 7
 
 
 def test_one_prompt_makes_n_samples_times_n_iter():

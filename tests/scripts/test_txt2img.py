@@ -96,6 +96,57 @@ def test_the_model_s_defaults_and_the_flags_over_them(run, tiny_checkpoint, tmp_
     assert load_rgb(tmp_path / "samples" / last).shape == (24, 8, 3)
 
 
+def test_a_second_pass(run, tiny_checkpoint, tmp_path, capsys):
+    argv = ["--ckpt", tiny_checkpoint, *FAST, "--outdir", tmp_path, "--sampler", "euler_a"]
+    assert run(*argv, "--hires_scale", 2, "--hires_steps", 3, "--tome-hires-ratio", 0.5) == 0
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if line.startswith("ToMe:")]
+    assert len(lines) == 1
+    assert lines[0].startswith("ToMe: second pass: grid 2x2 ratio=0.5")
+    assert "256 -> 128 tokens" in lines[0]
+    path = tmp_path / "samples/00000.png"
+    assert load_rgb(path).shape == (32, 32, 3)
+    text = Image.open(path).info["parameters"]
+    assert "Size: 16x16" in text
+    assert "Hires upscale: 2, Hires steps: 3, Hires upscaler: Latent" in text
+    assert "Token merging ratio hr: 0.5" in text
+
+
+def test_lines_with_settings_of_their_own(run, tiny_checkpoint, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('hills\n{"prompt": "the sea", "W": 24, "tome": {"ratio": 0.5}}\na house\n')
+    out = tmp_path / "out"
+    argv = ["--ckpt", tiny_checkpoint, *FAST, "--outdir", out, "--from-file", prompts]
+    assert run(*argv) == 0
+    made = [read_settings(out / f"samples/0000{i}.png") for i in range(3)]
+    assert [(s["prompt"], s["W"], s["seed"]) for s in made] == [
+        ("hills", 16, 42),
+        ("the sea", 24, 43),
+        ("a house", 16, 44),
+    ]
+    assert [s["tome"]["ratio"] for s in made] == [None, 0.5, None]
+    assert load_rgb(out / "grid-0000.png").shape == (56, 28, 3)
+    prompts.write_text('hills\n{"prompt": "the sea", "tome": {"ratio": 0.9}}\n')
+    assert run(*argv, "--outdir", tmp_path / "none") == 2
+    assert "at most 0.75" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_prompt_after_prompt_with_one_model(run, tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    lines = iter(["a house", "!set tome.ratio 0.4", "!set tome.ratio 0.9", "hills", "!quit"])
+    monkeypatch.setattr("builtins.input", lambda question: next(lines))
+    argv = ["--ckpt", tiny_checkpoint, *FAST, "--outdir", tmp_path, "--interactive"]
+    assert run(*argv) == 0
+    shown = capsys.readouterr()
+    assert files(tmp_path) == ["samples/00000.png", "samples/00001.png"]
+    made = [read_settings(tmp_path / name) for name in files(tmp_path)]
+    assert [(s["prompt"], s["tome"]["ratio"]) for s in made] == [("a house", None), ("hills", 0.4)]
+    assert f"Saved {tmp_path}/samples/00001.png" in shown.out
+    assert "error: ToMe ratio=0.9: method grid" in shown.err
+    assert run(*argv, "--prompt", "x") == 2
+    assert "leave out --prompt and --from-file" in capsys.readouterr().err
+
+
 def test_what_is_saved_can_be_chosen(run, tiny_checkpoint, tmp_path):
     argv = ["--ckpt", tiny_checkpoint, *FAST]
     assert run(*argv, "--outdir", tmp_path / "a", "--skip_grid", "--no_metadata") == 0

@@ -56,7 +56,7 @@ class DDIMSampler(Sampler):
     """
 
     name = "DDIM Sampler"
-    allows_eta = True
+    fixed_eta = None
 
     def iterate(
         self,

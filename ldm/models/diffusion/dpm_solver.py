@@ -9,14 +9,20 @@ from torch import Tensor
 
 from ldm.models.diffusion.guidance import Denoiser
 from ldm.models.diffusion.sampler import Blend, Draw, Sampler, Steps
-from ldm.models.diffusion.schedule import StepCoefficients, dpm_coefficients
+from ldm.models.diffusion.schedule import (
+    StepCoefficients,
+    dpm_coefficients,
+    sigma_coefficients,
+)
 
 # With fewer steps the last one is of first order, which is more stable.
 FEW_STEPS = 15
 
 
 def half_log_snr(alpha_bar: float) -> float:
-    """lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar))."""
+    """lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)); infinite where there is no noise."""
+    if alpha_bar == 1:
+        return math.inf
     return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
 
 
@@ -55,10 +61,8 @@ class DPMSolverSampler(Sampler):
     def _choose_steps(self, n_steps: int, discretization: str) -> list[StepCoefficients]:
         return dpm_coefficients(self.model.alphas_cumprod, n_steps)
 
-    def _steps(self, use_original_steps: bool) -> list[StepCoefficients]:
-        if use_original_steps:
-            return dpm_coefficients(self.model.alphas_cumprod, self.model.num_timesteps)
-        return super()._steps(use_original_steps)
+    def _original_steps(self) -> list[StepCoefficients]:
+        return self._choose_steps(self.model.num_timesteps, "uniform")
 
     def iterate(
         self,
@@ -79,8 +83,20 @@ class DPMSolverSampler(Sampler):
             now, after = half_log_snr(c.alpha_bar), half_log_snr(c.alpha_bar_prev)
             is_last_of_few = i == len(steps) - 1 and len(steps) < FEW_STEPS
             slope = None
-            if last is not None and not is_last_of_few:
+            if last is not None and not is_last_of_few and after < math.inf:
                 slope = (x0 - last[1]) * ((after - now) / (now - last[0]))
             x = dpm_step(x, x0, c, slope)
             last = now, x0
             yield x, x0
+
+
+class DPMpp2MSampler(DPMSolverSampler):
+    """DPM++ 2M as k-diffusion and the web UIs know it: the same solver over other steps.
+
+    They go all the way to no noise, the last one in first order; ``karras`` spacing is theirs.
+    """
+
+    name = "DPM++ 2M"
+
+    def _choose_steps(self, n_steps: int, discretization: str) -> list[StepCoefficients]:
+        return sigma_coefficients(self.model.alphas_cumprod, n_steps, discretization)

@@ -56,7 +56,7 @@ class Sampler:
     """
 
     name = "Sampler"
-    allows_eta = False
+    fixed_eta: float | None = 0.0  # None: the caller chooses
     redraws_mask_noise = True  # upstream does, before every step
 
     def __init__(
@@ -68,7 +68,7 @@ class Sampler:
         self.model = model
         self.device = torch.device(model.device if device is None else device)
         self.steps: list[StepCoefficients] = []
-        self.eta = 0.0
+        self.eta = self.fixed_eta or 0.0
 
     def iterate(
         self,
@@ -102,27 +102,32 @@ class Sampler:
 
         Args:
             ddim_num_steps: how many; see make_ddim_timesteps for the counts that come out.
-            ddim_discretize: ``uniform`` or ``quad``.
-            ddim_eta: 0 is deterministic, 1 has the variance of ancestral sampling.
+            ddim_discretize: ``uniform`` or ``quad``; for Euler and DPM++ 2M ``uniform`` or
+                ``karras``.
+            ddim_eta: 0 is deterministic, 1 has the variance of ancestral sampling; DDIM only.
             verbose: upstream's argument, without effect: nothing is printed.
 
         Raises:
             InputError: a value that this sampler or the model cannot use.
         """
-        if ddim_eta < 0 or (ddim_eta and not self.allows_eta):
-            limit = "at least 0" if self.allows_eta else "0: this sampler is deterministic"
+        is_free = self.fixed_eta is None
+        if ddim_eta < 0 or (ddim_eta and not is_free):
+            limit = "at least 0" if is_free else "0: it is a setting of DDIM"
             raise InputError(f"{self.name}: eta is {ddim_eta}, but it must be {limit}")
-        self.eta = ddim_eta
+        self.eta = ddim_eta if self.fixed_eta is None else self.fixed_eta
         self.steps = self._choose_steps(ddim_num_steps, ddim_discretize)
 
     def _choose_steps(self, n_steps: int, discretization: str) -> list[StepCoefficients]:
         timesteps = make_ddim_timesteps(discretization, n_steps, self.model.num_timesteps)
         return ddim_coefficients(self.model.alphas_cumprod, timesteps, self.eta)
 
+    def _original_steps(self) -> list[StepCoefficients]:
+        model = self.model
+        return original_coefficients(model.alphas_cumprod, model.alphas_cumprod_prev, self.eta)
+
     def _steps(self, use_original_steps: bool) -> list[StepCoefficients]:
         if use_original_steps:
-            model = self.model
-            return original_coefficients(model.alphas_cumprod, model.alphas_cumprod_prev, self.eta)
+            return self._original_steps()
         if not self.steps:
             raise ValueError("call make_schedule first")
         return self.steps

@@ -22,6 +22,8 @@ from ldm.errors import InputError
 
 BETA_SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt", "squaredcos_cap_v2")
 DISCRETIZATIONS = ("uniform", "quad")
+SIGMA_SPACINGS = ("uniform", "karras")
+KARRAS_RHO = 7.0
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
@@ -266,6 +268,43 @@ def dpm_coefficients(alpha_bar: Tensor, n_steps: int) -> list[StepCoefficients]:
     times = np.linspace(0, last, n_steps + 1)
     levels = np.exp(np.interp(times, np.arange(last + 1), log_alpha_bar))
     return step_coefficients(times[1:], levels[1:], levels[:-1])
+
+
+def sigma_coefficients(
+    alpha_bar: Tensor, n_steps: int, spacing: str = "uniform", eta: float = 0.0
+) -> list[StepCoefficients]:
+    """Coefficients of ``n_steps`` steps from the most noise to none at all, ascending.
+
+    With sigma = sqrt((1 - alpha_bar) / alpha_bar), the noise in x / sqrt(alpha_bar), the last step
+    goes from the model's lowest sigma to 0. Times between the training steps are allowed; there
+    log(sigma) is interpolated linearly.
+
+    Args:
+        alpha_bar: the model's alphas_cumprod, (T,).
+        n_steps: at least 1.
+        spacing: ``uniform`` in time, or ``karras``: sigma^(1/7) falls linearly.
+        eta: see step_coefficients.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364) eq. 5; k-diffusion's get_sigmas.
+
+    Raises:
+        InputError: n_steps is less than 1, or the spacing none of these.
+    """
+    if n_steps < 1:
+        raise InputError(f"{n_steps} sampling steps: at least 1 is needed")
+    table = to_numpy(alpha_bar).astype(np.float64)
+    log_sigma = 0.5 * np.log((1 - table) / table)
+    steps = np.arange(len(table))
+    if spacing == "uniform":
+        times = np.linspace(steps[-1], 0, n_steps)[::-1]
+    elif spacing == "karras":
+        ends = np.exp(log_sigma[[-1, 0]] / KARRAS_RHO)
+        roots = np.linspace(*ends, n_steps)[::-1]
+        times = np.interp(KARRAS_RHO * np.log(roots), log_sigma, steps)
+    else:
+        raise InputError(f"schedule {spacing!r}: choose from {', '.join(SIGMA_SPACINGS)}")
+    levels = 1 / (1 + np.exp(2 * np.interp(times, steps, log_sigma)))
+    return step_coefficients(times, levels, np.append(1.0, levels[:-1]), eta)
 
 
 def to_numpy(values: Tensor) -> Float32Array:

@@ -62,7 +62,7 @@ def truncated_words(prompt: str, max_length: int = 77) -> str:
     return tokenizer.decode(tokenizer.encode(prompt)[max_length - 2 :]).strip()
 
 
-class _TextEncoder(nn.Module):
+class TextEncoder(nn.Module):
     """What the two encoders share: reading prompts, and calling ``encode_tokens``."""
 
     padding_id: int
@@ -71,6 +71,10 @@ class _TextEncoder(nn.Module):
         super().__init__()
         self.max_length = max_length
 
+    def token_ids(self, text: str) -> list[int]:
+        """The tokens of a text, however long, without a start and an end."""
+        return _tokenizer().encode(text)
+
     def tokenize(self, text: str | Sequence[str]) -> Tensor:
         """Turn prompts into token ids, cut and padded to ``max_length``.
 
@@ -78,11 +82,18 @@ class _TextEncoder(nn.Module):
             Ids, (B, L), int64, on the CPU: start, the prompt's tokens, end, padding.
         """
         text = [text] if isinstance(text, str) else text
-        ids = torch.full((len(text), self.max_length), self.padding_id)
-        for row, prompt in zip(ids, text, strict=True):
-            tokens = [START_ID, *_tokenizer().encode(prompt)[: self.max_length - 2], END_ID]
+        return self._rows([self.token_ids(prompt) for prompt in text])
+
+    def _rows(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        ids = torch.full((len(prompts), self.max_length), self.padding_id)
+        for row, prompt in zip(ids, prompts, strict=True):
+            tokens = [START_ID, *prompt[: self.max_length - 2], END_ID]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Encode B prompts given as ``token_ids``, to (B, L, C); what does not fit is cut off."""
+        return self.encode_tokens(self._rows(prompts).to(next(self.parameters()).device))
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
         """Encode prompts.
@@ -104,7 +115,7 @@ class _TextEncoder(nn.Module):
         raise NotImplementedError
 
 
-class FrozenCLIPEmbedder(_TextEncoder):
+class FrozenCLIPEmbedder(TextEncoder):
     """The text encoder of Stable Diffusion 1: CLIP's text model from transformers.
 
     Args:
@@ -180,7 +191,7 @@ class FrozenCLIPEmbedder(_TextEncoder):
         return output.last_hidden_state
 
 
-class FrozenOpenCLIPEmbedder(_TextEncoder):
+class FrozenOpenCLIPEmbedder(TextEncoder):
     """The text encoder of Stable Diffusion 2: the text half of an open_clip model.
 
     Args:

@@ -39,7 +39,7 @@ class ToMeConfig:
     """A checked configuration of token merging; ``ToMeConfig()`` merges nothing.
 
     Build it with `from_mapping`. The fields are the keys of a YAML's ``tome_config``, explained in
-    `KEYS`; ``rules`` holds complete configurations, one per entry.
+    `KEYS`; ``rules`` and ``hires`` hold complete configurations.
     """
 
     method: str = "grid"
@@ -59,6 +59,7 @@ class ToMeConfig:
     similarity: float | None = None
     rules: tuple[ToMeConfig, ...] = ()
     steps: tuple[tuple[float, float], ...] = ()
+    hires: ToMeConfig | None = None
     reuse_steps: int = 1
     reuse_layers: bool = False
     proportional: bool = True
@@ -88,7 +89,14 @@ class ToMeConfig:
         values.setdefault("window", 3 if values["method"] == "grid" else None)
         _set_metric(values)
         rules = tuple(_rule(entry, given) for entry in values.pop("rules", ()))
+        if values.get("hires") is not None:
+            values["hires"] = _second_pass(values["hires"], given)
         return cls(**values, rules=rules)
+
+    @property
+    def second_pass(self) -> ToMeConfig:
+        """The configuration of a second pass on the enlarged picture."""
+        return self.hires or replace(self, hires=None)
 
     @property
     def is_off(self) -> bool:
@@ -174,6 +182,7 @@ def overlay(base: Mapping[str, Any] | None, override: Mapping[str, Any] | None) 
 
     A key that sets the amount replaces whichever key set it below, another method drops the
     keys below that mean nothing to it, and what is overridden is so in the rules below as well.
+    What is said of the second pass (``hires``) stands, and is laid over in the same way.
     """
     below, above = _spell_out(base or {}), _spell_out(override or {})
     drops = set(above)
@@ -188,6 +197,8 @@ def overlay(base: Mapping[str, Any] | None, override: Mapping[str, Any] | None) 
             {k: v for k, v in entry.items() if k == "min_tokens" or k not in drops}
             for entry in kept["rules"]
         ]
+    if isinstance(below.get("hires"), Mapping) and isinstance(above.get("hires"), Mapping):
+        above["hires"] = overlay(below["hires"], above["hires"])
     return {**kept, **above}
 
 
@@ -267,6 +278,14 @@ def _rule(entry: Mapping[str, Any], base: Mapping[str, Any]) -> ToMeConfig:
         raise InputError(f"ToMe rules: an entry cannot set {unruly[0]!r}")
     if "min_tokens" not in entry:
         raise InputError(f"ToMe rules: the entry {dict(entry)!r} has no min_tokens")
-    beside = {key: value for key, value in base.items() if key != "rules"}
+    beside = {key: value for key, value in base.items() if key not in ("rules", "hires")}
     # Where nothing else is said, min_tokens alone decides where a rule acts.
     return ToMeConfig.from_mapping({"max_downsample": 8, **overlay(beside, _spell_out(entry))})
+
+
+def _second_pass(entry: Mapping[str, Any], base: Mapping[str, Any]) -> ToMeConfig:
+    """The complete configuration of ``hires``: its keys over those beside it."""
+    if "hires" in entry:
+        raise InputError("ToMe hires: it cannot hold another 'hires'")
+    beside = {key: value for key, value in base.items() if key != "hires"}
+    return ToMeConfig.from_mapping(overlay(beside, entry))

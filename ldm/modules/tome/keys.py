@@ -100,6 +100,12 @@ def _rules(value: Any) -> tuple[Mapping[str, Any], ...]:
     return tuple(entries)
 
 
+def _keys(value: Any) -> Mapping[str, Any] | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError("must be a mapping of other keys")
+    return value
+
+
 def _steps(value: Any) -> tuple[tuple[float, float], ...]:
     points = value or ()
     is_list = isinstance(points, (list, tuple))
@@ -143,18 +149,23 @@ def _pairs(text: str) -> list[list[Any]]:
     return [[_literal(word) for word in pair.split(":")] for pair in _words(text)]
 
 
+def _assignments(text: str) -> dict[str, Any]:
+    """``method=kth,k=8`` -> the keys of a mapping."""
+    keys: dict[str, Any] = {}
+    # A comma divides keys, and the values of a list: a word without = belongs to the latter.
+    for assignment in filter(None, re.split(r",\s*(?=[\w-]+=)", text.strip())):
+        key, _, value = assignment.partition("=")
+        key = key.strip().replace("-", "_")
+        keys[key] = parse_flag(key, value) if key in KEYS else _literal(value)
+    return keys
+
+
 def _entries(text: str) -> list[dict[str, Any]]:
     """``9216:method=kth,k=8;4096:k=4`` -> the entries of ``rules``."""
     entries = []
     for part in filter(None, (part.strip() for part in text.split(";"))):
         head, _, body = part.partition(":")
-        entry: dict[str, Any] = {"min_tokens": _literal(head)}
-        # A comma divides keys, and the values of a list: a word without = belongs to the latter.
-        for assignment in filter(None, re.split(r",\s*(?=[\w-]+=)", body.strip())):
-            key, _, value = assignment.partition("=")
-            key = key.strip().replace("-", "_")
-            entry[key] = parse_flag(key, value) if key in KEYS else _literal(value)
-        entries.append(entry)
+        entries.append({"min_tokens": _literal(head), **_assignments(body)})
     return entries
 
 
@@ -213,6 +224,13 @@ KEYS: dict[str, Key] = {
     ),
     "steps": Key(
         _steps, "PROGRESS:RATIO,...", "ratio over progress, 0 to 1", _pairs, in_rules=False
+    ),
+    "hires": Key(
+        _keys,
+        "KEY=VALUE,...",
+        "other keys for the second pass of --hires_scale",
+        _assignments,
+        in_rules=False,
     ),
     "reuse_steps": Key(_integer(1), "N", "keep a plan for so many model calls", in_rules=False),
     "reuse_layers": Key(

@@ -80,7 +80,9 @@ class Tally:
     def warnings(self, config: ToMeConfig) -> list[str]:
         """Where nothing was merged though something was asked for, and where it does not pay."""
         if config.is_off:
-            is_default = config == ToMeConfig(seed=config.seed, context=config.context)
+            is_default = config == ToMeConfig(
+                seed=config.seed, context=config.context, hires=config.hires
+            )
             is_zero = config.ratio == 0 or config.r == 0 or bool(config.steps)
             if is_default or is_zero:
                 return []

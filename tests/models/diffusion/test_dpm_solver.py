@@ -5,7 +5,12 @@ import torch
 from closed_form import GaussianModel, golden_model, sample_table_row
 from golden_util import load_golden
 
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler, dpm_step, half_log_snr
+from ldm.models.diffusion.dpm_solver import (
+    DPMpp2MSampler,
+    DPMSolverSampler,
+    dpm_step,
+    half_log_snr,
+)
 from ldm.models.diffusion.schedule import dpm_coefficients
 
 
@@ -68,3 +73,28 @@ def test_last_of_few_steps_is_of_first_order():
         x0 = (x - c.noise * eps) / c.signal
         x = c.signal_prev * x0 + (1 - c.alpha_bar_prev) ** 0.5 * eps
     torch.testing.assert_close(latents, x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "karras"])
+@pytest.mark.parametrize("make_model", [GaussianModel, golden_model])
+@pytest.mark.parametrize("n_steps", [1, 2, 12, 20])
+def test_dpmpp_2m_is_k_diffusion_s(make_model, schedule, n_steps):
+    model = make_model()
+    sampler = DPMpp2MSampler(model)
+    sampler.make_schedule(n_steps, schedule)
+    noise = torch.randn(2, 4, 8, 8)
+    latents = sampler.decode(noise, torch.zeros(2, 1), n_steps, verbose=False)
+    x, old, h_last = noise / sampler.steps[-1].signal, None, None
+    for c in sampler.steps[::-1]:
+        sigma, sigma_next = (((1 - a) / a) ** 0.5 for a in (c.alpha_bar, c.alpha_bar_prev))
+        t = torch.full((2,), c.t)
+        denoised = x - sigma * model.function(x / (1 + sigma**2) ** 0.5, t, torch.zeros(2, 1))
+        h = math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
+        estimate = denoised
+        if old is not None and sigma_next > 0:
+            r = h_last / h
+            estimate = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * old
+        x = sigma_next / sigma * x - math.expm1(-h) * estimate
+        old, h_last = denoised, h
+    torch.testing.assert_close(latents, x, atol=3e-4, rtol=3e-4)
+    assert len(model.calls) == n_steps

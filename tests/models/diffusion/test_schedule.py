@@ -13,6 +13,7 @@ from ldm.models.diffusion.schedule import (
     make_ddim_timesteps,
     original_coefficients,
     schedule_buffers,
+    sigma_coefficients,
     variational_weights,
 )
 
@@ -179,3 +180,52 @@ def test_dpm_times_are_fractions_from_last_to_first():
     assert between.alpha_bar == pytest.approx(middle, rel=1e-5)
     with pytest.raises(InputError, match="0 sampling steps"):
         dpm_coefficients(ALPHA_BAR, 0)
+
+
+def sigma(alpha_bar):
+    return ((1 - alpha_bar) / alpha_bar) ** 0.5
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "karras"])
+@pytest.mark.parametrize("n_steps", [1, 2, 20, 1200])
+def test_sigma_steps_go_from_the_most_noise_to_none(spacing, n_steps):
+    steps = sigma_coefficients(ALPHA_BAR, n_steps, spacing, eta=1.0)
+    assert len(steps) == n_steps
+    assert steps[-1].t == pytest.approx(999)
+    assert steps[-1].alpha_bar == pytest.approx(ALPHA_BAR[999].item())
+    assert (steps[0].alpha_bar_prev, steps[0].direction, steps[0].sigma) == (1, 0, 0)
+    if n_steps > 1:
+        assert steps[0].t == pytest.approx(0, abs=1e-6)
+    for c, above in pairwise(steps):
+        assert above.t > c.t
+        assert above.alpha_bar_prev == c.alpha_bar
+
+
+def test_karras_spacing_is_published_for_stable_diffusion():
+    # the formula of Karras et al. with rho 7, between the sigmas 0.0292 and 14.6146 of SD 1
+    steps = sigma_coefficients(ALPHA_BAR, 10, "karras")[::-1]
+    highest, lowest = 14.6146, 0.0292
+    for i, c in enumerate(steps):
+        root = highest ** (1 / 7) + i / 9 * (lowest ** (1 / 7) - highest ** (1 / 7))
+        assert sigma(c.alpha_bar) == pytest.approx(root**7, rel=2e-3)
+    # its time is the one at which the model's own noise is that strong
+    c = steps[5]
+    low = int(c.t)
+    share = c.t - low
+    between = (
+        sigma(ALPHA_BAR[low].item()) ** (1 - share) * sigma(ALPHA_BAR[low + 1].item()) ** share
+    )
+    assert 0 < share < 1
+    assert sigma(c.alpha_bar) == pytest.approx(between, rel=1e-4)
+
+
+def test_uniform_sigma_steps_are_evenly_spaced_in_time():
+    steps = sigma_coefficients(ALPHA_BAR, 5)
+    assert [c.t for c in steps] == pytest.approx([0, 249.75, 499.5, 749.25, 999])
+
+
+def test_unknown_sigma_spacings_are_refused():
+    with pytest.raises(InputError, match="0 sampling steps"):
+        sigma_coefficients(ALPHA_BAR, 0)
+    with pytest.raises(InputError, match="schedule 'quad': choose from uniform, karras"):
+        sigma_coefficients(ALPHA_BAR, 5, "quad")

@@ -374,3 +374,63 @@ def test_presets_say_where_they_come_from(name: str) -> None:
     text = (PRESETS / f"{name}.yaml").read_text()
     assert text.startswith("# ")
     assert "Source:" in text or name in ("quality", "balanced", "fast")
+
+
+# --- second pass --------------------------------------------------------------------------------
+
+
+def test_the_second_pass_has_the_keys_beside_it_and_its_own_over_them():
+    config = ToMeConfig.from_mapping(
+        {"ratio": 0.3, "window": 5, "hires": {"ratio": 0.6, "max_downsample": 2}}
+    )
+    assert (config.ratio, config.max_downsample) == (0.3, 1)
+    second = config.second_pass
+    assert (second.ratio, second.window, second.max_downsample) == (0.6, 5, 2)
+    other = ToMeConfig.from_mapping({"ratio": 0.3, "hires": {"method": "kth", "k": 4}}).second_pass
+    assert (other.method, other.k, other.ratio) == ("kth", 4, None)
+
+
+def test_without_keys_of_its_own_the_second_pass_is_as_the_first():
+    config = ToMeConfig.from_mapping({"ratio": 0.3, "seed": 4})
+    assert config.second_pass == config
+
+
+def test_either_pass_can_be_off():
+    first = ToMeConfig.from_mapping({"ratio": 0.5, "hires": {"ratio": 0}})
+    assert (first.is_off, first.second_pass.is_off) == (False, True)
+    second = ToMeConfig.from_mapping({"hires": {"ratio": 0.5}})
+    assert (second.is_off, second.second_pass.is_off) == (True, False)
+
+
+def test_the_second_pass_beside_rules():
+    rules = [{"min_tokens": 1024, "ratio": 0.6}]
+    config = ToMeConfig.from_mapping({"rules": rules, "hires": {"window": 5}})
+    assert config.for_tokens(4096).ratio == config.second_pass.for_tokens(4096).ratio == 0.6
+    assert config.second_pass.for_tokens(4096).window == 5
+    assert config.for_tokens(4096).window == 3
+
+
+@pytest.mark.parametrize(
+    ("hires", "message"),
+    [
+        (0.5, "ToMe hires=0.5: must be a mapping of other keys"),
+        ({"ration": 0.5}, "ToMe has no key 'ration'"),
+        ({"ratio": 0.9}, "can remove at most 0.75"),
+        ({"hires": {}}, "cannot hold another 'hires'"),
+        ({"r": 3, "k": 2}, "both set the amount"),
+    ],
+)
+def test_the_second_pass_is_checked_like_the_rest(hires, message):
+    with pytest.raises(InputError, match=message):
+        ToMeConfig.from_mapping({"ratio": 0.25, "hires": hires})
+
+
+def test_what_is_said_of_the_second_pass_is_laid_over_what_was():
+    preset = {"ratio": 0.3, "hires": {"ratio": 0.5, "window": 5}}
+    assert overlay(preset, {"ratio": 0.1})["hires"] == {"ratio": 0.5, "window": 5}
+    assert overlay(preset, {"hires": {"r": 9}})["hires"] == {"r": 9, "window": 5}
+
+
+def test_a_flag_for_the_second_pass():
+    keys = parse_flag("hires", "ratio=0.6,apply_to=kv,mlp,stride=2x4")
+    assert keys == {"ratio": 0.6, "apply_to": ["kv", "mlp"], "stride": [2, 4]}

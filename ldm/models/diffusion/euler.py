@@ -1,0 +1,56 @@
+"""Euler's method, plain and ancestral."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ldm.models.diffusion.ddim import ddim_step
+from ldm.models.diffusion.guidance import Denoiser
+from ldm.models.diffusion.sampler import Blend, Draw, Sampler, Steps
+from ldm.models.diffusion.schedule import StepCoefficients, sigma_coefficients
+
+
+class EulerSampler(Sampler):
+    """Euler's method on the probability flow, all the way to no noise.
+
+    For x / sqrt(alpha_bar), whose noise has the standard deviation sigma, a step adds
+    (sigma_prev - sigma) times the predicted noise. In terms of x that is DDIM's step; k-diffusion's
+    Euler differs in where the steps lie.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364) algorithm 1, without churn.
+    """
+
+    name = "Euler"
+
+    def _choose_steps(self, n_steps: int, discretization: str) -> list[StepCoefficients]:
+        alpha_bar = self.model.alphas_cumprod
+        return sigma_coefficients(alpha_bar, n_steps, discretization, self.eta)
+
+    def iterate(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        steps: Sequence[StepCoefficients],
+        draw: Draw,
+        blend: Blend,
+        quantize: Callable[[Tensor], Tensor] | None,
+    ) -> Steps:
+        """See Sampler.iterate."""
+        for c in steps:
+            x = blend(x, c)
+            eps = denoise(x, c.t, c.alpha_bar)
+            noise = draw(c.sigma) if c.sigma > 0 else None
+            x, x0 = ddim_step(x, eps, c, noise, quantize)
+            yield x, x0
+
+
+class EulerAncestralSampler(EulerSampler):
+    """Euler's method to a level below the next one, and fresh noise back up to it.
+
+    The share of fresh noise is that of ancestral sampling, which is DDIM's with eta = 1.
+    """
+
+    name = "Euler a"
+    fixed_eta = 1.0

@@ -1,0 +1,93 @@
+"""Long and weighted prompts, on a small encoder of the real structure."""
+
+import pytest
+import torch
+
+from ldm.errors import InputError
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
+from ldm.modules.encoders.prompts import embed_prompt, parse_emphasis, plain_text
+from tests.golden_util import fill_parameters
+from tests.tiny_models import CLIP, OPEN_CLIP
+
+
+@pytest.fixture(scope="module", params=[FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder])
+def encoder(request):
+    kind = CLIP if request.param is FrozenCLIPEmbedder else OPEN_CLIP
+    return fill_parameters(request.param(**kind["params"]), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("a house", [("a house", 1)]),
+        ("", []),
+        ("a (red) house", [("a ", 1), ("red", 1.1), (" house", 1)]),
+        ("((red))", [("red", 1.21)]),
+        ("[red]", [("red", 1 / 1.1)]),
+        ("(red:1.4) house", [("red", 1.4), (" house", 1)]),
+        ("(red: .5)", [("red", 0.5)]),
+        ("(a (b:2) c:1.5)", [("a ", 1.5), ("b", 3), (" c", 1.5)]),
+        ("[(b:2)]", [("b", 2 / 1.1)]),
+        ("time 12:30", [("time 12:30", 1)]),
+        (r"\(red\) \[b\] \\", [("(red) [b] \\", 1)]),
+        (r"(a\)b)", [("a)b", 1.1)]),
+        ("a smile :) and ) and ]", [("a smile :) and ) and ]", 1)]),
+        ("(open [b] :1.2", [("(open ", 1), ("b", 1 / 1.1), (" :1.2", 1)]),
+        ("[a:1.2)", [("[a:1.2)", 1)]),
+    ],
+)
+def test_emphasis_is_read_as_the_web_uis_do(prompt, pieces):
+    found = parse_emphasis(prompt)
+    assert [text for text, _ in found] == [text for text, _ in pieces]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
+
+
+def test_plain_text_is_what_is_read():
+    assert plain_text("a ((red)) [house:2] (sun:1.3)") == "a red house:2 sun"
+
+
+@torch.no_grad()
+def test_a_plain_prompt_is_embedded_as_ever(encoder):
+    expected = encoder(["a red house"])
+    for options in ((False, False), (True, False), (False, True), (True, True)):
+        torch.testing.assert_close(embed_prompt(encoder, "a red house", *options), expected)
+    assert embed_prompt(encoder, "", True).shape == expected.shape
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_read_in_chunks(encoder):
+    words = " ".join(["house", "tree"] * 50)  # a token each
+    assert embed_prompt(encoder, words).shape[1] == 77
+    long = embed_prompt(encoder, words, is_long=True)
+    assert long.shape[1] == 2 * 77
+    torch.testing.assert_close(long[:, :77], encoder([words]))
+    rest = " ".join(words.split()[75:])
+    torch.testing.assert_close(long[:, 77:], encoder([rest]))
+    exact = " ".join(words.split()[:75])
+    assert embed_prompt(encoder, exact, is_long=True).shape[1] == 77
+
+
+@torch.no_grad()
+def test_a_weight_moves_a_word_away_from_the_empty_prompt(encoder):
+    plain, empty = encoder(["a red house"]), encoder([""])
+    weighted = embed_prompt(encoder, "a (red:1.5) house", has_emphasis=True)
+    torch.testing.assert_close(weighted[:, :2], plain[:, :2])  # start, "a"
+    torch.testing.assert_close(weighted[:, 3:], plain[:, 3:])
+    torch.testing.assert_close(weighted[:, 2], empty[:, 2] + 1.5 * (plain - empty)[:, 2])
+    without = embed_prompt(encoder, "(a red house:0)", has_emphasis=True)
+    torch.testing.assert_close(without[:, 1:4], empty[:, 1:4])
+
+
+@torch.no_grad()
+def test_weights_reach_the_second_chunk(encoder):
+    words = " ".join(["tree"] * 76)
+    plain = embed_prompt(encoder, f"{words} house", is_long=True)
+    weighted = embed_prompt(encoder, f"{words} (house:2)", True, True)
+    different = (plain != weighted).any(dim=2)[0].nonzero().flatten().tolist()
+    assert different == [77 + 2]
+
+
+def test_a_pooled_text_has_no_words_to_weigh():
+    encoder = FrozenCLIPEmbedder(**CLIP["params"], layer="pooled")
+    with pytest.raises(InputError, match="an embedding for each token"):
+        embed_prompt(encoder, "(red)", has_emphasis=True)
