@@ -23,7 +23,7 @@ from ldm.models.diffusion.euler import EulerAncestralSampler, EulerSampler
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
-from ldm.modules.encoders.prompts import embed_prompt
+from ldm.modules.encoders.prompts import embed_prompt, length_in_use
 from ldm.settings import Settings
 
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -94,11 +94,20 @@ class Run:
         self.shape = (model.channels, settings.H // settings.f, settings.W // settings.f)
         self.texts: dict[str, Tensor] = {}
         self.text_length = 0  # tokens of the longest text of the run, where they can differ
+        prompts = {prompt for batch in settings.batches() for prompt, _ in batch}
+        prompts.add(settings.negative_prompt)
         if settings.long_prompt:
-            prompts = {prompt for batch in settings.batches() for prompt, _ in batch}
-            for prompt in {"", settings.negative_prompt, *prompts}:
+            for prompt in {"", *prompts}:
                 self.texts[prompt] = self._text(prompt)
             self.text_length = max(text.shape[1] for text in self.texts.values())
+        self.length_in_use: int | None = None  # of the longest, where padding is to be dropped
+        if model.model.diffusion_model.tome.config.context == "trim":
+            reading = settings.long_prompt, settings.emphasis
+            self.length_in_use = max(
+                length_in_use(model.cond_stage_model, prompt, *reading) for prompt in prompts
+            )
+            kept = self.length_in_use
+            logger.info("ToMe: the texts' padding is dropped; %d tokens of context are left", kept)
         self.init = None if init is None else images.fit(init, *self.size)
         self.mask = None if mask is None else images.fit_mask(mask, *self.size)
         self.known: Tensor | None = None  # latents of init, where the steps need them
@@ -216,6 +225,7 @@ class Run:
         for prompt in set(prompts) - set(self.texts):
             self.texts[prompt] = self._text(prompt)
         text = torch.cat([self._lengthened(self.texts[prompt]) for prompt in prompts])
+        text = text[:, : self.length_in_use]
         if self.beside is None:
             return text
         return {"c_crossattn": [text], "c_concat": [_rows(self.beside, len(prompts))]}

@@ -371,6 +371,27 @@ def test_the_yaml_s_tome_config_counts_unless_it_is_overruled(tiny_checkpoint):
     assert merging(False).is_off
 
 
+def test_the_padding_can_be_dropped_from_the_context(tiny_checkpoint, pipeline, caplog):
+    whole = pixels(pipeline.txt2img("a house", n_samples=2))
+    pipeline.set_tome({"context": "trim"})
+    lengths, apply_model = set(), pipeline.model.apply_model
+
+    def recorded(x, t, context):
+        lengths.add(context.shape[1])
+        return apply_model(x, t, context)
+
+    pipeline.model.apply_model = recorded
+    with caplog.at_level("INFO", logger="ldm"):
+        alone = pixels(pipeline.txt2img("a house", n_samples=1, n_iter=2))
+        together = pixels(pipeline.txt2img("a house", n_samples=2))
+    assert lengths == {4}  # start, a, house, end
+    assert "4 tokens of context are left" in caplog.text
+    assert np.abs(together.astype(int) - alone).max() <= 1
+    assert not np.array_equal(together, whole)
+    pipeline.txt2img("a house", negative_prompt="a red house")
+    assert lengths == {4, 5}
+
+
 def test_a_merging_without_effect_is_a_warning(pipeline, caplog):
     pipeline.set_tome({"ratio": 0.5, "min_tokens": 100000})
     pipeline.txt2img("a house")

@@ -53,6 +53,20 @@ def plain_text(prompt: str) -> str:
     return "".join(text for text, _ in parse_emphasis(prompt))
 
 
+def length_in_use(
+    encoder: TextEncoder, prompt: str, is_long: bool = False, has_emphasis: bool = False
+) -> int:
+    """Tokens of a prompt's embedding up to its end token, beyond which there is only padding.
+
+    Args:
+        encoder, prompt, is_long, has_emphasis: as in `embed_prompt`.
+    """
+    room = encoder.max_length - 2
+    n_tokens = len(encoder.token_ids(plain_text(prompt) if has_emphasis else prompt))
+    n_full = max(0, n_tokens - 1) // room if is_long else 0
+    return n_full * encoder.max_length + min(n_tokens - n_full * room, room) + 2
+
+
 def embed_prompt(
     encoder: TextEncoder, prompt: str, is_long: bool = False, has_emphasis: bool = False
 ) -> Tensor:

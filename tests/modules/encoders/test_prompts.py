@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from ldm.errors import InputError
-from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
-from ldm.modules.encoders.prompts import embed_prompt, parse_emphasis, plain_text
+from ldm.modules.encoders.modules import END_ID, FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
+from ldm.modules.encoders.prompts import (
+    embed_prompt,
+    length_in_use,
+    parse_emphasis,
+    plain_text,
+)
 from tests.golden_util import fill_parameters
 from tests.tiny_models import CLIP, OPEN_CLIP
 
@@ -91,3 +96,23 @@ def test_a_pooled_text_has_no_words_to_weigh():
     encoder = FrozenCLIPEmbedder(**CLIP["params"], layer="pooled")
     with pytest.raises(InputError, match="an embedding for each token"):
         embed_prompt(encoder, "(red)", has_emphasis=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "is_long", "expected"),
+    [("", False, 2), ("a house", False, 4), ("house " * 100, False, 77), ("a (red:1.2) house", False, 5)],
+)
+def test_length_in_use_ends_with_the_end_token(encoder, prompt, is_long, expected):
+    found = length_in_use(encoder, prompt, is_long, has_emphasis=True)
+    assert found == expected
+    ids = encoder.tokenize(plain_text(prompt))[0].tolist()
+    assert ids.index(END_ID) == found - 1
+
+
+def test_length_in_use_of_a_long_prompt(encoder):
+    room = encoder.max_length - 2
+    for n_tokens in (1, room, room + 1, 2 * room, 2 * room + 3):
+        n = length_in_use(encoder, "house " * n_tokens, is_long=True)
+        whole = embed_prompt(encoder, "house " * n_tokens, is_long=True).shape[1]
+        assert whole - encoder.max_length < n <= whole
+        assert n == n_tokens + 2 * (whole // encoder.max_length)
