@@ -72,8 +72,8 @@ def embed_prompt(
 ) -> Tensor:
     """The embedding of one prompt, (1, n * L, C), from n contexts of L tokens.
 
-    Weight w of a token moves its embedding to empty + w * (embedding - empty), away from what the
-    empty prompt has in its place, so 1 changes nothing and 0 takes the word out.
+    Weight w of a token adds (w - 1) * (embedding - empty) to its embedding, empty being what the
+    empty prompt has in its place: 1 changes nothing, and 0 takes the word out.
 
     Args:
         encoder: what reads it.
@@ -102,5 +102,5 @@ def embed_prompt(
         for row, chunk in zip(factors, chunks, strict=True):
             row[1 : 1 + len(weights[chunk]), 0] = torch.tensor(weights[chunk])
         empty = encoder.embed([[]])
-        embedding = empty + factors.to(embedding) * (embedding - empty)
+        embedding = embedding + (factors.to(embedding) - 1) * (embedding - empty)
     return rearrange(embedding, "n l c -> 1 (n l) c")
