@@ -23,6 +23,7 @@ from ldm.models.diffusion.schedule import (
     schedule_buffers,
     variational_weights,
 )
+from ldm.modules.attention import remember_context
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config
 
@@ -96,7 +97,8 @@ class DiffusionWrapper(nn.Module):
         crossattn = _given("c_crossattn", c_crossattn, key)
         if key == "adm":
             return self.diffusion_model(x, t, y=crossattn[0])
-        context = torch.cat(list(crossattn), dim=1)
+        # One context stays the tensor that it is, so that the network can know it again.
+        context = crossattn[0] if len(crossattn) == 1 else torch.cat(list(crossattn), dim=1)
         if key.endswith("-adm"):
             return self.diffusion_model(x, t, context=context, y=_given("c_adm", c_adm, key))
         return self.diffusion_model(x, t, context=context)
@@ -349,6 +351,11 @@ class LatentDiffusion(pl.LightningModule):
         tome = getattr(self.model.diffusion_model, "tome", None)
         if tome is not None:
             tome.begin_run()
+        remember_context(self.model)
+
+    def end_run(self) -> None:
+        """End a sampling run; what attention remembers of its prompts is forgotten."""
+        remember_context(self.model, False)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's output for noisy latents (B, C, h, w) at steps (B,).
