@@ -30,6 +30,7 @@ from ldm.images import Mask, Picture, Pixels
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import truncated_words
 from ldm.modules.tome.config import ToMeConfig, overlay
+from ldm.modules.tome.report import Tally
 from ldm.sampling import Run
 from ldm.settings import SIZE_STEP, Settings
 from ldm.util import get_obj_from_str
@@ -165,11 +166,14 @@ class Pipeline:
         has_strength = init is not None and mask is None
         with _memory_advice():
             run = Run(self.model, self.info.path, settings, init, mask, progress)
+            tally = Tally()
             for batch in settings.batches():
-                for (prompt, seed), z in zip(batch, run.latents(batch).split(1), strict=True):
+                latents = run.latents(batch)
+                tally.add(self.model.model.diffusion_model.tome.tally)
+                for (prompt, seed), z in zip(batch, latents.split(1), strict=True):
                     about = self._about(settings, prompt, seed, has_strength)
                     yield Picture(run.pixels(z), {**about, **(notes or {})})
-        self._report_tome()
+        self._report_tome(tally)
 
     # --- settings ---------------------------------------------------------------------------
 
@@ -234,11 +238,12 @@ class Pipeline:
             "tome": dataclasses.asdict(merger.config),
         }
 
-    def _report_tome(self) -> None:
-        merger = self.model.model.diffusion_model.tome
-        if not merger.config.is_off:
-            logger.info("%s", merger.report())
-        for warning in merger.warnings():
+    def _report_tome(self, tally: Tally) -> None:
+        """Say what merging did in all batches together."""
+        config = self.model.model.diffusion_model.tome.config
+        if not config.is_off:
+            logger.info("%s", tally.describe(config))
+        for warning in tally.warnings(config):
             logger.warning("%s", warning)
 
     @functools.cached_property

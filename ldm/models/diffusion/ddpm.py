@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ldm.checkpoint_files import open_state_dict
 from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.guidance import PARAMETERIZATIONS, Conditioning
@@ -437,19 +436,11 @@ class LatentDiffusion(pl.LightningModule):
         Raises:
             InputError: there is nothing to load.
         """
-        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
-        if not files or not files[0].is_file():
-            raise InputError(f"ckpt_path {path!r}: there are no weights")
-        state: dict[str, Any] = {}
-        for file in files:
-            if file.suffix == ".safetensors":
-                state |= load_file(file)
-            else:
-                saved = torch.load(file, map_location="cpu", weights_only=True)
-                state |= saved.get("state_dict", saved)
-        state = {k: v for k, v in state.items() if not k.startswith(tuple(ignore_keys))}
+        weights = open_state_dict(path)
+        names = [name for name in weights if not name.startswith(tuple(ignore_keys))]
         if only_model:
-            state = {k: v for k, v in state.items() if k.startswith("model.diffusion_model.")}
+            names = [name for name in names if name.startswith("model.diffusion_model.")]
+        state = {name: weights[name] for name in names}
         missing, unexpected = self.load_state_dict(state, strict=False)
         counts = len(state), len(missing), len(unexpected)
         logger.info("%s: %d tensors, %d missing, %d without a place", path, *counts)
