@@ -6,7 +6,10 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-SHIPPED = ("configs", "models/demo")  # carried by the package, so that the Python API works anywhere
+SHIPPED = (
+    "configs",
+    "models/demo",
+)  # carried by the package, so that the Python API works anywhere
 
 
 class BuildWithShippedFiles(build_py):

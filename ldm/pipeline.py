@@ -31,6 +31,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import truncated_words
 from ldm.modules.encoders.prompts import plain_text
 from ldm.modules.tome.config import ToMeConfig, overlay
+from ldm.modules.tome.report import Tally
 from ldm.sampling import Run
 from ldm.settings import SIZE_STEP, Settings
 from ldm.util import get_obj_from_str
@@ -175,20 +176,23 @@ class Pipeline:
             if settings.hires_scale > 1:
                 second = Run(self.model, name, settings.second_pass(), progress=progress)
             run = Run(self.model, name, settings, init, mask, progress)
+            merger = self.model.model.diffusion_model.tome
+            tally, second_tally = Tally(), Tally()
             for batch in settings.batches():
                 latents = run.latents(batch)
-                report = self._tome_report()
+                tally.add(merger.tally)
                 if second is not None:
                     with self._second_pass_tome():
                         start = second.enlarged(latents, settings.hires_upscaler)
                         latents = second.latents(batch, start)
-                        report += self._tome_report("second pass: ")
+                        second_tally.add(merger.tally)
                 for (prompt, seed), z in zip(batch, latents.split(1), strict=True):
                     about = self._about(settings, prompt, seed, has_strength)
                     pixels = (second or run).pixels(z)
                     yield Picture(pixels, {**about, **(notes or {})})
-        for level, message in report:
-            logger.log(level, "%s", message)
+        _report_tome(tally, merger.config)
+        if second is not None:
+            _report_tome(second_tally, merger.config.second_pass, "second pass: ")
 
     # --- settings ---------------------------------------------------------------------------
 
@@ -275,14 +279,6 @@ class Pipeline:
         finally:
             merger.configure(own)
 
-    def _tome_report(self, where: str = "") -> list[tuple[int, str]]:
-        """What was merged since the run of the sampler began: messages and their levels."""
-        merger = self.model.model.diffusion_model.tome
-        lines = [(logging.WARNING, where + warning) for warning in merger.warnings()]
-        if merger.config.is_off:
-            return lines
-        return [(logging.INFO, merger.report().replace("ToMe: ", f"ToMe: {where}", 1)), *lines]
-
     @functools.cached_property
     def _hash(self) -> str:
         """The web UIs' short hash of the checkpoint (its 64 KiB after the first MiB).
@@ -306,6 +302,14 @@ def _tome_config(
         return ToMeConfig()
     own = info.config["model"]["params"]["unet_config"]["params"].get("tome_config")
     return ToMeConfig.from_mapping(overlay(own, tome))
+
+
+def _report_tome(tally: Tally, config: ToMeConfig, where: str = "") -> None:
+    """Say what merging did in all batches together."""
+    if not config.is_off:
+        logger.info("%s", tally.describe(config).replace("ToMe: ", f"ToMe: {where}", 1))
+    for warning in tally.warnings(config):
+        logger.warning("%s", where + warning)
 
 
 def _pixels(picture: str | Path | Pixels) -> Pixels:

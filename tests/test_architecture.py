@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each layer may import those before it. A module belongs to the layer with the longest match.
 LAYERS = [
-    ["ldm.errors"],
+    ["ldm.errors", "ldm.checkpoint_files"],
     ["ldm.util", "ldm.modules.tome", "ldm.models.diffusion.schedule", "ldm.lr_scheduler"],
     ["ldm.modules", "ldm.images", "ldm.data.scenes", "ldm.data.landscape", "ldm.data.drawing"],
     [  # samplers know a model by its protocol alone; the model draws samples to show its progress

@@ -371,6 +371,25 @@ def test_tome_is_reported_and_changes_the_picture(tiny_checkpoint, caplog):
         np.testing.assert_array_equal(pixels(merging.txt2img("a house")), unmerged)
 
 
+def test_the_report_speaks_of_all_batches(tiny_checkpoint, caplog):
+    caplog.set_level("INFO", "ldm")
+    tome = {"method": "bipartite", "ratio": 0.5, "similarity": 0.8, "apply_to": ["kv"]}
+    pipeline = Pipeline.from_checkpoint(tiny_checkpoint, None, "cpu", "float32", tome)
+    merger, kept = pipeline.model.model.diffusion_model.tome, []
+
+    def observe(call, blocks):
+        kept.append({block.n_kept for block in blocks if block.n_kept < block.n_tokens == 64})
+
+    merger.observer = observe
+    pipeline.txt2img("a house", seed=3, n_iter=3, steps=2)
+    lines = [r.getMessage() for r in caplog.records if r.levelname == "INFO"]
+    [line] = [line for line in lines if line.startswith("ToMe:")]
+    assert len(kept) == 6
+    everywhere, last = set.union(*kept), set.union(*kept[-2:])
+    assert f"64 -> {min(everywhere)}-{max(everywhere)} tokens" in line
+    assert (min(everywhere), max(everywhere)) != (min(last), max(last))  # or it would prove nothing
+
+
 def test_the_yaml_s_tome_config_counts_unless_it_is_overruled(tiny_checkpoint):
     config = yaml.safe_load(tiny_checkpoint.with_suffix(".yaml").read_text())
     unet = config["model"]["params"]["unet_config"]["params"]

@@ -60,6 +60,35 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+class ContextLinear(nn.Linear):
+    """A projection of the context, made once while `remember_context` is in force.
+
+    In a sampling run the same tensor comes in at each step; it is told by its identity. With
+    gradients, and in compiled code, nothing is remembered.
+    """
+
+    _remembers = False
+    _last: tuple[Tensor, Tensor] | None = None  # a context and its projection
+
+    def forward(self, context: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, C)."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._remembers:
+            return super().forward(context)
+        if self._last is None or self._last[0] is not context:
+            self._last = context, super().forward(context)
+        return self._last[1]
+
+
+def remember_context(model: nn.Module, remembers: bool = True) -> None:
+    """Let a model's `ContextLinear` layers forget what they know, and remember from now on or not.
+
+    As long as they remember, nobody may change the weights, or a context in place.
+    """
+    for module in model.modules():
+        if isinstance(module, ContextLinear):
+            module._remembers, module._last = remembers, None
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention of x to a context, or to itself.
 
@@ -78,12 +107,13 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         inner = dim_head * heads
+        projection = nn.Linear if context_dim is None else ContextLinear
         context_dim = context_dim or query_dim
         self.heads = heads
         self.backend = "sdpa"
         self.to_q = nn.Linear(query_dim, inner, bias=False)
-        self.to_k = nn.Linear(context_dim, inner, bias=False)
-        self.to_v = nn.Linear(context_dim, inner, bias=False)
+        self.to_k = projection(context_dim, inner, bias=False)
+        self.to_v = projection(context_dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
     def forward(

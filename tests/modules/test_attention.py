@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldm.errors import InputError
 from ldm.modules.attention import (
     BasicTransformerBlock,
+    ContextLinear,
     CrossAttention,
     FeedForward,
     SpatialTransformer,
     einsum_attention,
+    remember_context,
     set_attention_backend,
 )
 from ldm.modules.tome.block import BlockMerge
@@ -172,6 +174,61 @@ def test_disabled_self_attention_attends_to_the_context() -> None:
     merger.configure(ToMeConfig.from_mapping({"ratio": 0.5, "apply_to": "mlp", "metric": "keys"}))
     assert merger.block(tokens, (H, W), 1, has_self_attention=False).removed == 0
     assert transformer(torch.randn(2, 32, H, W), torch.randn(2, 7, 5)).shape == (2, 32, H, W)
+
+
+# --- the context in a run ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def projected(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The contexts of which keys or values were computed, in order."""
+    seen: list[Tensor] = []
+    plain = nn.Linear.forward
+
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        if isinstance(self, ContextLinear):
+            seen.append(x)
+        return plain(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    return seen
+
+
+@torch.no_grad()
+def test_a_context_is_projected_once_while_it_is_remembered(projected: list[Tensor]) -> None:
+    module, (x, context) = block(), inputs()
+    expected = [module(x, context), module(x + 1, context)]
+    assert len(projected) == 4
+    remember_context(module)
+    assert torch.equal(module(x, context), expected[0])
+    assert torch.equal(module(x + 1, context), expected[1])
+    assert len(projected) == 4 + 2
+    assert torch.equal(module(x, context.clone()), expected[0])  # another tensor
+    assert len(projected) == 4 + 2 + 2
+    half = copy.deepcopy(module).bfloat16()
+    assert half(x.bfloat16(), context.bfloat16()).dtype == torch.bfloat16
+    fill_parameters(module, 1)
+    remember_context(module, False)
+    assert not torch.equal(module(x, context), expected[0])  # the new weights
+    assert all(m._last is None for m in module.modules() if isinstance(m, ContextLinear))
+
+
+def test_training_remembers_no_context(projected: list[Tensor]) -> None:
+    module, (x, context) = block(checkpoint=False), inputs()
+    remember_context(module)
+    for _ in range(2):
+        module(x, context).sum().backward()
+        assert module.attn2.to_k.weight.grad.abs().max() > 0
+        module.zero_grad()
+    assert len(projected) == 4
+
+
+def test_self_attention_remembers_nothing(projected: list[Tensor]) -> None:
+    module, (x, context) = block(), inputs()
+    assert not isinstance(module.attn1.to_k, ContextLinear)
+    with torch.no_grad():
+        module(x, context)
+    assert all(seen is context for seen in projected)
 
 
 # --- with merging --------------------------------------------------------------------------------
@@ -341,6 +398,7 @@ def test_compiles_as_one_graph(config: dict[str, Any]) -> None:
     merger = TokenMerger(ToMeConfig.from_mapping(config))
     with torch.no_grad():
         for call in range(3):
+            remember_context(module, remembers=call > 0)  # changes no compiled code
             merger.begin_run()
             merger.begin_call(H, W, torch.tensor([900 - call]))
             plain = merger.block(x, (H, W), 1)

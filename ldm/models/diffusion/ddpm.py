@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ldm.checkpoint_files import open_state_dict
 from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.guidance import PARAMETERIZATIONS, Conditioning
@@ -23,6 +22,7 @@ from ldm.models.diffusion.schedule import (
     schedule_buffers,
     variational_weights,
 )
+from ldm.modules.attention import remember_context
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config
 
@@ -96,7 +96,8 @@ class DiffusionWrapper(nn.Module):
         crossattn = _given("c_crossattn", c_crossattn, key)
         if key == "adm":
             return self.diffusion_model(x, t, y=crossattn[0])
-        context = torch.cat(list(crossattn), dim=1)
+        # One context stays the tensor that it is, so that the network can know it again.
+        context = crossattn[0] if len(crossattn) == 1 else torch.cat(list(crossattn), dim=1)
         if key.endswith("-adm"):
             return self.diffusion_model(x, t, context=context, y=_given("c_adm", c_adm, key))
         return self.diffusion_model(x, t, context=context)
@@ -349,6 +350,11 @@ class LatentDiffusion(pl.LightningModule):
         tome = getattr(self.model.diffusion_model, "tome", None)
         if tome is not None:
             tome.begin_run()
+        remember_context(self.model)
+
+    def end_run(self) -> None:
+        """End a sampling run; what attention remembers of its prompts is forgotten."""
+        remember_context(self.model, False)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's output for noisy latents (B, C, h, w) at steps (B,).
@@ -430,19 +436,11 @@ class LatentDiffusion(pl.LightningModule):
         Raises:
             InputError: there is nothing to load.
         """
-        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
-        if not files or not files[0].is_file():
-            raise InputError(f"ckpt_path {path!r}: there are no weights")
-        state: dict[str, Any] = {}
-        for file in files:
-            if file.suffix == ".safetensors":
-                state |= load_file(file)
-            else:
-                saved = torch.load(file, map_location="cpu", weights_only=True)
-                state |= saved.get("state_dict", saved)
-        state = {k: v for k, v in state.items() if not k.startswith(tuple(ignore_keys))}
+        weights = open_state_dict(path)
+        names = [name for name in weights if not name.startswith(tuple(ignore_keys))]
         if only_model:
-            state = {k: v for k, v in state.items() if k.startswith("model.diffusion_model.")}
+            names = [name for name in names if name.startswith("model.diffusion_model.")]
+        state = {name: weights[name] for name in names}
         missing, unexpected = self.load_state_dict(state, strict=False)
         counts = len(state), len(missing), len(unexpected)
         logger.info("%s: %d tensors, %d missing, %d without a place", path, *counts)

@@ -5,7 +5,8 @@ The parameterisation and classifier-free guidance are settled here, so samplers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -29,7 +30,8 @@ class DiffusionModel(Protocol):
         parameterization: ``eps``, ``x0`` or ``v``.
         device: where ``apply_model`` takes its tensors.
 
-    A model may also have ``begin_run()``, which is called at the start of each sampling run.
+    A model may also have ``begin_run()`` and ``end_run()``, which are called before and after
+    each sampling run. Within one, all calls get the same conditioning objects.
     """
 
     num_timesteps: int
@@ -52,11 +54,17 @@ class DiffusionModel(Protocol):
         ...
 
 
-def begin_run(model: DiffusionModel) -> None:
-    """Tell the model that a sampling run starts, if it wants to know."""
-    begin = getattr(model, "begin_run", None)
-    if begin is not None:
-        begin()
+@contextmanager
+def sampling_run(model: DiffusionModel) -> Iterator[None]:
+    """Tell the model that a sampling run starts, and that it is over, if it wants to know."""
+    getattr(model, "begin_run", _nothing)()
+    try:
+        yield
+    finally:
+        getattr(model, "end_run", _nothing)()
+
+
+def _nothing() -> None: ...
 
 
 def concat_conditioning(first: Conditioning, second: Conditioning) -> Conditioning:

@@ -19,9 +19,9 @@ from ldm.models.diffusion.guidance import (
     Conditioning,
     Denoiser,
     DiffusionModel,
-    begin_run,
     check_batch_size,
     noise_predictor,
+    sampling_run,
 )
 from ldm.models.diffusion.schedule import (
     StepCoefficients,
@@ -340,21 +340,21 @@ class Sampler:
             known = c.signal * x0 + c.noise * mask_noise
             return known * mask + (1 - mask) * x_t
 
-        begin_run(self.model)
         quantize = _quantizer(self.model) if quantize_x0 else None
         descending = steps[::-1]
         kept: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
         iteration = self.iterate(denoise, x, descending, draw, blend, quantize)
         progress = tqdm(iteration, desc=self.name, total=len(steps), disable=not verbose)
-        for i, (x, predicted) in enumerate(progress):
-            if callback is not None:
-                callback(i)
-            if img_callback is not None:
-                img_callback(predicted, i)
-            n_left = len(steps) - 1 - i
-            if n_left % log_every_t == 0 or i == 0:
-                kept["x_inter"].append(x)
-                kept["pred_x0"].append(predicted)
+        with sampling_run(self.model):
+            for i, (x, predicted) in enumerate(progress):
+                if callback is not None:
+                    callback(i)
+                if img_callback is not None:
+                    img_callback(predicted, i)
+                n_left = len(steps) - 1 - i
+                if n_left % log_every_t == 0 or i == 0:
+                    kept["x_inter"].append(x)
+                    kept["pred_x0"].append(predicted)
         return x, kept
 
     def _noise(self, shape: torch.Size, source: NoiseSource | None) -> Tensor:

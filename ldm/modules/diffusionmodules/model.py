@@ -6,11 +6,13 @@ otherwise, and eps 1e-6.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from ldm.modules.diffusionmodules.strips import in_strips
 
 
 def normalize(channels: int, n_groups: int) -> nn.GroupNorm:
@@ -32,7 +34,11 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Upsample."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+        def layer(x: Tensor) -> Tensor:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+        return in_strips(layer, x, scale=2)
 
 
 class Downsample(nn.Module):
@@ -44,7 +50,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Downsample."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return in_strips(lambda x: self.conv(F.pad(x, (0, 1, 0, 1))), x, scale=0.5)
 
 
 class ResnetBlock(nn.Module):
@@ -65,9 +71,13 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, h, w) -> (B, C_out, h, w)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (self.nin_shortcut(x) if self.has_shortcut else x)
+
+        def second(h: Tensor, x: Tensor) -> Tensor:
+            h = self.conv2(self.dropout(F.silu(h)))
+            return h + (self.nin_shortcut(x) if self.has_shortcut else x)
+
+        h = in_strips(lambda x: self.conv1(F.silu(x)), x, norm=self.norm1)
+        return in_strips(second, h, x, norm=self.norm2)
 
 
 class AttnBlock(nn.Module):
@@ -108,7 +118,11 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention if the level has any."""
+    """The blocks of one resolution, each followed by attention if the level has any.
+
+    Encoder and decoder call the layers one by one. A level that called them would have its input
+    in memory until its end, as the caller holds it.
+    """
 
     def __init__(
         self,
@@ -128,13 +142,12 @@ class Level(nn.Module):
             AttnBlock(out_channels, n_groups) for _ in range(n_blocks * has_attn)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, h, w) -> (B, C_out, h, w)."""
+    def layers(self) -> Iterator[nn.Module]:
+        """(B, C_in, h, w) -> (B, C_out, h, w), in order."""
         for i, block in enumerate(self.block):
-            x = block(x)
+            yield block
             if self.attn:
-                x = self.attn[i](x)
-        return x
+                yield self.attn[i]
 
 
 class DownLevel(Level):
@@ -142,9 +155,10 @@ class DownLevel(Level):
 
     downsample: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def layers(self) -> Iterator[nn.Module]:
         """(B, C_in, h, w) -> (B, C_out, h/2, w/2)."""
-        return self.downsample(super().forward(x))
+        yield from super().layers()
+        yield self.downsample
 
 
 class UpLevel(Level):
@@ -152,9 +166,10 @@ class UpLevel(Level):
 
     upsample: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def layers(self) -> Iterator[nn.Module]:
         """(B, C_in, h, w) -> (B, C_out, 2h, 2w)."""
-        return self.upsample(super().forward(x))
+        yield from super().layers()
+        yield self.upsample
 
 
 class Encoder(nn.Module):
@@ -211,7 +226,8 @@ class Encoder(nn.Module):
         """Pictures in [-1, 1], (B, 3, H, W) -> (B, 2*z_channels, H/f, W/f)."""
         h = self.conv_in(x)
         for level in self.down:
-            h = level(h)
+            for layer in level.layers():
+                h = layer(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -261,8 +277,9 @@ class Decoder(nn.Module):
         """(B, z_channels, h, w) -> pictures, about [-1, 1], (B, 3, h*f, w*f)."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+            for layer in level.layers():
+                h = layer(h)
+        return in_strips(lambda h: self.conv_out(F.silu(h)), h, norm=self.norm_out)
 
 
 def _check_attn_type(attn_type: str) -> None:

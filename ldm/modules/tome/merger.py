@@ -91,15 +91,19 @@ class TokenMerger:
             self._blocks.append(block)
         return block
 
+    @property
+    def tally(self) -> Tally:
+        """What was merged since the run began, counted."""
+        self._end_call()
+        return self._tally
+
     def report(self) -> str:
         """One line that begins ``ToMe:`` and says what was merged since the run began."""
-        self._end_call()
-        return self._tally.describe(self.config)
+        return self.tally.describe(self.config)
 
     def warnings(self) -> list[str]:
         """What the user should know: nothing was merged, or where merging does not pay."""
-        self._end_call()
-        return self._tally.warnings(self.config)
+        return self.tally.warnings(self.config)
 
     def _removed(
         self, config: ToMeConfig, size: tuple[int, int], downsample: int, pays_at: int

@@ -17,6 +17,12 @@ class _Level:
     missed: set[str] = field(default_factory=set)
     pays: bool = True
 
+    def add(self, other: _Level) -> None:
+        self.n_blocks += other.n_blocks
+        self.kept |= other.kept
+        self.missed |= other.missed
+        self.pays &= other.pays
+
     def describe(self, n_tokens: int) -> str:
         kept = "-".join(str(n) for n in sorted({min(self.kept), max(self.kept)}))
         missed = f" ({', '.join(sorted(self.missed))})" if self.missed else ""
@@ -24,7 +30,7 @@ class _Level:
 
 
 class Tally:
-    """Counts over the blocks and model calls of a run.
+    """Counts over the blocks and model calls of a run, or of several.
 
     Attributes:
         note: a remark for the report.
@@ -50,6 +56,16 @@ class Tally:
             self._work_left += n_queries * n_keys * block.n_channels
             if kept < n:
                 self._add_merged(block)
+
+    def add(self, other: Tally) -> None:
+        """Count what another tally has counted."""
+        self.note = other.note or self.note
+        self._n_calls += other._n_calls
+        self._n_blocks += other._n_blocks
+        self._work += other._work
+        self._work_left += other._work_left
+        for n_tokens, level in other._levels.items():
+            self._levels.setdefault(n_tokens, _Level()).add(level)
 
     def _add_merged(self, block: BlockMerge) -> None:
         level = self._levels.setdefault(block.n_tokens, _Level())

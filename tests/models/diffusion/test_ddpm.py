@@ -5,13 +5,16 @@ import sys
 import pytest
 import pytorch_lightning as pl
 import torch
-from golden_util import load_golden_keys
+from golden_util import fill_parameters, load_golden_keys
 from torch import nn
 
 from ldm.errors import InputError
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import DiffusionWrapper, LatentDiffusion
+from ldm.modules.attention import ContextLinear
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
+from tests.tiny_models import tiny_config
 
 WIDTH = 8
 CAPTIONS = ["red", "green", "blue", "red"]
@@ -373,7 +376,10 @@ def test_weights_are_loaded_from_a_file(tmp_path, suffix):
     nn.init.constant_(source.first_stage_model.encoder.weight, 7.0)
     path = tmp_path / f"weights.{suffix}"
     if suffix == "ckpt":
-        torch.save({"state_dict": source.state_dict(), "global_step": 3}, path)
+        # as Lightning before 1.5 does, which names its callbacks by their class
+        callbacks = {pl.callbacks.ModelCheckpoint: {"best_model_score": torch.tensor(0.5)}}
+        saved = {"state_dict": source.state_dict(), "global_step": 3, "callbacks": callbacks}
+        torch.save(saved, path)
     else:
         from safetensors.torch import save_file
 
@@ -383,7 +389,7 @@ def test_weights_are_loaded_from_a_file(tmp_path, suffix):
     model = build(ckpt_path=str(path), ignore_keys=["first_stage_model."])
     assert (model.model.diffusion_model.conv_in.weight == 7).all()
     assert not (model.first_stage_model.encoder.weight == 7).any()
-    with pytest.raises(InputError, match="there are no weights"):
+    with pytest.raises(InputError, match=r"there is no checkpoint '.*missing.ckpt'"):
         build(ckpt_path=str(tmp_path / "missing.ckpt"))
 
 
@@ -399,6 +405,39 @@ def test_begin_run_reaches_token_merging():
     model.model.diffusion_model.tome = Merger()
     model.begin_run()
     assert model.model.diffusion_model.tome.n_runs == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_the_context_is_projected_once_in_a_run(scale, monkeypatch):
+    model = instantiate_from_config(tiny_config()["model"])
+    fill_parameters(model, 0).eval()
+    context, other = torch.randn(2, 2, 7, 16)
+    x_T = torch.randn(2, 4, 8, 8)
+
+    def sample():
+        return DDIMSampler(model).sample(
+            3, 2, (4, 8, 8), context, x_T=x_T, verbose=False,
+            unconditional_guidance_scale=scale, unconditional_conditioning=other,
+        )[0]  # fmt: skip
+
+    layers = [m for m in model.modules() if isinstance(m, ContextLinear)]
+    expected, projected = sample(), []
+    plain = nn.Linear.forward
+    monkeypatch.setattr(
+        ContextLinear, "forward", lambda layer, x: projected.append(layer) or plain(layer, x)
+    )
+    assert torch.equal(sample(), expected)  # without memory
+    assert len(projected) == 3 * len(layers) > 0
+    monkeypatch.undo()
+    projected.clear()
+    monkeypatch.setattr(
+        nn.Linear, "forward", lambda layer, x: projected.append(layer) or plain(layer, x)
+    )
+    assert torch.equal(sample(), expected)
+    assert all(projected.count(layer) == 1 for layer in layers)
+    assert all(layer._last is None for layer in layers)
+    fill_parameters(model, 1)
+    assert not torch.equal(sample(), expected)
 
 
 def test_inpainting_configuration_uses_the_same_class():

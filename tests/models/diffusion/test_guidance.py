@@ -3,11 +3,11 @@ import torch
 from closed_form import ClosedFormModel, GaussianModel
 
 from ldm.models.diffusion.guidance import (
-    begin_run,
     check_batch_size,
     concat_conditioning,
     eps_from_output,
     noise_predictor,
+    sampling_run,
 )
 
 
@@ -93,8 +93,16 @@ def test_unknown_parameterization_is_refused():
         eps_from_output(torch.zeros(1), torch.zeros(1), 0.5, "w")
 
 
-def test_begin_run_is_optional():
-    model = context_model()
-    begin_run(model)
-    assert model.n_runs == 1
-    begin_run(object())
+def test_a_model_hears_of_the_begin_and_the_end_of_a_run_if_it_wants_to():
+    model, ended = context_model(), []
+    with sampling_run(model):  # a model without end_run
+        assert model.n_runs == 1
+    model.end_run = lambda: ended.append(1)
+    with sampling_run(model):
+        assert not ended
+    assert (model.n_runs, ended) == (2, [1])
+    with pytest.raises(KeyError), sampling_run(model):
+        raise KeyError
+    assert ended == [1, 1]
+    with sampling_run(object()):
+        pass

@@ -100,7 +100,12 @@ def test_a_pooled_text_has_no_words_to_weigh():
 
 @pytest.mark.parametrize(
     ("prompt", "is_long", "expected"),
-    [("", False, 2), ("a house", False, 4), ("house " * 100, False, 77), ("a (red:1.2) house", False, 5)],
+    [
+        ("", False, 2),
+        ("a house", False, 4),
+        ("house " * 100, False, 77),
+        ("a (red:1.2) house", False, 5),
+    ],
 )
 def test_length_in_use_ends_with_the_end_token(encoder, prompt, is_long, expected):
     found = length_in_use(encoder, prompt, is_long, has_emphasis=True)

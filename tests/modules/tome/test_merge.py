@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from functools import partial
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -28,9 +28,9 @@ from ldm.modules.tome.merge import (
 )
 from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import MergePlan
-from tests.tiny_models import compared
 from ldm.modules.tome.planning import plan_grid
 from tests.golden_util import load_golden
+from tests.tiny_models import compared
 
 GOLDEN, METADATA = load_golden("merge")
 CASES = json.loads(METADATA["cases"])

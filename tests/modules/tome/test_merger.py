@@ -14,6 +14,7 @@ from ldm.modules.tome.auto import PAYS_FROM
 from ldm.modules.tome.block import BlockMerge
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
+from ldm.modules.tome.report import Tally
 from tests.tiny_models import compared
 
 SIDE = 16
@@ -233,6 +234,22 @@ def test_report_of_attention() -> None:
         "ToMe: grid 2x2 ratio=0.5 window=3 on attn: 256 -> 128 tokens in 3 of 4 blocks, "
         f"{saved:.0%} of the self-attention work saved"
     )
+
+
+def test_tallies_add_up() -> None:
+    """Two runs counted together are one run of all their calls."""
+    together = merger(steps=[[0, 0.5], [1, 0]], min_tokens=60)
+    for t in (900, 500, 300, 100):
+        call(together, t)
+    apart, tally = merger(steps=[[0, 0.5], [1, 0]], min_tokens=60), Tally()
+    for timesteps in ((900, 500), (300, 100)):
+        apart.begin_run()
+        for t in timesteps:
+            call(apart, t)
+        tally.add(apart.tally)
+    assert tally.describe(apart.config) == together.report()
+    assert tally.warnings(apart.config) == together.warnings() != []
+    assert apart.report() != together.report()
 
 
 def test_report_of_levels_steps_and_limits() -> None:
