@@ -13,7 +13,7 @@ SHIPPED = (
 
 
 class BuildWithShippedFiles(build_py):
-    """Put configurations and the demo model below the package when it is not run from a checkout."""
+    """Put configurations and demo model below the package where it is not run from a checkout."""
 
     def run(self) -> None:
         """Copy modules, then the shipped files to ``ldm/shipped/``."""

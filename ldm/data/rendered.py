@@ -32,6 +32,33 @@ def picture_of(index: int, seed: int, split: Split, size: int) -> np.ndarray:
     return render(scene_of(index, seed, split), np.random.default_rng((seed, index, 1)), size)
 
 
+class SceneCaptions(Dataset):
+    """Captions of scenes without their pictures: `{"caption": str, "scene": dict}`.
+
+    Args:
+        n_captions: how many scenes the set has; the phrasing is drawn afresh each time.
+        seed: which scenes.
+        split: "train", "held_out" or "all" combinations of attributes.
+    """
+
+    def __init__(self, n_captions: int, seed: int = 0, split: Split = "train") -> None:
+        self.n_captions = n_captions
+        self.seed = seed
+        self.split = split
+
+    def __len__(self) -> int:
+        """How many captions there are."""
+        return self.n_captions
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One caption with its scene's attributes."""
+        if not 0 <= index < self.n_captions:
+            raise IndexError(index)
+        scene = scene_of(index, self.seed, self.split)
+        rng = np.random.default_rng(torch.randint(2**31, (4,)).tolist())
+        return {"caption": caption(scene, rng), "scene": attributes(scene)}
+
+
 class RenderedScenes(Dataset):
     """Captioned pictures of rendered scenes.
 
