@@ -106,8 +106,6 @@ class Pipeline:
         logger.info("%s", note or info.summary())
         logger.info("Device: %s, %s", where, str(kind).removeprefix("torch."))
         model = load_model(path, config, parameterization, ema, kind, where, merging, attention)
-        if kind != torch.float32 and where.type != "mps":
-            model.model.to(memory_format=torch.channels_last)  # where half precision is fastest
         return cls(model, info, attention, ema)
 
     def set_tome(self, tome: Mapping[str, Any] | Literal[False] | None) -> None:

@@ -298,8 +298,8 @@ def sigma_coefficients(
     if spacing == "uniform":
         times = np.linspace(steps[-1], 0, n_steps)[::-1]
     elif spacing == "karras":
-        ends = np.exp(log_sigma[[-1, 0]] / KARRAS_RHO)
-        roots = np.linspace(*ends, n_steps)[::-1]
+        highest, lowest = np.exp(log_sigma[[-1, 0]] / KARRAS_RHO).tolist()
+        roots = np.linspace(highest, lowest, n_steps)[::-1]
         times = np.interp(KARRAS_RHO * np.log(roots), log_sigma, steps)
     else:
         raise InputError(f"schedule {spacing!r}: choose from {', '.join(SIGMA_SPACINGS)}")
