@@ -22,7 +22,7 @@ from ldm.modules.attention import (
     einsum_attention,
     set_attention_backend,
 )
-from ldm.modules.tome.block import BlockMerge
+from ldm.modules.tome.block import BlockMerge, tokens_to_compare
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
 from tests.golden_util import fill_parameters, load_golden_keys
@@ -218,8 +218,8 @@ def test_metrics() -> None:
     mean = torch.stack(keys.split(C // HEADS, -1)).mean(0)
     expected = {"hidden": x, "normed": normed, "keys": keys, "keys_mean": mean}
     for kind, metric in expected.items():
-        torch.testing.assert_close(module._metric(x, None, kind), metric)
-        torch.testing.assert_close(module._metric(x, normed, kind), metric)
+        torch.testing.assert_close(tokens_to_compare(module, x, None, kind), metric)
+        torch.testing.assert_close(tokens_to_compare(module, x, normed, kind), metric)
 
 
 def test_self_attention_of_a_block_without_context() -> None:
