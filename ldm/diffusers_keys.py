@@ -66,7 +66,7 @@ def text_layers(names: Iterable[str]) -> dict[str, Place]:
     """
     found: dict[str, Place] = {}
     for name in names:
-        if match := re.fullmatch(r"transformer\.(text_model\..*)\.weight", name):
+        if match := re.fullmatch(r"transformer\.(text_model\.encoder\..*)\.weight", name):
             found[match[1]] = Place(name)
         elif match := re.fullmatch(r"model\.transformer\.resblocks\.(\d+)\.(.*)", name):
             layer = f"text_model.encoder.layers.{match[1]}."
@@ -86,11 +86,12 @@ def _numbers(layers: Iterable[str], pattern: str) -> list[str]:
 def _unet_layer(layer: str, ends: dict[str, list[int]]) -> str:
     if layer in _FIXED:
         return _FIXED[layer]
-    head, number, rest = layer.split(".", 2)
-    if head == "middle_block":
-        return f"mid_block.{_MIDDLE[number]}.{_RESIDUAL.get(rest, rest)}"
-    side = head.removesuffix("_blocks")
-    place, rest = rest.split(".", 1)
+    if match := re.fullmatch(r"middle_block\.([012])\.(.*)", layer):
+        return f"mid_block.{_MIDDLE[match[1]]}.{_RESIDUAL.get(match[2], match[2])}"
+    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.*)", layer)
+    if match is None:
+        return layer
+    side, number, place, rest = match.groups()
     before = [end for end in ends[side] if end < int(number)]
     start = max(before) + 1 if before else int(side == "input")  # input_blocks.0 is conv_in
     level = f"{'down' if side == 'input' else 'up'}_blocks.{len(before)}"

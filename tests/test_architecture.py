@@ -21,7 +21,7 @@ LAYERS = [
         "ldm.models.diffusion.dpm_solver",
     ],
     ["ldm.models", "ldm.models.diffusion.ddpm", "ldm.data"],
-    ["ldm.config", "ldm.checkpoint", "ldm.options", "ldm.training"],
+    ["ldm.config", "ldm.checkpoint", "ldm.lora", "ldm.embedding", "ldm.options", "ldm.training"],
     ["ldm.sampling"],
     ["ldm.pipeline"],
     ["ldm.evaluation"],
