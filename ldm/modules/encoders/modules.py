@@ -217,7 +217,8 @@ class FrozenCLIPEmbedder(_TextEncoder):
     @property
     def token_embedding(self) -> nn.Embedding:
         """The table of vectors, one for each token id."""
-        return self.transformer["text_model"].embeddings.token_embedding
+        tower: Any = self.transformer["text_model"]
+        return tower.embeddings.token_embedding
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Encode token ids, (B, L), to embeddings, (B, L, C); C = hidden_size.

@@ -142,7 +142,8 @@ class _Calls:
         if now > self.last and not torch.is_grad_enabled():
             self.merger.begin_run()
         self.last = now
-        self.merger.begin_call(*latents.shape[-2:], timesteps)
+        h, w = latents.shape[-2:]
+        self.merger.begin_call(h, w, timesteps)
 
 
 # --- its blocks ---------------------------------------------------------------------------------
@@ -210,6 +211,7 @@ class _Block:
         """Make the plans where norm1 of the input is there to be compared."""
         if self.merged is None:
             assert self.merging is not None
+            assert self.x is not None
             normed = _get(args, kwargs, 0, "hidden_states")
             self.plans = self.merging.plans(partial(tokens_to_compare, self.block, self.x, normed))
 
