@@ -199,6 +199,7 @@ class _Block:
         self, has_self_attention: bool, block: nn.Module, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs] | None:
         x = self.x = _get(args, kwargs, 0, "hidden_states")
+        self.merged = None  # it is still there where an error ended the last call
         if self.merging is None:
             self.merging = self.merger.block(x, self.size, self.downsample, has_self_attention)
         if not self.merging.is_whole_block:
