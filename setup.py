@@ -28,7 +28,8 @@ class BuildWithShippedFiles(build_py):
                     self.copy_file(str(path), str(target))
 
 
-TEST = ["pytest>=8", "hypothesis>=6.100"]
+# diffusers: merging in its U-Nets is compared with merging in ours.
+TEST = ["pytest>=8", "hypothesis>=6.100", "diffusers>=0.30"]
 
 setup(
     name="stable-diffusion-tome",

@@ -104,6 +104,17 @@ def state_dict_of(path: str | os.PathLike[str]) -> StateDict:
     return open_state_dict(path)
 
 
+def stored_shapes(path: str | os.PathLike[str]) -> dict[str, keys.Shape]:
+    """Shapes of a checkpoint's tensors, by the names that our models give to them.
+
+    Raises:
+        InputError: there is nothing to load.
+    """
+    weights = open_state_dict(path)
+    names = _canonical_names(weights)
+    return {name: weights.entries[raw].shape for name, raw in names.items()}
+
+
 def inspect_checkpoint(
     path: str | os.PathLike[str],
     config: ConfigLike | None = None,

@@ -66,16 +66,34 @@ def open_state_dict(path: str | os.PathLike[str]) -> StateDict:
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
-    if not path.exists():
-        raise InputError(f"there is no checkpoint {str(path)!r}")
-    try:
-        kind = _sniff(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    kind = _kind(path)
     state_dict = _open_safetensors(path) if kind == "safetensors" else _open_pickle(path, kind)
     if not state_dict:
         raise InputError(f"{path} holds no tensors")
     return state_dict
+
+
+def read_content(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """All that a small weight file holds, as it is nested in there.
+
+    Raises:
+        InputError: as for ``open_state_dict``.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
+    kind = _kind(path)
+    return _open_safetensors(path) if kind == "safetensors" else _unpickle(path, kind)
+
+
+def _kind(path: Path) -> str:
+    """The file's format, as of ``_sniff``; InputError where it cannot be read."""
+    if not path.exists():
+        raise InputError(f"there is no checkpoint {str(path)!r}")
+    try:
+        return _sniff(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _sniff(path: Path) -> str:
@@ -160,6 +178,16 @@ class _Inert:
     def __setstate__(self, state: Any) -> None: ...
 
 
+class StoredParameters(_Inert):
+    """Takes the place of torch's ParameterDict: its parameters, and nothing that acts."""
+
+    parameters: Mapping[str, Any]
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep what the pickle says of the parameters."""
+        self.parameters = state["_parameters"]
+
+
 # What training programs leave in their files besides tensors. Nothing of it is needed, so none of
 # these is ever imported or called: each name stands for an empty class of its own.
 TOLERATED = [
@@ -198,11 +226,13 @@ TOLERATED = [
 
 def _stubs() -> list[Any]:
     """A class for each tolerated name, such that torch finds it by that name."""
-    split = (name.rpartition(".") for name in TOLERATED)
-    return [type(name, (_Inert,), {"__module__": module}) for module, _, name in split]
+    bases: dict[str, type[_Inert]] = dict.fromkeys(TOLERATED, _Inert)
+    bases["torch.nn.modules.container.ParameterDict"] = StoredParameters
+    split = ((*name.rpartition("."), base) for name, base in bases.items())
+    return [type(name, (base,), {"__module__": module}) for module, _, name, base in split]
 
 
-def _open_pickle(path: Path, kind: str) -> StateDict:
+def _unpickle(path: Path, kind: str) -> Mapping[str, Any]:
     """A file of ``torch.save``, through torch's restricted unpickler; mapped, not read."""
     if path.suffix == ".safetensors":  # torch goes by the name there
         raise InputError(f"{path} is a pickle in spite of its name; rename it to .ckpt")
@@ -222,9 +252,15 @@ def _open_pickle(path: Path, kind: str) -> StateDict:
         content = content["state_dict"]  # Lightning wraps once, some exporters twice
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def _open_pickle(path: Path, kind: str) -> StateDict:
+    """The tensors of a pickle."""
 
     def entry(tensor: Tensor) -> Entry:
         return Entry(tuple(tensor.shape), tensor.detach)
 
-    entries = {str(n): entry(t) for n, t in content.items() if isinstance(t, Tensor)}
+    content = _unpickle(path, kind).items()
+    entries = {str(n): entry(t) for n, t in content if isinstance(t, Tensor)}
     return StateDict(path, entries, {})

@@ -207,6 +207,7 @@ def web_ui_text(settings: Mapping[str, Any]) -> str:
     """
     model = settings.get("model", {})
     tome = settings.get("tome", {})
+    loras = settings.get("loras", ())
     named = {
         "Steps": settings.get("steps"),
         "Sampler": WEB_UI_SAMPLERS.get(settings.get("sampler", "")),
@@ -223,6 +224,8 @@ def web_ui_text(settings: Mapping[str, Any]) -> str:
         "Eta": settings.get("eta") or None,
         "Token merging ratio": tome.get("ratio") or None,
         "Token merging ratio hr": (tome.get("hires") or {}).get("ratio"),
+        "Loras": ", ".join(f"{one['name']}:{one['weight']:g}" for one in loras) or None,
+        "Embeddings": ", ".join(one["name"] for one in settings.get("embeddings", ())) or None,
     }
     line = ", ".join(
         f"{name}: {_quoted(value)}" for name, value in named.items() if value is not None

@@ -266,6 +266,22 @@ def add_model_flags(parser: Parser) -> None:
         help="what the model predicts, if that cannot be recognised",
     )
     add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="add a LoRA to the weights, as much of it as the weight says (default: 1); again for "
+        "several",
+    )
+    add(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a textual inversion: its file's name, in a prompt, stands for what it has learnt; "
+        "again for several",
+    )
+    add(
         "--device",
         default="auto",
         help="auto (default): cuda, else mps, else cpu; or one of these, or cuda:1",
@@ -405,7 +421,30 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "attention": args.attention,
         "ema": args.ema,
         "parameterization": args.parameterization,
+        "loras": [lora_argument(text) for text in args.lora],
+        "embeddings": [_existing("--embedding", text) for text in args.embedding],
     }
+
+
+def lora_argument(text: str) -> tuple[Path, float]:
+    """Read the text of a flag ``--lora``: a file, and what follows the last colon, else 1.
+
+    Raises:
+        InputError: there is no such file, or the weight is not a number.
+    """
+    name, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists() or not Path(name).exists():
+        return _existing("--lora", text), 1.0
+    try:
+        return Path(name), float(weight)
+    except ValueError:
+        raise InputError(f"--lora {text}: the weight {weight!r} is not a number") from None
+
+
+def _existing(flag: str, path: str) -> Path:
+    if not Path(path).is_file():
+        raise InputError(f"{flag} {path}: there is no such file")
+    return Path(path)
 
 
 def tome_arguments(args: argparse.Namespace) -> dict[str, Any] | Literal[False] | None:

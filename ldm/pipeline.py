@@ -23,10 +23,18 @@ import numpy as np
 import torch
 
 from ldm import images
-from ldm.checkpoint import CheckpointInfo, default_checkpoint, inspect_checkpoint, load_model
+from ldm.checkpoint import (
+    CheckpointInfo,
+    default_checkpoint,
+    inspect_checkpoint,
+    load_model,
+    stored_shapes,
+)
 from ldm.device import choose_device, choose_dtype
+from ldm.embedding import Embedding, read_embedding
 from ldm.errors import InputError
 from ldm.images import Mask, Picture, Pixels
+from ldm.lora import Lora, WeightChanges, read_lora
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import truncated_words
 from ldm.modules.encoders.prompts import plain_text
@@ -67,6 +75,8 @@ class Pipeline:
         self.attention = attention
         self.ema = ema
         self.defaults = info.defaults
+        self._weights = WeightChanges(model)
+        self._added: dict[str, list[dict[str, Any]]] = {}  # noted in the pictures, likewise
 
     @classmethod
     def from_checkpoint(
@@ -79,6 +89,8 @@ class Pipeline:
         attention: str = "sdpa",
         ema: bool = False,
         parameterization: str | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
+        embeddings: Sequence[str | Path] = (),
     ) -> Pipeline:
         """Load a checkpoint.
 
@@ -92,6 +104,8 @@ class Pipeline:
             attention: sdpa or einsum.
             ema: use the averaged weights of a training checkpoint.
             parameterization: eps or v, where that cannot be recognised.
+            loras: see set_loras.
+            embeddings: see set_embeddings.
 
         Raises:
             InputError: something of this cannot be had; the message says what to do.
@@ -103,10 +117,19 @@ class Pipeline:
         kind = choose_dtype(dtype, where)
         info = inspect_checkpoint(path, config, parameterization, ema)
         merging = _tome_config(info, tome)
+        # These are looked at before loading, which takes a while.
+        shapes = stored_shapes(path) if loras or embeddings else {}
+        changes = [read_lora(file, weight, shapes) for file, weight in loras]
+        vectors = _read_embeddings(embeddings, shapes)
         logger.info("%s", note or info.summary())
         logger.info("Device: %s, %s", where, str(kind).removeprefix("torch."))
         model = load_model(path, config, parameterization, ema, kind, where, merging, attention)
-        return cls(model, info, attention, ema)
+        pipeline = cls(model, info, attention, ema)
+        if changes:
+            pipeline._use_loras(changes)
+        if vectors:
+            pipeline._use_embeddings(vectors)
+        return pipeline
 
     def set_tome(self, tome: Mapping[str, Any] | Literal[False] | None) -> None:
         """Change the Token Merging settings; see from_checkpoint.
@@ -115,6 +138,53 @@ class Pipeline:
             InputError: they cannot be used.
         """
         self.model.model.diffusion_model.tome.configure(_tome_config(self.info, tome))
+
+    def set_loras(self, loras: Sequence[tuple[str | Path, float]]) -> None:
+        """Add LoRAs to the model's weights, instead of those set before.
+
+        Without any, the weights are again those of the checkpoint, to the bit. The originals of
+        the changed weights are kept in main memory meanwhile.
+
+        Args:
+            loras: files, each with the weight that it gets; 1 is as it was trained.
+
+        Raises:
+            InputError: a file cannot be used with this model; nothing has changed then.
+        """
+        shapes = self._shapes()
+        self._use_loras([read_lora(file, weight, shapes) for file, weight in loras])
+
+    def set_embeddings(self, embeddings: Sequence[str | Path]) -> None:
+        """Let words in prompts stand for the vectors of files, instead of those set before.
+
+        The words are each file's name and, if it has one, the word in it.
+
+        Raises:
+            InputError: a file cannot be used with this model; nothing has changed then.
+        """
+        self._use_embeddings(_read_embeddings(embeddings, self._shapes()))
+
+    def _use_loras(self, loras: Sequence[Lora]) -> None:
+        self._weights.set(loras)
+        self._note("loras", [{**_named(one.path), "weight": one.weight} for one in loras])
+        for one in loras:
+            logger.info("%s", one.summary())
+
+    def _use_embeddings(self, embeddings: list[Embedding]) -> None:
+        self.model.cond_stage_model.set_words(
+            {word: one.vectors for one in embeddings for word in one.words}
+        )
+        self._note("embeddings", [_named(one.path) for one in embeddings])
+        for one in embeddings:
+            logger.info("%s", one.summary())
+
+    def _note(self, what: str, files: list[dict[str, Any]]) -> None:
+        self._added.pop(what, None)
+        if files:
+            self._added[what] = files
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
 
     def txt2img(self, prompt: str | Sequence[str] | None = None, **settings: Any) -> list[Picture]:
         """Draw pictures of a prompt, or of several; see Settings for what can be set."""
@@ -224,18 +294,22 @@ class Pipeline:
         """Warn of words that the model does not read, or does not know."""
         known = self.defaults.get("vocabulary")
         vocabulary = get_obj_from_str(known) if known else None
+        words = self.model.cond_stage_model.words
         prompts = [prompt for batch in settings.batches() for prompt, _ in batch]
         for prompt in dict.fromkeys([*prompts, settings.negative_prompt]):
             if settings.emphasis:
                 prompt = plain_text(prompt)
-            cut = truncated_words(prompt, self.model.cond_stage_model.max_length)
+            cut = truncated_words(prompt, self.model.cond_stage_model.max_length, words)
             if cut and not settings.long_prompt:
                 logger.warning(
                     "the prompt is too long; the model does not see its end: %r (long_prompt reads "
                     "all of it)",
                     cut,
                 )
-            if vocabulary is not None and (strange := unknown_words(prompt, vocabulary)):
+            if vocabulary is None:
+                continue
+            own = {part for word in words for part in unknown_words(word, ())}
+            if strange := [w for w in unknown_words(prompt, vocabulary) if w not in own]:
                 logger.warning("words that this model has never seen: %s", ", ".join(strange))
 
     def _about(self, settings: Settings, prompt: str, seed: int, has_strength: bool) -> dict:
@@ -264,6 +338,7 @@ class Pipeline:
             "attention": self.attention,
             "torch": torch.__version__,
             "tome": dataclasses.asdict(merger.config),
+            **self._added,
         }
 
     @contextmanager
@@ -290,6 +365,25 @@ class Pipeline:
             if path.stat().st_size > 0x110000:
                 file.seek(0x100000)
             return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+
+
+def _named(path: Path) -> dict[str, Any]:
+    """A small file's name, and the first 12 digits of its SHA-256, as the web UIs have it."""
+    return {"name": path.stem, "hash": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
+
+
+def _read_embeddings(
+    files: Sequence[str | Path], shapes: Mapping[str, tuple[int, ...]]
+) -> list[Embedding]:
+    """Textual-inversion files, no two of which claim a word."""
+    embeddings = [read_embedding(file, shapes) for file in files]
+    owner: dict[str, Path] = {}
+    for one in embeddings:
+        for word in one.words:
+            if word.lower() in owner:
+                raise InputError(f"{one.path} and {owner[word.lower()]} both stand for {word!r}")
+            owner[word.lower()] = one.path
+    return embeddings
 
 
 def _tome_config(

@@ -22,7 +22,7 @@ LAYERS = [
         "ldm.models.diffusion.euler",
     ],
     ["ldm.models", "ldm.models.diffusion.ddpm", "ldm.data"],
-    ["ldm.config", "ldm.checkpoint", "ldm.options", "ldm.training"],
+    ["ldm.config", "ldm.checkpoint", "ldm.lora", "ldm.embedding", "ldm.options", "ldm.training"],
     ["ldm.jobs", "ldm.prompt_loop"],
     ["ldm.sampling"],
     ["ldm.pipeline"],

@@ -220,6 +220,28 @@ def test_precision_full_is_float32():
     assert options.model_arguments(parse())["dtype"] == "auto"
 
 
+def test_loras_and_embeddings_are_files_with_a_weight_or_without(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.safetensors", "b.pt", "c:2"):
+        (tmp_path / name).touch()
+    flags = ["--lora", "a.safetensors:0.6", "--lora", "b.pt", "--lora", "c:2", "--lora", "c:2:-1"]
+    loras = options.model_arguments(parse(*flags, "--embedding", "b.pt"))["loras"]
+    assert [(path.name, weight) for path, weight in loras] == [
+        ("a.safetensors", 0.6),
+        ("b.pt", 1.0),
+        ("c:2", 1.0),
+        ("c:2", -1.0),
+    ]
+    assert options.model_arguments(parse("--embedding", "b.pt"))["embeddings"] == [Path("b.pt")]
+    for given, words in [
+        (["--lora", "none.pt:0.5"], "--lora none.pt:0.5: there is no such file"),
+        (["--lora", "b.pt:much"], "--lora b.pt:much: the weight 'much' is not a number"),
+        (["--embedding", "none.pt"], "--embedding none.pt: there is no such file"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            options.model_arguments(parse(*given))
+
+
 def test_all_programs_take_the_shared_flags():
     shared = ["--seed", "1", "--tome-ratio", "0.5", "--steps", "3", "--dtype", "float32"]
     for program, own in ((txt2img, []), (img2img, ["--init-img", "x"]), (inpaint, [])):

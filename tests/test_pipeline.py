@@ -1,9 +1,11 @@
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from ldm import images
 from ldm.errors import InputError
@@ -11,6 +13,8 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pipeline import Pipeline, unknown_words
 from ldm.sampling import PictureNoise
 from ldm.settings import SAMPLERS, Settings
+
+VOCABULARY = {"a", "and"}  # of a model that knows few words
 
 
 @pytest.fixture
@@ -550,3 +554,76 @@ def test_bfloat16_draws_almost_the_same_picture(pipeline, tiny_checkpoint):
     assert picture.settings["dtype"] == "bfloat16"
     expected = pipeline.txt2img("a house")[0].pixels
     assert 0 < np.abs(picture.pixels.astype(int) - expected).mean() < 8
+
+
+# --- LoRA and textual inversion ---------------------------------------------------------------
+
+
+@pytest.fixture
+def extras(tmp_path):
+    """Files for the tiny model: a LoRA of U-Net and text encoder, and an embedding."""
+    random = torch.Generator().manual_seed(0)
+    lora = {}
+    for layer, (n_out, n_in) in {
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v": (32, 16),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1": (32, 16),
+    }.items():
+        lora[f"{layer}.lora_down.weight"] = torch.randn(4, n_in, generator=random)
+        lora[f"{layer}.lora_up.weight"] = torch.randn(n_out, 4, generator=random)
+    save_file(lora, tmp_path / "style.safetensors")
+    vectors = torch.randn(2, 16, generator=random)
+    torch.save({"string_to_param": {"*": vectors}}, tmp_path / "cat-toy.pt")
+    return tmp_path / "style.safetensors", tmp_path / "cat-toy.pt"
+
+
+def test_loras_and_embeddings_come_and_go(pipeline, tiny_checkpoint, extras, caplog):
+    lora, embedding = extras
+    prompt = "a cat-toy"
+    plain = pixels(pipeline.txt2img(prompt))
+    with caplog.at_level("INFO"):
+        pipeline.set_loras([(lora, 0.5)])
+        pipeline.set_embeddings([embedding])
+    assert "LoRA style.safetensors: weight 0.5, rank 4, 1 layers of the U-Net and 1" in caplog.text
+    assert "Embedding cat-toy.pt: 2 vectors; write 'cat-toy' in a prompt" in caplog.text
+    (picture,) = pipeline.txt2img(prompt)
+    assert not np.array_equal(picture.pixels, plain[0])
+    (about,) = picture.settings["loras"]
+    digest = hashlib.sha256(lora.read_bytes()).hexdigest()
+    assert about == {"name": "style", "hash": digest[:12], "weight": 0.5}
+    assert [one["name"] for one in picture.settings["embeddings"]] == ["cat-toy"]
+    text = images.web_ui_text(picture.settings)
+    assert text.endswith('Loras: "style:0.5", Embeddings: cat-toy')
+
+    at_once = Pipeline.from_checkpoint(
+        tiny_checkpoint, device="cpu", dtype="float32", loras=[(lora, 0.5)], embeddings=[embedding]
+    )
+    np.testing.assert_array_equal(at_once.txt2img(prompt)[0].pixels, picture.pixels)
+
+    pipeline.set_embeddings([])
+    assert not np.array_equal(pixels(pipeline.txt2img(prompt))[0], picture.pixels)
+    pipeline.set_loras([])
+    (picture,) = pipeline.txt2img(prompt)
+    np.testing.assert_array_equal(picture.pixels, plain[0])
+    assert not {"loras", "embeddings"} & set(picture.settings)
+
+
+def test_files_that_do_not_fit_are_refused_before_anything_is_loaded(
+    pipeline, tiny_checkpoint, extras, tmp_path, monkeypatch
+):
+    lora, embedding = extras
+    monkeypatch.setattr("ldm.pipeline.load_model", None)
+    with pytest.raises(InputError, match=r"cat-toy.pt is no LoRA|holds no tensors"):
+        Pipeline.from_checkpoint(tiny_checkpoint, device="cpu", loras=[(embedding, 1)])
+    with pytest.raises(InputError, match="is no textual-inversion embedding: it has 4 tensors"):
+        Pipeline.from_checkpoint(tiny_checkpoint, device="cpu", embeddings=[lora])
+    with pytest.raises(InputError, match="both stand for 'cat-toy'"):
+        pipeline.set_embeddings([embedding, embedding])
+
+
+def test_the_words_of_embeddings_are_known_and_counted(pipeline, extras, caplog):
+    pipeline.defaults["vocabulary"] = "tests.test_pipeline.VOCABULARY"
+    pipeline.set_embeddings([extras[1]])
+    pipeline.txt2img("a cat-toy and a horse")
+    assert "never seen: horse" in caplog.text
+    pipeline.txt2img("cat-toy " * 38)
+    assert "does not see its end: 'cat-toy'" in caplog.text

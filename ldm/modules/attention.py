@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import InputError
-from ldm.modules.tome.block import BlockMerge, BlockPlans
+from ldm.modules.tome.block import BlockMerge, BlockPlans, tokens_to_compare
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.logits import sampled_logits, sampled_tokens
 from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import MergePlan
 
@@ -205,34 +204,18 @@ class BasicTransformerBlock(nn.Module):
             return self._forward(x, context, merging)
         # Made outside, so that the recomputation in the backward pass meets the same plan; and
         # detached, or the compiler takes this norm and the recomputed one for the same.
-        merging.plans(partial(self._metric, x.detach(), None, merging.size))
+        merging.plans(partial(tokens_to_compare, self, x.detach(), None, merging.size))
         return checkpoint(self._forward, x, context, merging, use_reentrant=False)
 
     def _forward(self, x: Tensor, context: Tensor | None, merging: BlockMerge) -> Tensor:
         if merging.is_whole_block:
-            plans = merging.plans(partial(self._metric, x, None, merging.size))
+            plans = merging.plans(partial(tokens_to_compare, self, x, None, merging.size))
             merged = plans.block.merge(x)
             out = self._sublayers(merged, self.norm1(merged), context, plans)
             return x + plans.block.unmerge(out - merged)
         normed = self.norm1(x)
-        plans = merging.plans(partial(self._metric, x, normed, merging.size))
+        plans = merging.plans(partial(tokens_to_compare, self, x, normed, merging.size))
         return self._sublayers(x, normed, context, plans)
-
-    def _metric(self, x: Tensor, normed: Tensor | None, size: tuple[int, int], kind: str) -> Tensor:
-        """What is compared to find similar tokens; see `BlockMerge.plans`."""
-        if kind == "hidden":
-            return x
-        normed = self.norm1(x) if normed is None else normed
-        if kind == "normed":
-            return normed
-        if kind in ("key_logits", "query_logits"):
-            q, k, heads = self.attn1.to_q.weight, self.attn1.to_k.weight, self.attn1.heads
-            asking, asked = (q, k) if kind == "key_logits" else (k, q)
-            return sampled_logits(normed, asking, asked, heads, sampled_tokens(size, x.device))
-        keys = self.attn1.to_k(normed)
-        if kind == "keys":
-            return keys
-        return rearrange(keys, "b n (h d) -> b n h d", h=self.attn1.heads).mean(2)
 
     def _sublayers(
         self, x: Tensor, normed: Tensor, context: Tensor | None, plans: BlockPlans
@@ -254,14 +237,8 @@ def _attend(
     keys: MergePlan,
     plans: BlockPlans,
 ) -> Tensor:
-    """Attention with merged queries and, where it is self-attention, merged keys and values.
-
-    Merging comes before the projections: as they have no bias, it is the same after them.
-    """
-    merged, bias = queries.merge(x), None
-    if context is None:
-        context = merged if keys is queries else keys.merge(x)
-        bias = keys.log_size if plans.is_proportional else None
+    """Attention with merged queries and, where it is self-attention, merged keys and values."""
+    merged, context, bias = plans.for_attention(x, context, queries, keys)
     return queries.unmerge(attention(merged, context, bias))
 
 

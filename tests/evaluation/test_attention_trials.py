@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from ldm.evaluation.attention_trials import Trial, error, merged_attention, recording, trials
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.tome.block import tokens_to_compare
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
 from tests.golden_util import fill_parameters
@@ -62,7 +64,7 @@ def test_as_the_program_merges(unet: UNetModel, trial: Trial, config: dict) -> N
     try:
         with torch.no_grad():
             normed = block.norm1(one.hidden)
-            plans = merging.plans(lambda kind: block._metric(one.hidden, normed, one.size, kind))
+            plans = merging.plans(partial(tokens_to_compare, block, one.hidden, normed, one.size))
             bias = plans.kv.log_size if plans.is_proportional else None
             expected = block.attn1(normed, plans.kv.merge(normed), bias)
     finally:

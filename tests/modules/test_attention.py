@@ -24,7 +24,7 @@ from ldm.modules.attention import (
     remember_context,
     set_attention_backend,
 )
-from ldm.modules.tome.block import BlockMerge
+from ldm.modules.tome.block import BlockMerge, tokens_to_compare
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import MergePlan
@@ -294,8 +294,8 @@ def test_metrics() -> None:
     }.items():
         expected[kind] = rearrange(logits - logits.mean(2, keepdim=True), "b h n r -> b n h r")
     for kind, metric in expected.items():
-        torch.testing.assert_close(module._metric(x, None, (H, W), kind), metric)
-        torch.testing.assert_close(module._metric(x, normed, (H, W), kind), metric)
+        torch.testing.assert_close(tokens_to_compare(module, x, None, (H, W), kind), metric)
+        torch.testing.assert_close(tokens_to_compare(module, x, normed, (H, W), kind), metric)
 
 
 def spread_out(n: int) -> list[int]:

@@ -8,8 +8,10 @@ so that happens when an encoder is built or a prompt is read, not when this modu
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -48,18 +50,43 @@ def _tokenizer() -> Any:
     return SimpleTokenizer()
 
 
-def truncated_words(prompt: str, max_length: int = 77) -> str:
+def token_ids(prompt: str, words: Mapping[str, Sequence[int]] | None = None) -> list[int]:
+    """The token ids of a prompt, without start, end and padding.
+
+    Args:
+        prompt: what the user wrote.
+        words: ids of words with vectors of their own, which are read whole, in any case of letters.
+    """
+    encode = _tokenizer().encode
+    if not words:
+        return encode(prompt)
+    own = {word.lower(): ids for word, ids in words.items()}
+    longest_first = sorted(map(re.escape, own), key=len, reverse=True)
+    pieces = re.split(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)", prompt, flags=re.IGNORECASE)
+    # every second piece is one of the words
+    texts = (own[piece.lower()] if i % 2 else encode(piece) for i, piece in enumerate(pieces))
+    return [token for ids in texts for token in ids]
+
+
+def truncated_words(
+    prompt: str, max_length: int = 77, words: Mapping[str, Sequence[int]] | None = None
+) -> str:
     """The end of a prompt that does not fit into the model's context; empty if all of it fits.
 
     Args:
         prompt: what the user wrote.
         max_length: tokens that the model reads, with the start and the end token.
+        words: see token_ids.
 
     Returns:
         The words cut off, in lower case, as the tokenizer reads them.
     """
-    tokenizer = _tokenizer()
-    return tokenizer.decode(tokenizer.encode(prompt)[max_length - 2 :]).strip()
+    names = {token: word for word, ids in (words or {}).items() for token in ids}
+    cut = token_ids(prompt, words)[max_length - 2 :]
+    parts = [
+        name or _tokenizer().decode(list(tokens)) for name, tokens in groupby(cut, key=names.get)
+    ]
+    return " ".join(part.strip() for part in parts)
 
 
 class TextEncoder(nn.Module):
@@ -70,10 +97,33 @@ class TextEncoder(nn.Module):
     def __init__(self, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
+        self.words: dict[str, list[int]] = {}
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The table of vectors, one for each token id."""
+        raise NotImplementedError
+
+    def set_words(self, words: Mapping[str, Tensor]) -> None:
+        """Let words stand for vectors of their own, (n, C), instead of those set before.
+
+        The vectors become further rows of the table; without words it is as it was.
+        """
+        table = self.token_embedding
+        known = table.weight[: table.num_embeddings].detach()
+        ends = [table.num_embeddings]
+        for vectors in words.values():
+            ends.append(ends[-1] + len(vectors))
+        self.words = {
+            word: list(range(start, end))
+            for word, start, end in zip(words, ends, ends[1:], strict=False)
+        }
+        rows = torch.cat([known, *(vectors.to(known) for vectors in words.values())])
+        table.weight = nn.Parameter(rows, requires_grad=table.weight.requires_grad)
 
     def token_ids(self, text: str) -> list[int]:
         """The tokens of a text, however long, without a start and an end."""
-        return _tokenizer().encode(text)
+        return token_ids(text, self.words)
 
     def tokenize(self, text: str | Sequence[str]) -> Tensor:
         """Turn prompts into token ids, cut and padded to ``max_length``.
@@ -174,6 +224,12 @@ class FrozenCLIPEmbedder(TextEncoder):
         if freeze:
             self.eval().requires_grad_(False)
 
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The table of vectors, one for each token id."""
+        tower: Any = self.transformer["text_model"]
+        return tower.embeddings.token_embedding
+
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Encode token ids, (B, L), to embeddings, (B, L, C); C = hidden_size.
 
@@ -241,6 +297,11 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         self.model.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if freeze:
             self.eval().requires_grad_(False)
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The table of vectors, one for each token id."""
+        return self.model.token_embedding
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Encode token ids, (B, L), to embeddings, (B, L, C); C = width."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.logits import attention_received
+from ldm.modules.tome.logits import attention_received, sampled_logits, sampled_tokens
 from ldm.modules.tome.plan import MergePlan
 from ldm.modules.tome.planning import (
     plan_bipartite,
@@ -51,6 +52,53 @@ class BlockPlans:
             mlp=plan if "mlp" in places else IDENTITY,
             is_proportional=is_proportional,
         )
+
+    def for_attention(
+        self, x: Tensor, context: Tensor | None, queries: MergePlan, keys: MergePlan
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What an attention layer gets instead of tokens and context; its result is unmerged.
+
+        Merging comes before the projections: as they have no bias, it is the same after them.
+
+        Args:
+            x: (B, N, C).
+            context: (B, L, D); None where the tokens attend to themselves.
+            queries, keys: two of these plans; the latter counts without a context only.
+
+        Returns:
+            The queries' tokens, the context of the keys and values (None: the queries' tokens),
+            and a bias for the logits, (B, 1, 1, L'), or None.
+        """
+        merged = queries.merge(x)
+        if context is not None:
+            return merged, context, None
+        bias = keys.log_size if self.is_proportional else None
+        return merged, None if keys is queries else keys.merge(x), bias
+
+
+def tokens_to_compare(
+    block: Any, x: Tensor, normed: Tensor | None, size: tuple[int, int], kind: str
+) -> Tensor:
+    """What is compared to find similar tokens of a block; see `BlockMerge.plans`.
+
+    Args:
+        block: has norm1 and attn1, and that has to_q, to_k and heads.
+        x: (B, N, C) the block's input.
+        normed: norm1 of it, if known.
+        size: h, w of the tokens.
+        kind: a value of the key ``metric``, or ``key_logits`` or ``query_logits``.
+    """
+    if kind == "hidden":
+        return x
+    normed = block.norm1(x) if normed is None else normed
+    if kind == "normed":
+        return normed
+    if kind in ("key_logits", "query_logits"):
+        q, k, heads = block.attn1.to_q.weight, block.attn1.to_k.weight, block.attn1.heads
+        asking, asked = (q, k) if kind == "key_logits" else (k, q)
+        return sampled_logits(normed, asking, asked, heads, sampled_tokens(size, x.device))
+    keys = block.attn1.to_k(normed)
+    return keys if kind == "keys" else keys.unflatten(2, (block.attn1.heads, -1)).mean(2)
 
 
 IDENTITY = MergePlan.identity()

@@ -14,6 +14,7 @@ from ldm.errors import InputError
 from ldm.modules.encoders.modules import (
     FrozenCLIPEmbedder,
     FrozenOpenCLIPEmbedder,
+    token_ids,
     truncated_words,
 )
 from tests.golden_util import GOLDEN, fill_parameters, load_golden, load_golden_keys
@@ -146,6 +147,37 @@ def test_truncated_words_names_what_is_cut() -> None:
     assert truncated_words(kept) == ""
     assert truncated_words(f"{kept} A Red hat") == "a red hat"
     assert truncated_words("one two three four", max_length=5) == "four"
+
+
+@pytest.mark.parametrize("name", ["clip", "openclip"])
+def test_words_with_vectors_of_their_own(name: str, request: pytest.FixtureRequest) -> None:
+    encoder = request.getfixturevalue(name)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    plain = encoder(["a photo of my-cat"])
+    table = encoder.token_embedding
+    house, red = (table.weight[encoder.tokenize(word)[0, 1]] for word in ("house", "red"))
+    encoder.set_words({"My-Cat": torch.stack([red, house]), "<x>": house[None].double()})
+    # The words stand for the vectors of others, so they have to give what those give.
+    for prompt, same in [
+        ("a photo of my-cat, on grass", "a photo of red house, on grass"),
+        ("MY-CAT", "red house"),
+        ("<X> my-cat <x>", "house red house house"),
+        ("my-cats and amy-cat", "my-cats and amy-cat"),
+    ]:
+        assert torch.equal(encoder([prompt]), encoder([same]))
+    assert not torch.equal(encoder(["a photo of my-cat"]), plain)
+    encoder.set_words({})
+    assert torch.equal(encoder(["a photo of my-cat"]), plain)
+    after = encoder.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_words_with_vectors_count_as_so_many_tokens() -> None:
+    words = {"cat": [50000, 50001, 50002]}
+    assert token_ids("a cat", words)[1:] == words["cat"]
+    assert truncated_words("one cat two", max_length=6, words=words) == "two"
+    assert truncated_words("one Cat two", max_length=4, words=words) == "cat two"
 
 
 def test_clip_layers(clip: FrozenCLIPEmbedder) -> None:

@@ -1,0 +1,342 @@
+"""Merging in diffusers' real U-Nets, of small sizes, against ours on the same weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.config import load_preset, preset_names
+from ldm.diffusers_keys import unet_layers
+from ldm.errors import InputError
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.tome import adapters
+from ldm.modules.tome.config import ToMeConfig
+from tests.golden_util import fill_parameters
+
+diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install -e .[test]")
+
+# (configuration of ours, of diffusers') of one U-Net with the structure of each family
+OURS = {
+    "image_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "channel_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attention_resolutions": [1, 2],
+    "use_spatial_transformer": True,
+    "context_dim": 16,
+    "legacy": False,
+}
+THEIRS = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,  # the number of heads, under the name that diffusers has
+}
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sd1": ({**OURS, "num_heads": 2}, THEIRS),
+    "sd2": (
+        {**OURS, "num_head_channels": 16, "use_linear_in_transformer": True},
+        {**THEIRS, "attention_head_dim": (2, 4), "use_linear_projection": True},
+    ),
+    "sdxl": (
+        {
+            **OURS,
+            "num_head_channels": 16,
+            "use_linear_in_transformer": True,
+            "attention_resolutions": [2],
+            "transformer_depth": 2,
+            "num_classes": "sequential",
+            "adm_in_channels": 6 * 8 + 24,
+        },
+        {
+            **THEIRS,
+            "attention_head_dim": (2, 4),
+            "use_linear_projection": True,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": 2,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 24,
+        },
+    ),
+}
+PRESETS = [name for name in preset_names() if name != "trim_context"]
+SETTINGS = {
+    **{name: load_preset(name) for name in PRESETS},
+    "all_of_attn": {"ratio": 0.5, "apply_to": ["attn", "crossattn", "mlp"], "max_downsample": 8},
+    "q_and_kv": {"ratio": 0.4, "apply_to": ["q", "kv"], "max_downsample": 2},
+    "normed": {"method": "bipartite", "r": 9, "metric": "normed", "protect": 1},
+    "keys": {"method": "kth", "k": 3, "apply_to": ["kv"], "metric": "keys", "max_downsample": 2},
+    "keys_mean": {"ratio": 0.3, "metric": "keys_mean", "max_downsample": 2},
+    "random": {"method": "random", "ratio": 0.5, "apply_to": ["block"], "max_downsample": 2},
+    "block": {"ratio": 0.5, "apply_to": ["block"], "random": True, "max_downsample": 2},
+    "not_proportional": {"ratio": 0.5, "proportional": False, "max_downsample": 2},
+    "downsample": {"method": "downsample", "stride": [2, 2], "apply_to": ["kv"]},
+    "similar": {"ratio": 0.7, "similarity": 0.3, "max_downsample": 2},
+    "rules": {"rules": [{"min_tokens": 48, "ratio": 0.5}, {"min_tokens": 4, "ratio": 0.25}]},
+    "steps": {"steps": [[0, 0.7], [1, 0]], "max_downsample": 2},
+    "reuse": {"ratio": 0.5, "random": True, "reuse_steps": 2, "reuse_layers": True},
+}
+
+
+class Pair:
+    """Our U-Net and diffusers', on the same weights."""
+
+    def __init__(self, family: str) -> None:
+        own, their = FAMILIES[family]
+        self.ours = fill_parameters(UNetModel(**own), 0).eval().requires_grad_(False)
+        self.theirs = diffusers.UNet2DConditionModel(**their).eval().requires_grad_(False)
+        self.theirs.load_state_dict(converted(self.ours.state_dict()))
+        self.is_sdxl = family == "sdxl"
+        random = torch.Generator().manual_seed(1)
+        # A batch of two, oblong, with an odd number of rows: nothing here is a square.
+        self.x = torch.randn(2, 4, 7, 10, generator=random)
+        self.context = torch.randn(2, 5, 16, generator=random)
+        self.pooled = torch.randn(2, 24, generator=random)
+        self.time_ids = torch.arange(12.0).view(2, 6) * 50
+
+    @torch.no_grad()
+    def run_ours(self, settings: dict, timesteps: list[float]) -> list[Tensor]:
+        self.ours.tome.configure(ToMeConfig.from_mapping(settings))
+        y = None
+        if self.is_sdxl:
+            times = self.theirs.add_time_proj(self.time_ids.flatten()).view(2, -1)
+            y = torch.cat([self.pooled, times], dim=1)
+        return [self.ours(self.x, torch.full((2,), t), self.context, y) for t in timesteps]
+
+    @torch.no_grad()
+    def run_theirs(self, timesteps: list[float]) -> list[Tensor]:
+        return [self.call_theirs(t) for t in timesteps]
+
+    def call_theirs(self, t: float) -> Tensor:
+        extra = {"text_embeds": self.pooled, "time_ids": self.time_ids} if self.is_sdxl else None
+        return self.theirs(
+            self.x, t, encoder_hidden_states=self.context, added_cond_kwargs=extra
+        ).sample
+
+
+def converted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under diffusers' names."""
+    theirs = {
+        ours: name for name, ours in unet_layers({n.rpartition(".")[0] for n in weights}).items()
+    }
+    split = {name: name.rpartition(".") for name in weights}
+    return {f"{theirs[split[n][0]]}.{split[n][2]}": tensor for n, tensor in weights.items()}
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Callable[[str], Pair]:
+    made: dict[str, Pair] = {}
+    return lambda family: made.setdefault(family, Pair(family))
+
+
+@pytest.fixture(params=FAMILIES)
+def pair(request: pytest.FixtureRequest, pairs: Callable[[str], Pair]) -> Pair:
+    pair = pairs(request.param)
+    adapters.remove(pair.theirs)
+    return pair
+
+
+def reaching(settings: dict, pair: Pair) -> dict:
+    """The settings, such that they reach SDXL's transformers, none of which is at full size."""
+    return {**settings, "max_downsample": 2} if pair.is_sdxl else settings
+
+
+def test_without_merging_both_are_equal(pair: Pair) -> None:
+    for ours, theirs in zip(
+        pair.run_ours({}, [700.0, 20.0]), pair.run_theirs([700, 20]), strict=True
+    ):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_merging_is_that_of_our_own_unet(pair: Pair, name: str) -> None:
+    settings = reaching(SETTINGS[name], pair)
+    plain = pair.run_theirs([800])[0]
+    merger = adapters.apply(pair.theirs, **settings)
+    theirs = pair.run_theirs([800, 500, 100])
+    report = merger.report()
+    ours = pair.run_ours(settings, [800.0, 500.0, 100.0])
+    for own, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(their, own, rtol=1e-3, atol=1e-4)
+    assert report == pair.ours.tome.report()
+    has_merged = "saved" in report
+    assert has_merged == (not torch.equal(theirs[0], plain))
+
+
+def test_every_kind_of_setting_merges(pairs: Callable[[str], Pair]) -> None:
+    """So that the comparison above compares something."""
+    pair, idle = pairs("sd1"), []
+    for name, settings in SETTINGS.items():
+        merger = adapters.apply(pair.theirs, **settings)
+        pair.run_theirs([800])
+        idle += [] if "saved" in merger.report() else [name]
+    adapters.remove(pair.theirs)
+    # Presets for pictures with more tokens than these.
+    assert not set(idle) - set(PRESETS), idle
+
+
+def traces(module: nn.Module) -> list[Any]:
+    """Whatever a hook, a replaced method or a new attribute would show in."""
+    return [
+        (
+            name,
+            type(part),
+            {k: copy.copy(v) if "hooks" in k else id(v) for k, v in vars(part).items()},
+        )
+        for name, part in module.named_modules()
+    ]
+
+
+def test_removing_leaves_no_trace(pair: Pair) -> None:
+    before, out = traces(pair.theirs), pair.run_theirs([300])[0]
+    adapters.apply(pair.theirs, **reaching({"ratio": 0.5, "apply_to": ["block"]}, pair))
+    assert not torch.equal(pair.run_theirs([300])[0], out)
+    adapters.remove(pair.theirs)
+    assert traces(pair.theirs) == before
+    assert torch.equal(pair.run_theirs([300])[0], out)
+    adapters.remove(pair.theirs)  # and once more does nothing
+
+
+def test_no_tensor_outlives_the_call(pair: Pair) -> None:
+    adapters.apply(pair.theirs, **reaching({"ratio": 0.5, "apply_to": ["block"]}, pair))
+    pair.run_theirs([300])
+    blocks = [b for m in pair.theirs.modules() for b in getattr(m, "transformer_blocks", ())]
+    states = [hook.__self__ for block in blocks for hook in block._forward_hooks.values()]
+    assert len(states) == len(blocks) > 0
+    assert all(s.x is None and s.merged is None and s.plans is None for s in states)
+
+
+def test_applying_again_replaces(pair: Pair) -> None:
+    strong = reaching({"ratio": 0.5, "max_downsample": 2}, pair)
+    adapters.apply(pair.theirs, **strong)
+    once = pair.run_theirs([300])[0]
+    adapters.apply(pair.theirs, **reaching({"ratio": 0.1, "max_downsample": 2}, pair))
+    adapters.apply(pair.theirs, **strong)
+    assert torch.equal(pair.run_theirs([300])[0], once)
+
+
+@pytest.mark.parametrize("settings", [{}, {"ratio": 0}, {"ratio": 0.5, "min_tokens": 10_000}])
+def test_nothing_to_merge_is_bit_identical(pair: Pair, settings: dict) -> None:
+    out = pair.run_theirs([300])[0]
+    adapters.apply(pair.theirs, **reaching(settings, pair))
+    assert torch.equal(pair.run_theirs([300])[0], out)
+
+
+def test_a_run_begins_where_the_timestep_rises(pairs: Callable[[str], Pair]) -> None:
+    pair = pairs("sd1")
+    adapters.apply(pair.theirs, ratio=0.5, random=True)
+    first, second = pair.run_theirs([900, 500]), pair.run_theirs([900, 500])
+    adapters.remove(pair.theirs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"ratio": 0.5, "random": True}, {"ratio": 0.5, "apply_to": ["block"]}]
+)
+def test_gradient_checkpointing_meets_the_same_plans(settings: dict) -> None:
+    pair = Pair("sd1")
+    pair.theirs.train().requires_grad_(True)
+    grads = []
+    for is_checkpointed in (False, True):
+        if is_checkpointed:
+            pair.theirs.enable_gradient_checkpointing()
+        pair.theirs.zero_grad()
+        merger = adapters.apply(pair.theirs, **settings)
+        pair.call_theirs(400).square().mean().backward()
+        assert "in 3 of 7 blocks" in merger.report()
+        grads.append([p.grad.clone() for p in pair.theirs.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_a_whole_pipeline(pairs: Callable[[str], Pair]) -> None:
+    pair = pairs("sd1")
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=500, steps_offset=1, clip_sample=False)
+    vae = diffusers.AutoencoderKL(block_out_channels=(32,))
+    pipe = diffusers.StableDiffusionPipeline(
+        vae, None, None, pair.theirs, scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {
+        "prompt_embeds": pair.context[:1],
+        "negative_prompt_embeds": pair.context[1:],
+        "latents": pair.x[:1],
+        "height": 8,
+        "width": 16,
+        "num_inference_steps": 3,
+        "output_type": "latent",
+    }
+    plain = pipe(**arguments).images
+    merger = adapters.apply(pipe, ratio=0.5, random=True)
+    assert merger.n_timesteps == 500
+    merged, again = pipe(**arguments).images, pipe(**arguments).images
+    report = merger.report()
+    adapters.remove(pipe)
+    assert not torch.equal(merged, plain)
+    assert torch.equal(merged, again)
+    assert torch.equal(pipe(**arguments).images, plain)
+    assert report.startswith("ToMe: grid 2x2 ratio=0.5 window=3 on attn: 70 -> 35 tokens")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ratio": 0.9}, "ratio=0.9: method grid"),
+        ({"raito": 0.5}, "no key 'raito'"),
+        ({"ratio": 0.5, "context": "trim"}, "context='trim'"),
+    ],
+)
+def test_settings_that_cannot_be_used(
+    pairs: Callable[[str], Pair], settings: dict, words: str
+) -> None:
+    pair = pairs("sd1")
+    before = traces(pair.theirs)
+    with pytest.raises(InputError, match=words):
+        adapters.apply(pair.theirs, **settings)
+    assert traces(pair.theirs) == before
+
+
+def test_settings_that_reach_no_block_of_sdxl(pairs: Callable[[str], Pair]) -> None:
+    with pytest.raises(InputError, match=r"max_downsample=1.*give max_downsample=2 or more"):
+        adapters.apply(pairs("sdxl").theirs, ratio=0.5)
+
+
+def test_what_is_no_unet() -> None:
+    with pytest.raises(InputError, match="Linear is neither a diffusers pipeline"):
+        adapters.apply(nn.Linear(1, 1), ratio=0.5)
+    with pytest.raises(InputError, match="SimpleNamespace is neither"):
+        adapters.remove(SimpleNamespace(unet=None))
+
+
+def test_a_unet_without_transformers() -> None:
+    unet = diffusers.UNet2DModel(
+        block_out_channels=(32,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+    )
+    with pytest.raises(InputError, match="UNet2DModel has no transformers"):
+        adapters.apply(unet, ratio=0.5)
+
+
+def test_fused_projections_and_masks_are_refused() -> None:
+    pair = Pair("sd1")
+    pair.theirs.fuse_qkv_projections()
+    with pytest.raises(InputError, match="unfuse_qkv_projections"):
+        adapters.apply(pair.theirs, ratio=0.5)
+    pair.theirs.unfuse_qkv_projections()
+    adapters.apply(pair.theirs, ratio=0.5, max_downsample=8)
+    with pytest.raises(InputError, match="attention_mask"):
+        pair.theirs(pair.x, 1, pair.context, attention_mask=torch.ones(2, 70))
