@@ -134,6 +134,8 @@ class LatentDiffusion(pl.LightningModule):
         original_elbo_weight: weight of the loss weighted as in the variational bound.
         learn_logvar: learn a log-variance of the loss for each step.
         logvar_init: its first value.
+        timestep_power: training draws its steps as T * u^power with u uniform in [0, 1); below 1
+            there are more of the noisy ones, in which a picture is laid out.
         min_snr_gamma: weight each step's loss by min(SNR, gamma) in terms of x_0, after
             Hang et al. 2023 (arXiv 2303.09556); None weights by what the network predicts.
         use_ema: keep an average of the network's weights.
@@ -197,6 +199,7 @@ class LatentDiffusion(pl.LightningModule):
         original_elbo_weight: float = 0.0,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
+        timestep_power: float = 1.0,
         min_snr_gamma: float | None = None,
         use_ema: bool = True,
         first_stage_key: str = "image",
@@ -229,6 +232,7 @@ class LatentDiffusion(pl.LightningModule):
         self.loss_type = loss_type
         self.l_simple_weight = l_simple_weight
         self.original_elbo_weight = original_elbo_weight
+        self.timestep_power = timestep_power
         self.min_snr_gamma = min_snr_gamma
         self.use_ema = use_ema
         self.first_stage_key = first_stage_key
@@ -507,8 +511,8 @@ class LatentDiffusion(pl.LightningModule):
         self, x: Tensor, c: Conditioning, noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss of latents (B, C, h, w) at random steps, and what to log of it."""
-        t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.device)
-        return self.p_losses(x, c, t, noise)
+        share = torch.rand(x.shape[0], device=self.device) ** self.timestep_power
+        return self.p_losses(x, c, (share * self.num_timesteps).long(), noise)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, some of whose captions ``ucg_training`` has blanked."""
