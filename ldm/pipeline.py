@@ -167,7 +167,7 @@ class Pipeline:
             run = Run(self.model, self.info.path, settings, init, mask, progress)
             for batch in settings.batches():
                 for (prompt, seed), z in zip(batch, run.latents(batch).split(1), strict=True):
-                    about = self._about(settings, prompt, seed, has_strength)
+                    about = self.about(settings, prompt, seed, has_strength)
                     yield Picture(run.pixels(z), {**about, **(notes or {})})
         self._report_tome()
 
@@ -208,7 +208,9 @@ class Pipeline:
             if vocabulary is not None and (strange := unknown_words(prompt, vocabulary)):
                 logger.warning("words that this model has never seen: %s", ", ".join(strange))
 
-    def _about(self, settings: Settings, prompt: str, seed: int, has_strength: bool) -> dict:
+    def about(
+        self, settings: Settings, prompt: str, seed: int, has_strength: bool = False
+    ) -> dict[str, Any]:
         """Everything that decided about a picture."""
         about = dataclasses.asdict(settings)
         if not has_strength:

@@ -96,6 +96,11 @@ class TokenMerger:
         self._end_call()
         return self._tally.describe(self.config)
 
+    def saved_work(self) -> float:
+        """Share of the work of self-attention that was saved since the run began, 0 to 1."""
+        self._end_call()
+        return self._tally.saved_work
+
     def warnings(self) -> list[str]:
         """What the user should know: nothing was merged, or where merging does not pay."""
         self._end_call()
