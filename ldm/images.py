@@ -328,3 +328,11 @@ def encode_png(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def encode_webp(pixels: Pixels, lossless_up_to: int = 256) -> bytes:
+    """A picture as the content of a WebP file; exact up to a side, beyond it almost."""
+    buffer = io.BytesIO()
+    is_small = max(pixels.shape[:2]) <= lossless_up_to
+    Image.fromarray(pixels).save(buffer, "WEBP", lossless=is_small, quality=80 if is_small else 95)
+    return buffer.getvalue()

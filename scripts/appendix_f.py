@@ -7,12 +7,11 @@ one. What is finished stays: the same command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,6 +29,9 @@ from ldm.evaluation.plan import (
 )
 from ldm.evaluation.protocols import PROTOCOLS, Protocol, quick
 from ldm.settings import SAMPLERS, SIZE_STEP, Settings
+
+if TYPE_CHECKING:  # torch comes only after the flags are checked
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 EPILOG = """
 examples:
@@ -51,8 +53,9 @@ A file for --settings names each setting and gives its keys, those of configs/to
 Controls are: again, rounding, none, random, drop. Settings that merge nothing at a size are left
 out there.
 
-Written are OUTDIR/table.csv and table.json (every setting, with 95 % bootstrap intervals over the
-prompts), pictures.csv (every picture's measures) and the pictures.
+Written are OUTDIR/report/index.html, which loads nothing from elsewhere, and beside it plots,
+table.csv and table.json (every setting, with 95 % bootstrap intervals over the prompts) and
+pictures.csv (every picture's measures).
 """
 
 
@@ -95,6 +98,29 @@ def build_parser() -> options.Parser:
         metavar="NAME,...",
         help="settings whose differences to all others are listed, for the same noise",
     )
+    group = parser.add_argument_group("what is measured besides")
+    add = group.add_argument
+    add(
+        "--fid-weights",
+        metavar="FILE",
+        help="Inception weights of pytorch-fid (pt_inception-2015-12-05-6726825d.pth), for FID",
+    )
+    add(
+        "--fid-reference",
+        metavar="PATH",
+        help="what FID compares with: a folder of pictures, or an .npz file with mu and sigma "
+        "(demo: fresh renders, compared by the features of its own classifier)",
+    )
+    add("--n_reference", type=int, metavar="N", help="demo: so many renders (default: 2000)")
+    add("--lpips-weights", metavar="FILE", help="torchvision's AlexNet weights, for LPIPS")
+    add("--clip", metavar="DIR", help="a CLIP model in transformers' form, for CLIP scores")
+    add(
+        "--speed",
+        metavar="MODEL,...",
+        help=f"time the settings on {', '.join(SPEED_MODELS)} (default: all; with --quick: own; "
+        '"" for none)',
+    )
+    add("--rounds", type=int, default=5, metavar="N", help="measurements of each (default: 5)")
     group = parser.add_argument_group("how to draw (defaults come from protocol and model)")
     add = group.add_argument
     add("--ddim_steps", "--steps", type=int, dest="steps", metavar="N", help="sampling steps")
@@ -116,21 +142,14 @@ def build_parser() -> options.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = build_parser().parse_args(argv)
+    check(args)
     process = Process.from_environment()
     args.device = process.device(args.device)
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed}: allowed is 0 or more, so that a run can be resumed")
-    asked = {name: getattr(args, name) for name in ("steps", "sampler", "scale")}
-    sampling = Settings(seed=args.seed, n_samples=args.n_samples, **asked)
-    for name in ("n_prompts", "n_seeds"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: allowed is at least 1")
-    given = options.read_prompts(args.from_file) if args.from_file else None
     model = options.model_arguments(args)
     options.check_writable(args.outdir)
 
     from ldm.checkpoint import default_checkpoint, inspect_checkpoint
-    from ldm.evaluation.work import saved_work, unet_outline
+    from ldm.evaluation.work import unet_outline
 
     path = model["path"] or default_checkpoint()[0]
     info = inspect_checkpoint(path, model["config"], model["parameterization"], model["ema"])
@@ -138,85 +157,132 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol = PROTOCOLS[args.protocol or ("demo" if is_demo else "tomesd")]
     if args.quick:
         protocol = quick(protocol)
-    settings = chosen_settings(args, protocol)
-    asked = {name: getattr(protocol, name) for name in asked}
-    sampling = sampling.filled({k: v for k, v in asked.items() if v is not None})
-    sampling = sampling.filled(info.defaults)
-    n_seeds = args.n_seeds or protocol.n_seeds
-    scenes = None
-    if given is not None:
-        prompts = given[: args.n_prompts]
-    else:
-        texts, scenes = protocol.prompts(args.n_prompts or protocol.n_prompts)
-        prompts = tuple(texts)
-    default_size = protocol.size or info.defaults["H"]
-    f = info.defaults["f"]
     unet = unet_outline(info.config)
+    plan, scenes = make_plan(args, protocol, info.defaults, unet, process)
+    against = options.words(args.against, "--against", may_be_empty=True)
+    names = dict.fromkeys(s.name for settings in plan.settings.values() for s in settings)
+    for name in against:
+        if name not in names:
+            raise InputError(f"--against {name}: the settings are {', '.join(names)}")
+    if args.dry_run:
+        print("\n".join(dry_run(plan, protocol, args)))
+        return
+
+    from ldm.evaluation.experiment import Extras, conduct, finish
+
+    extras = Extras(
+        against=against,
+        fid_weights=args.fid_weights,
+        fid_reference=args.fid_reference,
+        n_rendered=args.n_reference or (200 if args.quick else 2000),
+        lpips_weights=args.lpips_weights,
+        clip=args.clip,
+        speed=speed_models(args),
+        rounds=args.rounds,
+    )
+    with process.joined():
+        sweep = conduct(
+            {**model, "tome": False}, plan, scenes, args.outdir, process, extras, args.table_only
+        )
+        finish(sweep, unet, extras, command(argv))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check what can be checked without torch."""
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: allowed is 0 or more, so that a run can be resumed")
+    for name in ("n_prompts", "n_seeds", "rounds", "n_reference"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: allowed is at least 1")
+    for flag in ("fid_weights", "fid_reference", "lpips_weights", "clip"):
+        value = getattr(args, flag)
+        if value is not None and not Path(value).exists():
+            raise InputError(f"--{flag.replace('_', '-')} {value}: there is no such file")
+    speed_models(args)
+    if args.sizes is not None:
+        options.numbers(args.sizes, "--sizes", SIZE_STEP)
+    if args.from_file is not None:
+        options.read_prompts(args.from_file)
+
+
+def make_plan(
+    args: argparse.Namespace,
+    protocol: Protocol,
+    defaults: dict[str, Any],
+    unet: UNetModel,
+    process: Process,
+) -> tuple[Plan, list[Any] | None]:
+    """What to draw, and the scenes that the prompts name, if they do."""
+    from ldm.evaluation.work import saved_work
+
+    names = ("steps", "sampler", "scale")
+    sampling = Settings(
+        seed=args.seed, n_samples=args.n_samples, **{name: getattr(args, name) for name in names}
+    )
+    own = {name: getattr(protocol, name) for name in names}
+    sampling = sampling.filled({name: value for name, value in own.items() if value is not None})
+    sampling = sampling.filled(defaults)
+    prompts: Sequence[str]
+    scenes = None
+    if args.from_file is not None:
+        prompts = options.read_prompts(args.from_file)[: args.n_prompts]
+    else:
+        prompts, scenes = protocol.prompts(args.n_prompts or protocol.n_prompts)
+    settings = chosen_settings(args, protocol)
+    side, f = protocol.size or defaults["H"], defaults["f"]
     per_size = {}
-    for size in options.numbers(args.sizes or str(default_size), "--sizes", SIZE_STEP):
+    for size in options.numbers(args.sizes or str(side), "--sizes", SIZE_STEP):
         shares = {s.key: saved_work(unet, s.config, size // f, size // f) for s in settings}
         per_size[size] = tuple(s for s in settings if is_of_use(s, shares[s.key]))
         idle = [s.name for s in settings if s not in per_size[size]]
         if idle and process.is_first:
             print(f"At {size}x{size} these merge nothing and are left out: {', '.join(idle)}")
-    plan = Plan(per_size, prompts, n_seeds, sampling)
-    names = {s.name for group in per_size.values() for s in group}
-    against = options.words(args.against, "--against", may_be_empty=True)
-    for name in against:
-        if name not in names:
-            raise InputError(f"--against {name}: the settings are {', '.join(sorted(names))}")
+    n_seeds = args.n_seeds or protocol.n_seeds
+    return Plan(per_size, tuple(prompts), n_seeds, sampling), scenes
 
-    import torch
 
-    from ldm.evaluation.attributes import load_classifier
-    from ldm.evaluation.files import write_text
-    from ldm.evaluation.measures import ClassifierFeatures, Judge
-    from ldm.evaluation.store import Store
-    from ldm.evaluation.summary import (
-        picture_rows,
-        read,
-        summarize,
-        table_csv,
-        table_json,
-        to_csv,
+def dry_run(plan: Plan, protocol: Protocol, args: argparse.Namespace) -> list[str]:
+    """What would be drawn, what it takes, and txt2img commands that draw the same."""
+    sampling = plan.sampling
+    n_all = sum(plan.n_pictures * len(settings) for settings in plan.settings.values())
+    lines = [
+        f"{protocol.title}: {len(plan.prompts)} prompts x {plan.n_seeds} seeds, {sampling.steps} "
+        f"steps of {sampling.sampler}, guidance {sampling.scale:g}",
+        f"{n_all} pictures, {n_all * (sampling.steps or 0)} calls of the U-Net for a picture and "
+        "its guidance",
+        f"The prompts, one a line for PROMPTS.txt, begin with: {plan.prompts[0]!r}",
+    ]
+    for size, settings in plan.settings.items():
+        lines.append(
+            f"\n{size}x{size}: {len(settings)} settings, each of {plan.n_pictures} pictures"
+        )
+        for setting in settings:
+            words = ["python", "scripts/txt2img.py", "--from-file", "PROMPTS.txt"]
+            words += ["--repeat", plan.n_seeds, "--seed", sampling.seed, "--steps", sampling.steps]
+            words += ["--sampler", sampling.sampler, "--scale", f"{sampling.scale:g}"]
+            words += ["--n_samples", sampling.n_samples, "--H", size, "--W", size]
+            words += [] if args.ckpt is None else ["--ckpt", args.ckpt]
+            words += setting.flags
+            shown = shlex.join(map(str, words))
+            lines.append(f"  {setting.name}: {CONTROLS.get(setting.control, shown)}")
+    return lines
+
+
+def speed_models(args: argparse.Namespace) -> list[str]:
+    """Which models' speed is measured."""
+    standard = "own" if args.quick else "own,sd1.5,sd2.1"
+    found = options.words(
+        standard if args.speed is None else args.speed, "--speed", may_be_empty=True
     )
-    from ldm.evaluation.sweep import Sweep
-    from ldm.pipeline import Pipeline
-
-    with process.joined():
-        pipeline = Pipeline.from_checkpoint(**{**model, "tome": False})
-        pipeline.model.first_stage_model.float()  # its rounding would hide small differences
-        about = {
-            **{k: v for k, v in pipeline.about(sampling, "", 0).items() if k not in OF_PICTURE},
-            "n_seeds": n_seeds,
-        }
-        if about["device"] == "cpu":
-            about["threads"] = torch.get_num_threads()
-        store = Store(args.outdir)
-        if process.is_first:
-            store.claim(about, prompts)
-            store.remove_leftovers()
-        process.wait()
-        classifier = load_classifier() if scenes is not None else None
-        judge = Judge(classifier, ClassifierFeatures(classifier) if classifier else None)
-        if not args.table_only:
-            Sweep(pipeline, plan, store, judge, scenes, process).run()
-        process.wait()
-        results = read(plan, store, process, 0)
-        if not process.is_first:
-            return
-        entries = summarize(plan, results, unet, f, {}, against)
-        outdir = Path(args.outdir)
-        write_text(outdir / "table.csv", table_csv(entries))
-        document = {"about": about, "command": command(argv), "table": table_json(entries)}
-        write_text(outdir / "table.json", json.dumps(document, indent=1) + "\n")
-        write_text(outdir / "pictures.csv", to_csv(list(picture_rows(plan, store))))
-        print(f"The table is {outdir / 'table.csv'}")
+    for name in found:
+        if name not in SPEED_MODELS:
+            raise InputError(f"--speed {name}: allowed is {', '.join(SPEED_MODELS)}")
+    return found
 
 
 VOCABULARY = "ldm.data.scenes.VOCABULARY"  # of a model that draws scenes
-# What differs from picture to picture.
-OF_PICTURE = {"prompt", "seed", "n_iter", "H", "W", "strength", "tome", "fixed_code", "rng"}
+SPEED_MODELS = ("own", "sd1.5", "sd2.1")
 
 
 def chosen_settings(args: argparse.Namespace, protocol: Protocol) -> tuple[Setting, ...]:

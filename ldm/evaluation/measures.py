@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.data.scenes import Scene
 from ldm.evaluation.attributes import AttributeClassifier
 from ldm.evaluation.demo import named_attributes
+from ldm.evaluation.features import Features
 from ldm.evaluation.metrics import high_frequency_ratio, ms_ssim, psnr, ssim
 
 
@@ -58,35 +59,17 @@ MEASURES = {
         4,
         is_distance=False,
     ),
+    "lpips": Measure(
+        "LPIPS", "perceptual distance to the unmerged picture (AlexNet)", 4, is_better_high=False
+    ),
+    "clip_score": Measure(
+        "CLIP score", "cosine of picture and prompt, times 100", 2, is_distance=False
+    ),
 }
-
-
-class Features(Protocol):
-    """Turns pictures into the vectors that a Fréchet distance compares."""
-
-    name: str
-
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> (B, n), float32 on the CPU."""
-        ...
-
-
-class ClassifierFeatures:
-    """What the demo's attribute classifier sees; for pictures of the demo's kind alone.
-
-    Args:
-        classifier: the shipped one.
-    """
-
-    name = "features of the demo's attribute classifier"
-
-    def __init__(self, classifier: AttributeClassifier) -> None:
-        self.classifier = classifier
-
-    @torch.inference_mode()
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> (B, 64)."""
-        return torch.cat([self.classifier.features(picture[None]) for picture in pictures])
+FRECHET = "frechet"
+FRECHET_MEASURE = Measure(
+    "FID", "Fréchet distance to the reference pictures", 2, is_distance=False, is_better_high=False
+)
 
 
 @dataclass(frozen=True)
@@ -96,32 +79,42 @@ class Judge:
     Attributes:
         classifier: reads attributes off pictures, where prompts name scenes.
         features: for a Fréchet distance.
+        lpips: of a picture and the unmerged one.
+        clip_score: of a picture and its prompt.
     """
 
     classifier: AttributeClassifier | None = None
     features: Features | None = None
+    lpips: Callable[[Tensor, Tensor], float] | None = None
+    clip_score: Callable[[Tensor, str], float] | None = None
 
     def rows(
-        self, pictures: Tensor, reference: Tensor | None, scenes: Sequence[Scene] | None
+        self,
+        pictures: Tensor,
+        reference: Tensor | None,
+        prompts: Sequence[str],
+        scenes: Sequence[Scene] | None,
     ) -> list[dict[str, Any]]:
         """Measures of each picture.
 
         Args:
             pictures: (B, 3, H, W), float32 in [-1, 1].
             reference: the unmerged ones, likewise; None where these are them.
-            scenes: what the prompts name.
+            prompts: of each.
+            scenes: what they name.
         """
         return [
             self._row(
                 pictures[i : i + 1],
                 None if reference is None else reference[i : i + 1],
+                prompts[i],
                 None if scenes is None else scenes[i],
             )
             for i in range(len(pictures))
         ]
 
     def _row(
-        self, picture: Tensor, reference: Tensor | None, scene: Scene | None
+        self, picture: Tensor, reference: Tensor | None, prompt: str, scene: Scene | None
     ) -> dict[str, Any]:
         row: dict[str, Any] = {}
         if reference is not None:
@@ -132,6 +125,10 @@ class Judge:
                 ("high_frequency_ratio", high_frequency_ratio),
             ):
                 row[name] = measure(picture, reference).item()
+            if self.lpips is not None:
+                row["lpips"] = self.lpips(picture, reference)
+        if self.clip_score is not None:
+            row["clip_score"] = self.clip_score(picture, prompt)
         if self.classifier is not None and scene is not None:
             (seen,) = self.classifier.predict_attributes(picture)
             named = named_attributes(scene)
@@ -139,7 +136,7 @@ class Judge:
             row["attributes"] = sum(right.values()) / len(right)
             row["attributes_right"] = right
         if self.features is not None:
-            row["features"] = encode(self.features(picture)[0])
+            row["features"] = encode(self.features(picture))
         return row
 
 

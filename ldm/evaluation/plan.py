@@ -42,6 +42,7 @@ class Setting:
         control: one of `CONTROLS`, or empty.
         family: settings that differ in their amount only share it: a curve of the plots.
         source: name and hash of the file that it comes from.
+        flags: of the scripts, that stand for the configuration.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Setting:
     control: str = ""
     family: str = ""
     source: str = ""
+    flags: tuple[str, ...] = ("--no-tome",)
 
     def keys(self) -> dict[str, Any]:
         """The configuration in plain values; for a control that alone."""
@@ -151,24 +153,57 @@ def preset_settings(names: Sequence[str], ratios: Sequence[float]) -> Iterator[S
     for name in names:
         preset, path = load_preset(name), preset_file(name)
         title, source = path.stem, f"{path.name} {file_hash(path)}"
-        yield Setting(title, ToMeConfig.from_mapping(preset), family=title, source=source)
-        for ratio in ratios:
-            config = at_ratio(preset, ratio)
-            if config is not None:
-                yield Setting(f"{title} {ratio:g}", config, family=title, source=source)
+        for ratio in (None, *ratios):
+            change = {} if ratio is None else amount(preset, ratio)
+            if change is not None:
+                yield Setting(
+                    title if ratio is None else f"{title} {ratio:g}",
+                    ToMeConfig.from_mapping(overlay(preset, change)),
+                    family=title,
+                    source=source,
+                    flags=("--tome-preset", name, *flags_of(change)),
+                )
 
 
-def at_ratio(preset: Mapping[str, Any], ratio: float) -> ToMeConfig | None:
-    """A preset with another share of tokens removed; None where its method cannot do that."""
+def amount(preset: Mapping[str, Any], ratio: float) -> dict[str, Any] | None:
+    """The key that removes a share of tokens in a preset; None where its method cannot."""
     config = ToMeConfig.from_mapping(preset)
     if config.method == "kth":
         k = 1 / (1 - ratio)
-        if abs(k - round(k)) > _ROUNDING:
-            return None
-        return ToMeConfig.from_mapping(overlay(preset, {"k": round(k)}))
+        return {"k": round(k)} if abs(k - round(k)) < _ROUNDING else None
     if config.method == "downsample" or config.is_off or ratio > config.max_ratio + _ROUNDING:
         return None
-    return ToMeConfig.from_mapping(overlay(preset, {"ratio": ratio}))
+    return {"ratio": ratio}
+
+
+def flags_of(keys: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys of ``tome_config`` as flags of the scripts."""
+    words = []
+    for name, value in keys.items():
+        if name == "steps":
+            texts = [",".join(f"{progress}:{ratio}" for progress, ratio in value)]
+        elif name == "rules":
+            texts = [";".join(map(_rule_flag, value))]
+        else:
+            texts = [_word(one) for one in (value if isinstance(value, list | tuple) else [value])]
+        words += ["--tome-" + name.replace("_", "-"), *texts]
+    return tuple(words)
+
+
+def _rule_flag(rule: Mapping[str, Any]) -> str:
+    """An entry of ``rules`` as its flag has it: 4096:method=kth,k=4."""
+    others = ((name, value) for name, value in rule.items() if name != "min_tokens")
+    texts = [
+        f"{name}={'+'.join(map(_word, value)) if isinstance(value, list | tuple) else _word(value)}"
+        for name, value in others
+    ]
+    return f"{rule['min_tokens']}:{','.join(texts)}"
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def control_setting(control: str, ratio: float = CONTROL_RATIO, name: str = "") -> Setting:
@@ -218,7 +253,8 @@ def read_settings(path: str | Path) -> list[Setting]:
             config = ToMeConfig.from_mapping(overlay(base, keys))
         except InputError as error:
             raise InputError(f"{path}: {name}: {error}") from None
-        found.append(Setting(name, config, family=family, source=source))
+        given = () if preset is None else ("--tome-preset", str(preset))
+        found.append(Setting(name, config, "", family, source, (*given, *flags_of(keys))))
     return found
 
 

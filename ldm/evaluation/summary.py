@@ -15,16 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.distributed import Process
-from ldm.evaluation.frechet import FrechetDistance
+from ldm.evaluation.frechet import FrechetDistance, Statistics
 from ldm.evaluation.gather import Gathered
-from ldm.evaluation.measures import MEASURES, decode
+from ldm.evaluation.measures import FRECHET, MEASURES, decode
 from ldm.evaluation.metrics import Estimate, bootstrap
 from ldm.evaluation.plan import Plan, Setting
 from ldm.evaluation.store import Store
 from ldm.evaluation.work import saved_work
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-FRECHET = "frechet"
 COLUMNS = (*MEASURES, "saved_work")
 
 
@@ -117,7 +116,7 @@ def summarize(
     results: Results,
     unet: UNetModel,
     f: int,
-    reference: Mapping[int, Tensor],
+    reference: Mapping[int, Statistics],
     against: Sequence[str] = (),
 ) -> list[Entry]:
     """The table: every setting at every size.
@@ -127,11 +126,11 @@ def summarize(
         results: what was measured.
         unet: tells what a control saves.
         f: pixels to a latent.
-        reference: features of the reference pictures for each size; empty without them.
+        reference: what is known of the reference pictures, for each size that has some.
         against: names of settings to compare with, too.
     """
     entries = []
-    distances = {size: FrechetDistance(features) for size, features in reference.items()}
+    distances = {size: FrechetDistance(known) for size, known in reference.items()}
     keys = [(size, setting) for size in plan.sizes for setting in plan.settings[size]]
     for size, setting in tqdm(keys, desc="confidence intervals", unit="setting"):
         values = results.values[size, setting.name]

@@ -134,7 +134,8 @@ class Sweep:
         if self.scenes is not None:
             scenes = [self.scenes[i // self.plan.n_seeds] for i in batch.numbers]
         compared = None if reference is None else reference.pictures
-        rows = self.judge.rows(drawn.pictures, compared, scenes)
+        prompts = [prompt for prompt, _ in batch.pictures]
+        rows = self.judge.rows(drawn.pictures, compared, prompts, scenes)
         for row in rows:
             row["seconds"] = drawn.seconds / len(rows)
             row["saved_work"] = drawn.saved_work
