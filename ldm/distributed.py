@@ -5,6 +5,7 @@ Importing this takes no torch.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,12 @@ class Process:
         """This process's part of the work."""
         return list(items[self.rank :: self.n_processes])
 
+    def share_numbers(self, sizes: Sequence[int]) -> list[int]:
+        """Numbers of the things in this process's part, where `share` divides groups of them."""
+        ends = list(itertools.accumulate(sizes))
+        groups = [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        return [number for group in self.share(groups) for number in group]
+
     def device(self, name: str) -> str:
         """The device of that name; of several GPUs the one that is this process's."""
         if self.n_processes == 1 or name not in ("auto", "cuda"):
@@ -79,3 +86,6 @@ class Process:
             import torch.distributed as dist
 
             dist.barrier()
+
+
+ALONE = Process()

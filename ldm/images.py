@@ -9,7 +9,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -277,6 +277,7 @@ class Gallery:
         has_samples: save single pictures.
         has_grid: save a grid.
         has_settings: write the settings into the files.
+        numbers: of the files to come; None: one above the highest in use.
     """
 
     folder: Path
@@ -284,15 +285,23 @@ class Gallery:
     has_samples: bool = True
     has_grid: bool = True
     has_settings: bool = True
+    numbers: Iterator[int] | None = None
     _shown: list[Picture] = field(default_factory=list)
 
     def add(self, picture: Picture) -> None:
         """Save a picture under the next number."""
         if self.has_samples:
             path = next_path(self.folder / "samples", "{:05}.png")
+            if self.numbers is not None:
+                path = path.with_name(f"{next(self.numbers):05}.png")
             picture.save(path, self.has_settings)
         if self.has_grid:
             self._shown.append(picture)
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next file, if nobody else writes there."""
+        return int(next_path(self.folder / "samples", "{:05}.png").stem)
 
     def close(self) -> None:
         """Save the grid, with the settings of its first picture."""

@@ -25,6 +25,7 @@ import torch
 from ldm import images
 from ldm.checkpoint import CheckpointInfo, default_checkpoint, inspect_checkpoint, load_model
 from ldm.device import choose_device, choose_dtype
+from ldm.distributed import ALONE, Process
 from ldm.errors import InputError
 from ldm.images import Mask, Picture, Pixels
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -147,6 +148,7 @@ class Pipeline:
         mask: Mask | None = None,
         progress: bool = False,
         notes: Mapping[str, Any] | None = None,
+        process: Process = ALONE,
     ) -> Iterator[Picture]:
         """Draw pictures, each handed out as soon as it is there.
 
@@ -156,6 +158,7 @@ class Pipeline:
             mask: with init: where to paint, (H, W) of its size.
             progress: show the sampler's progress.
             notes: entries to add to the pictures' settings.
+            process: this one of those that share the batches; the others draw the rest.
 
         Raises:
             InputError: a setting cannot be used with this model, or memory does not suffice.
@@ -165,7 +168,7 @@ class Pipeline:
         has_strength = init is not None and mask is None
         with _memory_advice():
             run = Run(self.model, self.info.path, settings, init, mask, progress)
-            for batch in settings.batches():
+            for batch in process.share(settings.batches()):
                 for (prompt, seed), z in zip(batch, run.latents(batch).split(1), strict=True):
                     about = self.about(settings, prompt, seed, has_strength)
                     yield Picture(run.pixels(z), {**about, **(notes or {})})

@@ -258,7 +258,7 @@ def dry_run(plan: Plan, protocol: Protocol, args: argparse.Namespace) -> list[st
             f"\n{size}x{size}: {len(settings)} settings, each of {plan.n_pictures} pictures"
         )
         for setting in settings:
-            words = ["python", "scripts/txt2img.py", "--from-file", "PROMPTS.txt"]
+            words: list[Any] = ["python", "scripts/txt2img.py", "--from-file", "PROMPTS.txt"]
             words += ["--repeat", plan.n_seeds, "--seed", sampling.seed, "--steps", sampling.steps]
             words += ["--sampler", sampling.sampler, "--scale", f"{sampling.scale:g}"]
             words += ["--n_samples", sampling.n_samples, "--H", size, "--W", size]

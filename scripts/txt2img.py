@@ -9,6 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import options
+from ldm.distributed import Process
+from ldm.errors import InputError
 
 EPILOG = """
 examples:
@@ -18,6 +20,8 @@ examples:
     python scripts/txt2img.py --ckpt model.safetensors --H 768 --W 512 --dpm_solver --steps 20
   a picture for each line of a file:
     python scripts/txt2img.py --from-file prompts.txt --negative_prompt "blurry"
+  the same on eight GPUs, under the same numbers:
+    torchrun --nproc-per-node 8 scripts/txt2img.py --from-file prompts.txt
 
 Pictures land in OUTDIR/samples/00000.png and on, all of a run in OUTDIR/grid-0000.png.
 """
@@ -40,12 +44,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = options.settings(args)
     model = options.model_arguments(args)
     gallery = options.gallery(args)
+    process = Process.from_environment()
+    if process.n_processes > 1 and settings.rng == "upstream":
+        raise InputError("--rng upstream is one stream of noise: it cannot be shared by processes")
+    model["device"] = process.device(model["device"])
 
     from ldm.pipeline import Pipeline
 
-    pipeline = Pipeline.from_checkpoint(**model)
-    for picture in pipeline.generate(settings, progress=True):
-        gallery.add(picture)
+    with process.joined():
+        pipeline = Pipeline.from_checkpoint(**model)
+        if process.n_processes > 1:  # every picture gets the number that it has without the others
+            first = gallery.next_number
+            sizes = [len(batch) for batch in settings.batches()]
+            gallery.numbers = (first + number for number in process.share_numbers(sizes))
+            gallery.has_grid = False
+            process.wait()  # until all have looked which numbers are free
+        for picture in pipeline.generate(settings, progress=process.is_first, process=process):
+            gallery.add(picture)
     gallery.close()
     print(f"Pictures are in {args.outdir}")
 

@@ -144,11 +144,12 @@ def clip_network(folder: str | Path) -> Any:
 
     if not Path(folder).is_dir():
         raise InputError(f"--clip {folder}: there is no such folder")
+    name: Any = str(folder)  # its type knows some published names only
 
     @torch.inference_mode()
     def score(picture: Tensor, text: str) -> float:
         pixels = torch.from_numpy(to_pixels(picture)).movedim(-1, 1)
-        return clip_score(pixels[0], text, model_name_or_path=str(folder)).item()
+        return clip_score(pixels[0], text, model_name_or_path=name).item()
 
     return score
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.scenes import Scene
-from ldm.distributed import Process
+from ldm.distributed import ALONE, Process
 from ldm.errors import InputError
 from ldm.evaluation.controls import control
 from ldm.evaluation.measures import Judge
@@ -50,7 +50,7 @@ class Sweep:
     store: Store
     judge: Judge
     scenes: Sequence[Scene] | None = None
-    process: Process = Process()  # noqa: RUF009 - frozen
+    process: Process = ALONE
 
     def run(self) -> None:
         """Draw this process's share of the pictures that are missing.
