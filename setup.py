@@ -53,11 +53,14 @@ setup(
         "pillow>=10.1",
         "numpy>=1.26",
         "safetensors>=0.4",
+        "torchmetrics>=1.4",
         "tqdm>=4.66",
     ],
     extras_require={
         "test": TEST,
         "bench": ["diffusers>=0.30", "tomesd>=0.1.3", "matplotlib>=3.8"],
+        # plots as PNG files; FID with the Inception network, which torchmetrics takes from there
+        "evaluation": ["matplotlib>=3.8", "torch-fidelity>=0.3"],
         "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "pre-commit>=3.7"],
     },
 )

@@ -117,6 +117,11 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         InputError: there is no such preset (the message lists the known ones) or file.
     """
+    return load_config(preset_file(name_or_path))
+
+
+def preset_file(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file of a Token Merging preset; see `load_preset`."""
     text = str(name_or_path)
     path = Path(name_or_path) if text.endswith((".yaml", ".yml")) else None
     if path is None and text in preset_names():
@@ -124,7 +129,7 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     if path is None or not path.is_file():
         known = ", ".join(preset_names()) or "none"
         raise InputError(f"there is no ToMe preset {text!r}; known presets: {known}")
-    return load_config(path)
+    return path
 
 
 def model_defaults(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -301,6 +301,7 @@ class Gallery:
         has_samples: save single pictures.
         has_grid: save a grid.
         has_settings: write the settings into the files.
+        numbers: of the files to come; None: one above the highest in use.
     """
 
     folder: Path
@@ -308,6 +309,7 @@ class Gallery:
     has_samples: bool = True
     has_grid: bool = True
     has_settings: bool = True
+    numbers: Iterator[int] | None = None
     _shown: list[Picture] = field(default_factory=list)
 
     def add(self, picture: Picture) -> Path | None:
@@ -317,8 +319,15 @@ class Gallery:
         if not self.has_samples:
             return None
         path = next_path(self.folder / "samples", "{:05}.png")
+        if self.numbers is not None:
+            path = path.with_name(f"{next(self.numbers):05}.png")
         picture.save(path, self.has_settings)
         return path
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next file, if nobody else writes there."""
+        return int(next_path(self.folder / "samples", "{:05}.png").stem)
 
     def close(self) -> None:
         """Save the grid, with the settings of its first picture."""
@@ -353,4 +362,12 @@ def encode_png(pixels: Pixels) -> bytes:
     """A picture as the content of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def encode_webp(pixels: Pixels, lossless_up_to: int = 256) -> bytes:
+    """A picture as the content of a WebP file; exact up to a side, beyond it almost."""
+    buffer = io.BytesIO()
+    is_small = max(pixels.shape[:2]) <= lossless_up_to
+    Image.fromarray(pixels).save(buffer, "WEBP", lossless=is_small, quality=80 if is_small else 95)
     return buffer.getvalue()

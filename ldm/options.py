@@ -417,7 +417,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "config": args.config,
         "device": args.device,
         "dtype": dtype,
-        "tome": tome_arguments(args),
+        "tome": tome_arguments(args) if hasattr(args, "no_tome") else None,
         "attention": args.attention,
         "ema": args.ema,
         "parameterization": args.parameterization,
@@ -491,7 +491,7 @@ def gallery(args: argparse.Namespace) -> Gallery:
     """
     if args.n_rows < 0:
         raise InputError(f"--n_rows {args.n_rows}: allowed is 0 (--n_samples) or more")
-    _check_writable(args.outdir)
+    check_writable(args.outdir)
     return Gallery(
         folder=Path(args.outdir),
         n_columns=args.n_rows or args.n_samples,
@@ -501,7 +501,7 @@ def gallery(args: argparse.Namespace) -> Gallery:
     )
 
 
-def _check_writable(outdir: str) -> None:
+def check_writable(outdir: str) -> None:
     """Check that files can be written in a folder, or that it can be made; leave no trace."""
     folder = Path(outdir).absolute()
     while not folder.exists():
@@ -511,6 +511,52 @@ def _check_writable(outdir: str) -> None:
             pass
     except OSError as error:
         raise InputError(f"--outdir {outdir}: cannot write there ({error.strerror})") from None
+
+
+# --- lists in a flag --------------------------------------------------------------------------
+
+
+def words(text: str, flag: str, may_be_empty: bool = False) -> list[str]:
+    """The parts of a comma-separated list, each once."""
+    found = list(dict.fromkeys(filter(None, (part.strip() for part in text.split(",")))))
+    if not found and not may_be_empty:
+        raise InputError(f"{flag}: the list is empty")
+    return found
+
+
+def numbers(text: str, flag: str, step: int = 1) -> list[int]:
+    """The whole numbers of a list; above 0, and multiples of ``step``."""
+    found = []
+    for word in words(text, flag):
+        try:
+            number = int(word)
+        except ValueError:
+            number = 0
+        if number < 1 or number % step:
+            kind = f"multiples of {step}" if step > 1 else "whole numbers above 0"
+            raise InputError(f"{flag} {word}: allowed are {kind}")
+        found.append(number)
+    return found
+
+
+def choices(text: str, flag: str, allowed: Sequence[str]) -> list[str]:
+    """The words of a list, all of which have to be among those allowed."""
+    found = words(text, flag)
+    for word in found:
+        if word not in allowed:
+            raise InputError(f"{flag} {word}: allowed is {', '.join(allowed)}")
+    return found
+
+
+def share(text: str, flag: str) -> float:
+    """A number above 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise InputError(f"{flag} {text}: allowed are numbers above 0 and below 1")
+    return value
 
 
 # --- running ----------------------------------------------------------------------------------

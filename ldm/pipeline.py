@@ -31,6 +31,7 @@ from ldm.checkpoint import (
     stored_shapes,
 )
 from ldm.device import choose_device, choose_dtype
+from ldm.distributed import ALONE, Process
 from ldm.embedding import Embedding, read_embedding
 from ldm.errors import InputError
 from ldm.images import Mask, Picture, Pixels
@@ -217,6 +218,7 @@ class Pipeline:
         mask: Mask | None = None,
         progress: bool = False,
         notes: Mapping[str, Any] | None = None,
+        process: Process = ALONE,
     ) -> Iterator[Picture]:
         """Draw pictures, each handed out as soon as it is there.
 
@@ -226,6 +228,7 @@ class Pipeline:
             mask: with init: where to paint, (H, W) of its size.
             progress: show the sampler's progress.
             notes: entries to add to the pictures' settings.
+            process: this one of those that share the batches; the others draw the rest.
 
         Raises:
             InputError: a setting cannot be used with this model, or memory does not suffice.
@@ -246,7 +249,7 @@ class Pipeline:
             run = Run(self.model, name, settings, init, mask, progress)
             merger = self.model.model.diffusion_model.tome
             tally, second_tally = Tally(), Tally()
-            for batch in settings.batches():
+            for batch in process.share(settings.batches()):
                 latents = run.latents(batch)
                 tally.add(merger.tally)
                 if second is not None:
@@ -255,7 +258,7 @@ class Pipeline:
                         latents = second.latents(batch, start)
                         second_tally.add(merger.tally)
                 for (prompt, seed), z in zip(batch, latents.split(1), strict=True):
-                    about = self._about(settings, prompt, seed, has_strength)
+                    about = self.about(settings, prompt, seed, has_strength)
                     pixels = (second or run).pixels(z)
                     yield Picture(pixels, {**about, **(notes or {})})
         _report_tome(tally, merger.config)
@@ -312,7 +315,9 @@ class Pipeline:
             if strange := [w for w in unknown_words(prompt, vocabulary) if w not in own]:
                 logger.warning("words that this model has never seen: %s", ", ".join(strange))
 
-    def _about(self, settings: Settings, prompt: str, seed: int, has_strength: bool) -> dict:
+    def about(
+        self, settings: Settings, prompt: str, seed: int, has_strength: bool = False
+    ) -> dict[str, Any]:
         """Everything that decided about a picture."""
         about = dataclasses.asdict(settings)
         if not has_strength:

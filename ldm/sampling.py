@@ -253,16 +253,21 @@ class Run:
     @torch.inference_mode()
     def pixels(self, latents: Tensor) -> Pixels:
         """The picture (H, W, 3) of latents (1, C, h, w); outside of a mask, the original."""
+        drawn = images.to_pixels(self.decoded(latents)[0])
+        if self.mask is None or self.init is None:
+            return drawn
+        return np.where(self.mask[..., None], drawn, self.init)
+
+    @torch.inference_mode()
+    def decoded(self, latents: Tensor) -> Tensor:
+        """What the first stage makes of latents (B, C, h, w): float32 (B, 3, H, W) on the CPU."""
         stage = self.model.first_stage_model
 
         def decode() -> Tensor:
             weight = next(stage.parameters())
-            return self.model.decode_first_stage(latents.to(weight.dtype))[0].float()
+            return self.model.decode_first_stage(latents.to(weight.dtype)).float()
 
-        drawn = images.to_pixels(self._finite("the first stage", stage, decode).cpu())
-        if self.mask is None or self.init is None:
-            return drawn
-        return np.where(self.mask[..., None], drawn, self.init)
+        return self._finite("the first stage", stage, decode).cpu()
 
     def _finite(self, stage: str, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
         """Compute; where the result has NaN or infinities, once more in float32.

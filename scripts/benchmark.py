@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.config import load_config, load_preset, model_defaults
 from ldm.errors import InputError
 from ldm.modules.tome.config import ToMeConfig, parse_flag
-from ldm.options import DTYPES, Parser, run
+from ldm.options import DTYPES, Parser, choices, numbers, run, words
 from ldm.settings import SIZE_STEP
 
 MODELS = {
@@ -170,38 +170,6 @@ def read_settings(ratios: str, presets: str) -> dict[str, ToMeConfig]:
     for name, config in found.items():
         if config.is_off:
             raise InputError(f"{name} merges nothing, so there is nothing to measure")
-    return found
-
-
-def words(text: str, flag: str, may_be_empty: bool = False) -> list[str]:
-    """The parts of a comma-separated list, each once."""
-    found = list(dict.fromkeys(filter(None, (part.strip() for part in text.split(",")))))
-    if not found and not may_be_empty:
-        raise InputError(f"{flag}: the list is empty")
-    return found
-
-
-def numbers(text: str, flag: str, step: int = 1) -> list[int]:
-    """The whole numbers of a list; above 0, and multiples of ``step``."""
-    found = []
-    for word in words(text, flag):
-        try:
-            number = int(word)
-        except ValueError:
-            number = 0
-        if number < 1 or number % step:
-            kind = f"multiples of {step}" if step > 1 else "whole numbers above 0"
-            raise InputError(f"{flag} {word}: allowed are {kind}")
-        found.append(number)
-    return found
-
-
-def choices(text: str, flag: str, allowed: Sequence[str]) -> list[str]:
-    """The words of a list, all of which have to be among those allowed."""
-    found = words(text, flag)
-    for word in found:
-        if word not in allowed:
-            raise InputError(f"{flag} {word}: allowed is {', '.join(allowed)}")
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import options
+from ldm.distributed import ALONE, Process
 from ldm.errors import InputError
 from ldm.jobs import read_jobs
 from ldm.prompt_loop import prompt_loop
@@ -26,6 +27,8 @@ examples:
     python scripts/txt2img.py --from-file prompts.txt --negative_prompt "blurry"
   or with settings of its own, which are flags by their names, in JSON:
     {"prompt": "the sea at dawn", "steps": 40, "tome": {"ratio": 0.4}}
+  the same on eight GPUs, under the same numbers:
+    torchrun --nproc-per-node 8 scripts/txt2img.py --from-file prompts.txt
   prompt after prompt, with the model loaded once:
     python scripts/txt2img.py --interactive
 
@@ -59,26 +62,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = read_jobs(parser, args)
     model = options.model_arguments(args)
     gallery = options.gallery(args)
+    process = Process.from_environment()
+    if process.n_processes > 1 and args.rng == "upstream":
+        raise InputError("--rng upstream is one stream of noise: it cannot be shared by processes")
+    if process.n_processes > 1 and args.interactive:
+        raise InputError("--interactive is for a single process: start it without torchrun")
+    sizes = [len(batch) for job in jobs for batch in job.settings.batches()]
+    model["device"] = process.device(model["device"])
 
     from ldm.pipeline import Pipeline
 
-    pipeline = Pipeline.from_checkpoint(**model)
+    with process.joined():
+        pipeline = Pipeline.from_checkpoint(**model)
+        if process.n_processes > 1:  # every picture gets the number that it has without the others
+            first = gallery.next_number
+            gallery.numbers = (first + number for number in process.share_numbers(sizes))
+            gallery.has_grid = False
+            process.wait()  # until all have looked which numbers are free
 
-    def draw(settings: Settings) -> None:
-        for picture in pipeline.generate(settings, progress=True):
-            path = gallery.add(picture)
-            if args.interactive:
-                print(f"Saved {path}")
+        def draw(settings: Settings, share: Process = ALONE) -> None:
+            drawn = pipeline.generate(settings, progress=process.is_first, process=share)
+            for picture in drawn:
+                path = gallery.add(picture)
+                if args.interactive:
+                    print(f"Saved {path}")
 
-    if args.interactive:
-        gallery.has_grid = False
-        prompt_loop(parser, args, pipeline.set_tome, draw)
-    else:
-        for job in jobs:  # what cannot be used is said before anything is drawn
-            pipeline.set_tome(job.tome)
-        for job in jobs:
-            pipeline.set_tome(job.tome)
-            draw(job.settings)
+        if args.interactive:
+            gallery.has_grid = False
+            prompt_loop(parser, args, pipeline.set_tome, draw)
+        else:
+            for job in jobs:  # what cannot be used is said before anything is drawn
+                pipeline.set_tome(job.tome)
+            n_batches = 0
+            for job in jobs:
+                pipeline.set_tome(job.tome)
+                draw(job.settings, process.after(n_batches))
+                n_batches += len(job.settings.batches())
     gallery.close()
     print(f"Pictures are in {args.outdir}")
 

@@ -34,7 +34,7 @@ DOORS = {
     "PIL": {"ldm.images"},
     "argparse": {"ldm.options"},
     "transformers": {"ldm.modules.encoders.modules"},
-    "open_clip": {"ldm.modules.encoders.modules"},
+    "open_clip": {"ldm.modules.encoders.modules", "ldm.evaluation.protocols"},
 }
 
 

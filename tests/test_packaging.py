@@ -48,7 +48,8 @@ def test_environment_lists_what_setup_requires(monkeypatch):
 def test_every_import_is_required(monkeypatch):
     arguments = setup_arguments(monkeypatch)
     required = {name_of(r) for r in arguments["install_requires"]}
-    optional = {name_of(r) for r in arguments["extras_require"]["bench"]}
+    extras = arguments["extras_require"]
+    optional = {name_of(r) for extra in ("bench", "evaluation") for r in extras[extra]}
     for name in imported("ldm") | imported("scripts"):
         distribution = DISTRIBUTIONS.get(name, name).lower()
         assert distribution in required | optional, f"{name} is imported but not required"

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from kornia.metrics import ssim as ssim_map
 from torch import Tensor
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, from fine to coarse
+_WINDOW = 11  # pixels; of SSIM
 
 
 def psnr(pictures: Tensor, reference: Tensor, peak: float = 2.0) -> Tensor:
@@ -28,7 +32,26 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
     Source: Wang et al. 2004, with their 11 x 11 window.
     """
     a, b = (((p.float() + 1) / 2).clamp(0, 1) for p in (pictures, reference))
-    return ssim_map(a, b, window_size=11).mean(dim=(1, 2, 3))
+    return ssim_map(a, b, window_size=_WINDOW).mean(dim=(1, 2, 3))
+
+
+def ms_ssim(pictures: Tensor, reference: Tensor) -> Tensor:
+    """Multi-scale structural similarity of each picture, (B,); pictures (B, 3, H, W) in [-1, 1].
+
+    Pictures that are too small for all five scales (up to 160 pixels) are compared at the finer
+    ones, whose weights are then scaled to a sum of 1.
+
+    Source: Wang et al. 2003.
+    """
+    side = min(pictures.shape[-2:])
+    n = max(n for n in range(1, 6) if n == 1 or side // (n - 1) ** 2 >= _WINDOW)
+    weights = tuple(weight / sum(MS_SSIM_WEIGHTS[:n]) for weight in MS_SSIM_WEIGHTS[:n])
+    a, b = (((p.float() + 1) / 2).clamp(0, 1) for p in (pictures, reference))
+    result = multiscale_structural_similarity_index_measure(
+        a, b, data_range=1.0, betas=weights, reduction="none"
+    )
+    assert isinstance(result, Tensor)
+    return result.reshape(len(pictures))
 
 
 def high_frequency_ratio(pictures: Tensor, reference: Tensor) -> Tensor:

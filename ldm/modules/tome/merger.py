@@ -101,6 +101,11 @@ class TokenMerger:
         """One line that begins ``ToMe:`` and says what was merged since the run began."""
         return self.tally.describe(self.config)
 
+    def saved_work(self) -> float:
+        """Share of the work of self-attention that was saved since the run began, 0 to 1."""
+        self._end_call()
+        return self._tally.saved_work
+
     def warnings(self) -> list[str]:
         """What the user should know: nothing was merged, or where merging does not pay."""
         return self.tally.warnings(self.config)

@@ -78,6 +78,11 @@ class Tally:
         if max_tokens is not None and block.n_tokens - block.removed > max_tokens:
             level.missed.add(f"no more can go than {block.removed}")
 
+    @property
+    def saved_work(self) -> float:
+        """Share of the work of self-attention that merging saved, 0 to 1."""
+        return 1 - self._work_left / self._work if self._work else 0.0
+
     def describe(self, config: ToMeConfig) -> str:
         """The line that begins ``ToMe:``."""
         if config.is_off:
@@ -90,7 +95,7 @@ class Tally:
         return (
             f"ToMe: {describe(config)}{note}: {', '.join(levels)} in "
             f"{n_merged / self._n_calls:.3g} of {self._n_blocks / self._n_calls:.3g} blocks, "
-            f"{1 - self._work_left / self._work:.0%} of the self-attention work saved"
+            f"{self.saved_work:.0%} of the self-attention work saved"
         )
 
     def warnings(self, config: ToMeConfig) -> list[str]:
