@@ -26,7 +26,8 @@ class EncodedPictures(Dataset):
 
     Args:
         pictures: ``target``/``params`` of the inner data set; its pictures must not vary from
-            one reading to the next (no random crop or flip), its captions may.
+            one reading to the next (no random crop or flip), its captions may. A ``version`` of
+            its own, if it has one, tells when they are others.
         first_stage: ``target``/``params`` of the trained autoencoder.
         weights: safetensors file of the first stage, names below ``first_stage_model.``.
         scale_factor: the diffusion model's.
@@ -50,7 +51,8 @@ class EncodedPictures(Dataset):
         self.pictures = instantiate_from_config(pictures)
         self.scale_factor = scale_factor
         self.image_key = image_key
-        settings = json.dumps([pictures, first_stage], sort_keys=True).encode()
+        version = getattr(self.pictures, "version", None)
+        settings = json.dumps([pictures, version, first_stage], sort_keys=True).encode()
         digest = hashlib.sha256(settings + Path(weights).read_bytes()).hexdigest()[:16]
         path = Path(cache_dir) / f"latents-{digest}.npy"
         if not path.is_file():

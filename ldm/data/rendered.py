@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ldm.data.scenes import Scene, Split, attributes, caption, mirror, render, sample_scene
 from ldm.errors import InputError
 
-STYLE = 3
+STYLE = 4
 """Version of the renderer's look; a cache made by another version is made anew."""
 
 
@@ -77,6 +77,9 @@ class RenderedScenes(Dataset):
         cache_dir: folder for a cache file of 3 size**2 bytes per picture; None draws on demand.
         n_workers: processes that fill the cache.
 
+    Attributes:
+        version: changes with the renderer's look.
+
     Raises:
         InputError: `crop` is larger than `size`.
     """
@@ -95,6 +98,7 @@ class RenderedScenes(Dataset):
     ) -> None:
         if crop is not None and crop > size:
             raise InputError(f"crop {crop} is larger than the pictures; give at most {size}")
+        self.version = STYLE
         self.n_pictures = n_pictures
         self.size = size
         self.seed = seed

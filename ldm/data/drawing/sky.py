@@ -22,7 +22,7 @@ def paint_sky(setting: Setting) -> None:
         c.blend(p.cloud_shade, 0.8 * smoothstep(0.0, 1.6, -veil))
     if setting.has_light:
         distance = np.sqrt((c.x - setting.light_x) ** 2 + (c.y - setting.light_y) ** 2)
-        halo = 0.50 * np.exp(-((distance / 0.11) ** 2)) + 0.38 * np.exp(-distance / 0.20)
+        halo = 0.50 * np.exp(-((distance / 0.12) ** 2)) + 0.42 * np.exp(-distance / 0.26)
         c.blend(p.glow, halo)
     if setting.scene.sky == "stars":
         _stars(setting)
