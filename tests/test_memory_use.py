@@ -29,13 +29,13 @@ threading.Thread(target=watch, daemon=True).start()
 pipeline = Pipeline.from_checkpoint(sys.argv[1], device="cpu", dtype="bfloat16")
 [picture] = pipeline.txt2img("a house", H=int(sys.argv[2]), W=int(sys.argv[2]), steps=1)
 assert picture.settings["dtype"] == "bfloat16"
-print(peak / 1e6 * 1024)
+print(peak * 1024 / 1e9)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells")
-@pytest.mark.parametrize(("size", "limit"), [(512, 3.5)])
+@pytest.mark.parametrize(("size", "limit"), [(512, 3.75)])
 def test_anonymous_memory_of_sd1_in_bfloat16(size: int, limit: float, tmp_path: Path) -> None:
     """Loading, text encoder, guided U-Net and decoder; in GB."""
     checkpoint = write_header(tmp_path / "sd1.safetensors", load_golden_keys("sd1"))

@@ -6,7 +6,8 @@ otherwise, and eps 1e-6.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -225,7 +226,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Pictures in [-1, 1], (B, 3, H, W) -> (B, 2*z_channels, H/f, W/f)."""
         h = self.conv_in(x)
-        for level in self.down:
+        for level in cast("Iterable[DownLevel]", self.down):
             for layer in level.layers():
                 h = layer(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
@@ -276,7 +277,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """(B, z_channels, h, w) -> pictures, about [-1, 1], (B, 3, h*f, w*f)."""
         h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
+        for level in reversed(cast("Sequence[UpLevel]", self.up)):
             for layer in level.layers():
                 h = layer(h)
         return in_strips(lambda h: self.conv_out(F.silu(h)), h, norm=self.norm_out)
