@@ -67,15 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("--rng upstream is one stream of noise: it cannot be shared by processes")
     if process.n_processes > 1 and args.interactive:
         raise InputError("--interactive is for a single process: start it without torchrun")
-    sizes = [len(batch) for job in jobs for batch in job.settings.batches()]
     model["device"] = process.device(model["device"])
 
     from ldm.pipeline import Pipeline
 
     with process.joined():
         pipeline = Pipeline.from_checkpoint(**model)
+        batches = [job.settings.filled(pipeline.defaults).batches() for job in jobs]
         if process.n_processes > 1:  # every picture gets the number that it has without the others
             first = gallery.next_number
+            sizes = [len(batch) for run in batches for batch in run]
             gallery.numbers = (first + number for number in process.share_numbers(sizes))
             gallery.has_grid = False
             process.wait()  # until all have looked which numbers are free
@@ -93,11 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             for job in jobs:  # what cannot be used is said before anything is drawn
                 pipeline.set_tome(job.tome)
-            n_batches = 0
-            for job in jobs:
+            n_before = 0
+            for job, run in zip(jobs, batches, strict=True):
                 pipeline.set_tome(job.tome)
-                draw(job.settings, process.after(n_batches))
-                n_batches += len(job.settings.batches())
+                draw(job.settings, process.after(n_before))
+                n_before += len(run)
     gallery.close()
     print(f"Pictures are in {args.outdir}")
 

@@ -346,7 +346,7 @@ KEPT = {
         size: tuple((side // d) ** 2 for d in (1, 2, 4, 8)) for size, side in SIZES.items()
     },
 }
-KEPT |= {"kv_full_keys": KEPT["birch_kth"], "quality": KEPT["todo"], "balanced": KEPT["todo"]}
+KEPT |= {"kv_full_keys": KEPT["birch_kth"], "quality": KEPT["todo"], "balanced": KEPT["fast"]}
 
 
 def preset(name: str) -> ToMeConfig:
