@@ -85,8 +85,8 @@ def read(plan: Plan, store: Store, process: Process, n_features: int = 0) -> Res
             values.update(numbers, torch.stack([_values(row) for row in rows]))
             if n_features:
                 features.update(numbers, torch.stack([decode(row["features"]) for row in rows]))
-    numbers, rows = values.compute()
-    _, vectors = features.compute() if n_features else (numbers, rows[:, :0])
+    numbers, measured = values.compute()
+    _, vectors = features.compute() if n_features else (numbers, measured[:, :0])
     names = [(size, setting.name) for size, setting in keys]
     present = torch.zeros(len(names) * plan.n_pictures, dtype=torch.bool)
     present[numbers] = True
@@ -98,7 +98,7 @@ def read(plan: Plan, store: Store, process: Process, n_features: int = 0) -> Res
         return dict(zip(names, all_rows.view(*shape, found.shape[1]), strict=True))
 
     is_there = dict(zip(names, present.view(shape).all(dim=2), strict=True))
-    return Results(is_there, table(rows), table(vectors))
+    return Results(is_there, table(measured), table(vectors))
 
 
 def _values(row: Mapping[str, Any]) -> Tensor:
