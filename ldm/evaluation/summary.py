@@ -29,15 +29,15 @@ COLUMNS = (*MEASURES, "saved_work")
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured of every picture.
+    """What was measured of every picture, for each size and name of a setting.
 
     Attributes:
-        values: for size and name of a setting, (n_prompts, n_seeds, measures) in the order of
-            `COLUMNS`; NaN where there is nothing. Prompts whose pictures are not all there are
-            left out.
-        features: likewise, (n_prompts, n_seeds, k); empty without a Fréchet distance.
+        is_there: whether all pictures of a prompt are there, (n_prompts,).
+        values: (n_prompts, n_seeds, measures), in the order of `COLUMNS`; NaN where nothing is.
+        features: likewise, (n_prompts, n_seeds, k); k is 0 without a Fréchet distance.
     """
 
+    is_there: Mapping[tuple[int, str], Tensor]
     values: Mapping[tuple[int, str], Tensor]
     features: Mapping[tuple[int, str], Tensor]
 
@@ -85,30 +85,25 @@ def read(plan: Plan, store: Store, process: Process, n_features: int = 0) -> Res
             values.update(numbers, torch.stack([_values(row) for row in rows]))
             if n_features:
                 features.update(numbers, torch.stack([decode(row["features"]) for row in rows]))
-    return Results(*(_by_setting(keys, plan, *one.compute()) for one in (values, features)))
+    numbers, measured = values.compute()
+    _, vectors = features.compute() if n_features else (numbers, measured[:, :0])
+    names = [(size, setting.name) for size, setting in keys]
+    present = torch.zeros(len(names) * plan.n_pictures, dtype=torch.bool)
+    present[numbers] = True
+    shape = (len(names), len(plan.prompts), plan.n_seeds)
+
+    def table(found: Tensor) -> dict[tuple[int, str], Tensor]:
+        all_rows = torch.full((len(present), found.shape[1]), math.nan, dtype=found.dtype)
+        all_rows[numbers] = found
+        return dict(zip(names, all_rows.view(*shape, found.shape[1]), strict=True))
+
+    is_there = dict(zip(names, present.view(shape).all(dim=2), strict=True))
+    return Results(is_there, table(measured), table(vectors))
 
 
 def _values(row: Mapping[str, Any]) -> Tensor:
     found = [row.get(name) for name in COLUMNS]
     return torch.tensor([math.nan if v is None else v for v in found], dtype=torch.float64)
-
-
-def _by_setting(
-    keys: Sequence[tuple[int, Setting]], plan: Plan, numbers: Tensor, rows: Tensor
-) -> dict[tuple[int, str], Tensor]:
-    """Rows of each setting, prompt by prompt, where all of a prompt's pictures are there."""
-    found = {}
-    n = plan.n_pictures
-    for k, (size, setting) in enumerate(keys):
-        own = (numbers >= k * n) & (numbers < (k + 1) * n)
-        table = torch.full((n, rows.shape[1]), math.nan, dtype=rows.dtype)
-        table[numbers[own] - k * n] = rows[own]
-        is_there = torch.zeros(n, dtype=torch.bool)
-        is_there[numbers[own] - k * n] = True
-        whole = is_there.view(len(plan.prompts), plan.n_seeds).all(dim=1)
-        by_prompt = table.view(len(plan.prompts), plan.n_seeds, rows.shape[1])
-        found[size, setting.name] = torch.where(whole[:, None, None], by_prompt, math.nan)[whole]
-    return found
 
 
 def summarize(
@@ -133,7 +128,9 @@ def summarize(
     distances = {size: FrechetDistance(known) for size, known in reference.items()}
     keys = [(size, setting) for size in plan.sizes for setting in plan.settings[size]]
     for size, setting in tqdm(keys, desc="confidence intervals", unit="setting"):
-        values = results.values[size, setting.name]
+        is_there = results.is_there[size, setting.name]
+        all_values = results.values[size, setting.name]
+        values = all_values[is_there]
         saved = values[..., COLUMNS.index("saved_work")]
         is_measured = bool(saved.isfinite().any())
         entry = Entry(
@@ -146,12 +143,12 @@ def summarize(
             estimates=_estimates(values),
         )
         if size in distances and values.shape[0] * values.shape[1] > 1:
-            features = results.features[size, setting.name]
+            features = results.features[size, setting.name][is_there]
             entry.estimates[FRECHET] = distances[size].estimate(features)
         for name in against:
             if (size, name) in results.values and name != setting.name:
-                both = min(len(values), len(results.values[size, name]))
-                difference = values[:both] - results.values[size, name][:both]
+                both = is_there & results.is_there[size, name]
+                difference = (all_values - results.values[size, name])[both]
                 entry.differences[name] = _estimates(difference)
         entries.append(entry)
     return entries
