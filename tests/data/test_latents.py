@@ -65,6 +65,14 @@ def test_other_pictures_have_another_cache(weights, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_another_look_of_the_renderer_has_another_cache(weights, tmp_path, monkeypatch):
+    _, path = weights
+    for style in (1, 2):
+        monkeypatch.setattr("ldm.data.rendered.STYLE", style)
+        EncodedPictures(PICTURES, FIRST_STAGE, path, 1.0, str(tmp_path / "cache"))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_missing_weights(tmp_path):
     with pytest.raises(InputError, match="train the first stage first"):
         EncodedPictures(PICTURES, FIRST_STAGE, "none.safetensors", 1.0, str(tmp_path))

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import ldm.data.rendered as rendered
-from ldm.data.rendered import RenderedScenes, picture_of, scene_of
+from ldm.data.rendered import RenderedScenes, SceneCaptions, picture_of, scene_of
 from ldm.data.scenes import Scene, attributes, is_held_out, mirror
 from ldm.errors import InputError
 
@@ -133,3 +133,14 @@ def test_a_cache_is_written_whole_or_not_at_all(tmp_path, monkeypatch, draw_in_t
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     assert rendered.picture_of is picture_of
+
+
+def test_captions_without_pictures():
+    data = SceneCaptions(40, seed=2)
+    assert len(data) == 40
+    item = data[3]
+    assert set(item) == {"caption", "scene"}
+    assert item["scene"] == attributes(scene_of(3, 2, "train"))
+    assert len({data[3]["caption"] for _ in range(20)}) > 3  # the phrasing varies
+    with pytest.raises(IndexError):
+        data[40]

@@ -154,6 +154,14 @@ def test_the_light_is_where_the_scene_says(place, time):
             assert mirror(mirror(scene)) == scene
 
 
+@pytest.mark.parametrize("time", ["noon", "sunset", "dawn", "night"])
+def test_light_falls_off_over_the_whole_picture(time):
+    for seed in range(4):
+        picture = draw(Scene("desert", time, "left"), seed, 64).astype(float)
+        for rows in (picture[:24], picture[40:]):  # the sky, the ground
+            assert rows[:, :24].mean() > 1.15 * rows[:, -24:].mean()
+
+
 def test_the_mirrored_scene_has_its_light_on_the_other_side():
     assert mirror(Scene(light_position="left")) == Scene(light_position="right")
     assert mirror(Scene(light_position="centre")) == Scene(light_position="centre")

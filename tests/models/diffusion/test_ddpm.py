@@ -227,6 +227,18 @@ def test_min_snr_weights_steps_alike_in_terms_of_x0():
     torch.testing.assert_close(build()._snr_weight(t), torch.ones(3))
 
 
+def test_the_steps_of_training_follow_their_power(monkeypatch):
+    z = torch.zeros(4000, 4, 1, 1)
+    for power in (1.0, 0.5):
+        drawn = []
+        model = build(timestep_power=power)
+        monkeypatch.setattr(model, "p_losses", lambda x, c, t, noise, drawn=drawn: drawn.append(t))
+        torch.manual_seed(0)
+        model(z, None)
+        assert 0 <= drawn[0].min() <= drawn[0].max() <= 999
+        assert drawn[0].float().mean() == pytest.approx(1000 / (1 + power), rel=0.03)
+
+
 def test_logvar_and_bound_enter_the_loss(monkeypatch):
     z, noise = torch.zeros(2, 3, 4, 4, 4)
     t = torch.tensor([0, 400, 999])
