@@ -10,6 +10,7 @@ known; and their softmax says how much a key is attended to.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.modules.tome.matching import pieces
@@ -40,7 +41,7 @@ def sampled_logits(x: Tensor, asking: Tensor, asked: Tensor, heads: int, sample:
         (B, N, heads, R).
     """
     asking, asked = asking.to(x.dtype), asked.to(x.dtype)
-    few = torch.nn.functional.linear(x.index_select(1, sample), asking)  # (B, R, heads d)
+    few = F.linear(x.index_select(1, sample), asking)  # (B, R, heads d)
     few = few.unflatten(2, (heads, -1)).permute(0, 2, 3, 1)  # (B, heads, d, R)
     each = asked.unflatten(0, (heads, -1)).transpose(1, 2)  # (heads, C, d)
     directions = torch.matmul(each, few * few.shape[2] ** -0.5)  # (B, heads, C, R)
