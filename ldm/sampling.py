@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,7 @@ class Run:
             for prompt in {"", *prompts}:
                 self.texts[prompt] = self._text(prompt)
             self.text_length = max(text.shape[1] for text in self.texts.values())
-        self.length_in_use: int | None = None  # of the longest, where padding is to be dropped
-        if model.model.diffusion_model.tome.config.context == "trim":
-            reading = settings.long_prompt, settings.emphasis
-            self.length_in_use = max(
-                length_in_use(model.cond_stage_model, prompt, *reading) for prompt in prompts
-            )
-            kept = self.length_in_use
-            logger.info("ToMe: the texts' padding is dropped; %d tokens of context are left", kept)
+        self.prompts = prompts
         self.init = None if init is None else images.fit(init, *self.size)
         self.mask = None if mask is None else images.fit_mask(mask, *self.size)
         self.known: Tensor | None = None  # latents of init, where the steps need them
@@ -225,10 +219,22 @@ class Run:
         for prompt in set(prompts) - set(self.texts):
             self.texts[prompt] = self._text(prompt)
         text = torch.cat([self._lengthened(self.texts[prompt]) for prompt in prompts])
-        text = text[:, : self.length_in_use]
+        if self.model.model.diffusion_model.tome.config.context == "trim":
+            text = text[:, : self._length_in_use]
         if self.beside is None:
             return text
         return {"c_crossattn": [text], "c_concat": [_rows(self.beside, len(prompts))]}
+
+    @cached_property
+    def _length_in_use(self) -> int:
+        """Tokens of context up to the end of the longest text of the run, without its padding."""
+        encoder, settings = self.model.cond_stage_model, self.settings
+        longest = max(
+            length_in_use(encoder, prompt, settings.long_prompt, settings.emphasis)
+            for prompt in self.prompts
+        )
+        logger.info("ToMe: the texts' padding is dropped; %d tokens of context are left", longest)
+        return longest
 
     @torch.inference_mode()
     def _text(self, prompt: str) -> Tensor:
