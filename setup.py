@@ -30,6 +30,7 @@ class BuildWithShippedFiles(build_py):
 
 # diffusers: merging in its U-Nets is compared with merging in ours.
 TEST = ["pytest>=8", "hypothesis>=6.100", "diffusers>=0.30"]
+STUBS = ["types-tqdm", "types-PyYAML"]
 
 setup(
     name="stable-diffusion-tome",
@@ -61,6 +62,13 @@ setup(
         "bench": ["diffusers>=0.30", "tomesd>=0.1.3", "matplotlib>=3.8"],
         # plots as PNG files; FID with the Inception network, which torchmetrics takes from there
         "evaluation": ["matplotlib>=3.8", "torch-fidelity>=0.3"],
-        "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "pre-commit>=3.7"],
+        "dev": [
+            *TEST,
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "types-tqdm",
+            "types-PyYAML",
+            "pre-commit>=3.7",
+        ],
     },
 )

@@ -69,8 +69,8 @@ def _command(
         print(HELP)
         return args
     if command == "!show" and not words:
-        for name, value in parser.given(args).items():
-            print(f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+        for name, given in parser.given(args).items():
+            print(f"{name} {' '.join(map(str, given)) if isinstance(given, list) else given}")
         return args
     if command == "!set" and words:
         value: list[str] | None = words[1:] or ["true"]

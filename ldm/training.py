@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.data.buckets import ResolutionBuckets
 from ldm.images import make_grid, save_image, to_pixels
 from ldm.util import instantiate_from_config
 
@@ -68,13 +69,19 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 self.datasets[split] = instantiate_from_config(config)
 
     def _loader(self, split: str, shuffle: bool) -> DataLoader:
+        dataset = self.datasets[split]
+        workers: dict[str, Any] = {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+        }
+        if isinstance(dataset, ResolutionBuckets):
+            return DataLoader(dataset, batch_sampler=dataset.batch_sampler, **workers)
         return DataLoader(
-            self.datasets[split],
+            dataset,
             batch_size=self.batch_size,
             shuffle=shuffle,
             drop_last=split == "train",
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            **workers,
         )
 
     def train_dataloader(self) -> DataLoader:

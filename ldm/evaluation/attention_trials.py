@@ -25,10 +25,15 @@ from ldm.modules.tome.logits import sampled_tokens
 
 @dataclass(frozen=True)
 class Recording:
-    """One self-attention: q, k, v are (B, heads, N, d), ``hidden`` is the block's input (B, N, C).
+    """One self-attention.
 
     Attributes:
+        q, k, v: (B, heads, N, d).
+        hidden: the block's input, (B, N, C).
         size: h, w of the tokens.
+        attended: this attention's result in the model's previous call, (B, N, C).
+        predicted: what the model gave in that call, (B, N, channels); its rows are the two halves
+            of guidance.
     """
 
     q: Tensor
@@ -36,6 +41,8 @@ class Recording:
     v: Tensor
     hidden: Tensor
     size: tuple[int, int]
+    attended: Tensor
+    predicted: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,13 @@ class Trial:
         window: a token looks at the destinations of so many cells a side; None at all; 0 at its
             own cell's, which is averaging without looking.
         metric: hidden, keys, whitened (keys, so that distances are mean differences of logits
-            over all queries), or logits (with 16 queries).
+            over all queries), logits (with 16 queries), or what is known from the model's
+            previous call: ``attended`` or ``predicted``.
         by_distance: compare distances, not cosines.
-        destination: ``first`` of its cell, or the most ``attended``.
+        destination: ``first`` of its cell, the most ``attended``, the one where both halves of
+            guidance differ most (``guided``), or ``adaptive``: the tenth of the cells of twice
+            the stride that are least alike inside has 16 destinations, the most alike four tenths
+            have one.
         refined: how often groups are made anew around their means.
         mean: plain; normed (as long as the members are on average); attended (weighted by the
             attention received, the most of 16 queries), or that ``per_head``, or by the
@@ -91,6 +102,10 @@ def trials(stride: int) -> dict[str, Trial]:
         "logits, mean by attention, each head": trial(mean="per_head"),
         "logits, mean by attention": trial(),
         "the same, most attended destination": trial(destination="attended"),
+        "the same, most guided destination": trial(destination="guided"),
+        "the same, cells of three sizes": trial(destination="adaptive"),
+        "the same, by the last attention's result": trial(metric="attended"),
+        "the same, by the last prediction": trial(metric="predicted"),
         "the same, refined": trial(refined=1),
         "the same, 5x5": trial(window=5),
         "the same, 9x9": trial(window=9),
@@ -104,16 +119,20 @@ def recording(unet: Any, calls: set[int]) -> Iterator[list[Recording]]:
 
     Args:
         unet: a UNetModel that merges nothing.
-        calls: their numbers, from 0.
+        calls: their numbers, from 1: each trial may look at the call before.
 
     Yields: a list that grows as the U-Net is called.
     """
     kept: list[Recording] = []
     n_calls = -1
+    last: dict[Any, Tensor] = {}  # what each module gave when it was last called
 
     def count(*_: Any) -> None:
         nonlocal n_calls
         n_calls += 1
+
+    def remember(module: Any, _: Any, output: Tensor) -> None:
+        last[module] = output.float()
 
     def keep(transformer: SpatialTransformer, block: Any, arguments: tuple[Any, ...]) -> None:
         if n_calls in calls and transformer.downsample == 1:
@@ -123,9 +142,11 @@ def recording(unet: Any, calls: set[int]) -> Iterator[list[Recording]]:
                 rearrange(layer(normed), "b n (h d) -> b h n d", h=attention.heads).float()
                 for layer in (attention.to_q, attention.to_k, attention.to_v)
             )
-            kept.append(Recording(q, k, v, hidden.float(), arguments[2].size))
+            predicted = rearrange(last[unet], "b c h w -> b (h w) c")
+            size = arguments[2].size
+            kept.append(Recording(q, k, v, hidden.float(), size, last[attention], predicted))
 
-    hooks = [unet.register_forward_pre_hook(count)]
+    hooks = [unet.register_forward_pre_hook(count), unet.register_forward_hook(remember)]
     for module in unet.modules():
         if isinstance(module, SpatialTransformer):
             for block in module.transformer_blocks:
@@ -134,6 +155,7 @@ def recording(unet: Any, calls: set[int]) -> Iterator[list[Recording]]:
                     keep(transformer, block, arguments)
 
                 hooks.append(block.register_forward_pre_hook(hook))
+                hooks.append(block.get_submodule("attn1").register_forward_hook(remember))
     try:
         yield kept
     finally:
@@ -188,8 +210,8 @@ def _logits(one: Recording) -> Tensor:
 
 def _metric(one: Recording, name: str, logits: Tensor) -> Tensor:
     """What is compared, (B, N, C)."""
-    if name == "hidden":
-        return one.hidden
+    if name in ("hidden", "attended", "predicted"):
+        return getattr(one, name)
     if name == "logits":
         return rearrange(logits, "b h n r -> b n (h r)")
     keys = one.k
@@ -211,14 +233,17 @@ def _groups(one: Recording, trial: Trial, metric: Tensor, attended: Tensor) -> T
         torch.arange(h * w).view(h, w), "(r s) (c t) -> (r c) (s t)", s=stride, t=stride
     )
     chosen = torch.zeros(len(metric), len(members), 1, dtype=torch.long)
-    if trial.destination == "attended":
-        chosen = attended[:, members].argmax(2, keepdim=True)
+    importance = {"attended": attended, "guided": _guidance(one.predicted)}.get(trial.destination)
+    if importance is not None:
+        chosen = importance[:, members].argmax(2, keepdim=True)
     targets = members.expand(len(metric), -1, -1).gather(2, chosen)[..., 0]
+    if trial.destination == "adaptive":
+        targets = _adaptive(metric, one.size, stride)
     centres = metric.gather(1, targets[..., None].expand(-1, -1, metric.shape[2]))
     reach = max(rows, columns) if trial.window is None else trial.window // 2
-    there = torch.arange(rows * columns)
-    far = (y[:, None] - there // columns).abs() > reach
-    far |= (x[:, None] - there % columns).abs() > reach
+    far = (y[:, None] - y[targets][:, None]).abs() > reach  # (B, N, destinations)
+    far |= (x[:, None] - x[targets][:, None]).abs() > reach
+    there = torch.arange(targets.shape[1])
 
     def nearest(centres: Tensor) -> Tensor:
         if trial.by_distance:
@@ -228,11 +253,37 @@ def _groups(one: Recording, trial: Trial, metric: Tensor, attended: Tensor) -> T
 
     groups = nearest(centres).scatter(1, targets, there.expand(len(metric), -1))
     for _ in range(trial.refined):
-        spread = F.one_hot(groups, rows * columns).float()
+        spread = F.one_hot(groups, len(there)).float()
         size = spread.sum(1)[..., None]
         centres = torch.where(size > 0, spread.mT @ metric / size.clamp(min=1), centres)
         groups = nearest(centres)
     return groups
+
+
+def _guidance(predicted: Tensor) -> Tensor:
+    """How far the two halves of guidance are apart at each token, (B, N)."""
+    half, other = predicted.chunk(2)
+    return (half - other).norm(dim=2).repeat(2, 1)
+
+
+def _adaptive(metric: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """Destinations, as many as cells, spread by how unlike the tokens are, (B, destinations)."""
+    (h, w), wide = size, 2 * stride
+    inside = rearrange(torch.arange(h * w).view(h, w), "(r s) (c t) -> (r c) (s t)", s=wide, t=wide)
+    spread = metric[:, inside].var(2).sum(2)  # (B, cells of twice the stride)
+    n_fine = max(1, len(inside) // 10)
+    order = spread.argsort(1, descending=True)
+    places = {}
+    for n_each in (1, 2, 4):
+        step = wide // n_each
+        corners = torch.arange(0, wide, step)
+        places[n_each] = inside[:, (corners[:, None] * wide + corners).flatten()]
+    parts = (
+        places[4][order[:, :n_fine]],
+        places[2][order[:, n_fine : len(inside) - 4 * n_fine]],
+        places[1][order[:, len(inside) - 4 * n_fine :]],
+    )
+    return torch.cat([part.flatten(1) for part in parts], 1)
 
 
 def _lengthened(mean: Tensor, x: Tensor, share: Tensor) -> Tensor:

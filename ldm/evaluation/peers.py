@@ -39,7 +39,7 @@ def diffusers_unet(params: Mapping[str, Any], unet: nn.Module) -> Any:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        peer = UNet2DConditionModel(**diffusers_config(params))
+        peer: Any = UNet2DConditionModel(**diffusers_config(params))
     pool = defaultdict(list)
     for name, parameter in unet.named_parameters():
         pool[_kind(name, parameter)].append(parameter.data)

@@ -35,10 +35,13 @@ def recorded(unet: UNetModel, calls: set[int]) -> list[Any]:
 
 
 def test_recording(unet: UNetModel) -> None:
-    one, two = recorded(unet, {1}), recorded(unet, {0, 2})
+    one, two = recorded(unet, {1}), recorded(unet, {1, 2})
     assert len(two) == 2 * len(one) > 0
     assert all(kept.size == (8, 12) and kept.hidden.shape[:2] == (2, 96) for kept in one)
     assert not unet._forward_pre_hooks
+    assert not unet._forward_hooks
+    assert one[0].predicted.shape == (2, 96, 4)
+    assert one[0].attended.shape == one[0].hidden.shape
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""Pictures of several sizes in one training run; a batch holds one size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset, Sampler
+
+from ldm.errors import InputError
+from ldm.util import instantiate_from_config
+
+
+class ResolutionBuckets(ConcatDataset):
+    """Data sets of one picture size each, read batch by batch in random order.
+
+    Args:
+        buckets: `target`/`params` of each data set.
+        batch_sizes: pictures per batch of each; in place of the data module's batch size.
+
+    Raises:
+        InputError: not one batch size for each data set, or a data set smaller than its batch.
+    """
+
+    def __init__(self, buckets: list[dict[str, Any]], batch_sizes: list[int]) -> None:
+        if len(buckets) != len(batch_sizes):
+            raise InputError(
+                f"batch_sizes {list(batch_sizes)}: give one for each of the {len(buckets)} buckets"
+            )
+        super().__init__([instantiate_from_config(bucket) for bucket in buckets])
+        for dataset, size in zip(self.datasets, batch_sizes, strict=True):
+            if not 1 <= size <= len(dataset):  # type: ignore[arg-type]
+                raise InputError(f"batch size {size}: its bucket has {len(dataset)} pictures")  # type: ignore[arg-type]
+        self.batch_sampler = BucketBatches([len(d) for d in self.datasets], batch_sizes)  # type: ignore[arg-type]
+
+
+class BucketBatches(Sampler[list[int]]):
+    """Indices of one bucket per batch, all full batches of all buckets once an epoch.
+
+    Drawn from torch's global generator, as a shuffling loader does.
+
+    Args:
+        lengths: pictures in each bucket; their indices follow one another.
+        batch_sizes: pictures per batch of each bucket.
+    """
+
+    def __init__(self, lengths: list[int], batch_sizes: list[int]) -> None:
+        self.lengths = lengths
+        self.batch_sizes = batch_sizes
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return sum(n // b for n, b in zip(self.lengths, self.batch_sizes, strict=True))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """One epoch's batches."""
+        batches: list[list[int]] = []
+        start = 0
+        for length, size in zip(self.lengths, self.batch_sizes, strict=True):
+            order = (start + torch.randperm(length)).tolist()
+            batches += [order[i : i + size] for i in range(0, length - size + 1, size)]
+            start += length
+        for index in torch.randperm(len(batches)).tolist():
+            yield batches[index]
