@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -51,6 +53,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "float16" and device.type == "cpu":
         raise InputError("dtype float16 is for GPUs; on the cpu use bfloat16 or float32")
     return getattr(torch, name)
+
+
+def release_memory() -> bool:
+    """Give what was freed back to the system, where the C library keeps it; whether it could."""
+    if not sys.platform.startswith("linux"):
+        return False
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc's
+        trim(0)
+    return trim is not None
 
 
 def _processor_flags() -> set[str]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ldm import images
+from ldm.device import release_memory
 from ldm.errors import InputError
 from ldm.images import Mask, Pixels
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -268,6 +269,7 @@ class Run:
     def decoded(self, latents: Tensor) -> Tensor:
         """What the first stage makes of latents (B, C, h, w): float32 (B, 3, H, W) on the CPU."""
         stage = self.model.first_stage_model
+        release_memory()  # sampling's, of which large maps make no use
 
         def decode() -> Tensor:
             weight = next(stage.parameters())

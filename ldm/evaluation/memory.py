@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from ldm.device import release_memory
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -54,9 +55,7 @@ def _reset_peak() -> bool:
     """Forget the process's peak so far; False where that is impossible."""
     if not sys.platform.startswith("linux"):
         return False
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # what earlier work left in the allocator is no part of this one
-        trim(0)
+    release_memory()  # what earlier work left in the allocator is no part of this one
     try:
         _CLEAR.write_text(_RESET_PEAK)
     except OSError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -40,6 +41,11 @@ class Upsample(nn.Module):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
         return in_strips(layer, x, scale=2)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a map that nothing else needs, in its place where no gradient does."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class Downsample(nn.Module):
@@ -74,10 +80,10 @@ class ResnetBlock(nn.Module):
         """(B, C_in, h, w) -> (B, C_out, h, w)."""
 
         def second(h: Tensor, x: Tensor) -> Tensor:
-            h = self.conv2(self.dropout(F.silu(h)))
-            return h + (self.nin_shortcut(x) if self.has_shortcut else x)
+            h = self.conv2(self.dropout(silu(h)))
+            return h.add_(self.nin_shortcut(x) if self.has_shortcut else x)
 
-        h = in_strips(lambda x: self.conv1(F.silu(x)), x, norm=self.norm1)
+        h = in_strips(lambda x: self.conv1(silu(x)), x, norm=self.norm1)
         return in_strips(second, h, x, norm=self.norm2)
 
 
@@ -229,7 +235,7 @@ class Encoder(nn.Module):
         for level in cast("Iterable[DownLevel]", self.down):
             for layer in level.layers():
                 h = layer(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -280,7 +286,7 @@ class Decoder(nn.Module):
         for level in reversed(cast("Sequence[UpLevel]", self.up)):
             for layer in level.layers():
                 h = layer(h)
-        return in_strips(lambda h: self.conv_out(F.silu(h)), h, norm=self.norm_out)
+        return in_strips(lambda h: self.conv_out(silu(h)), h, norm=self.norm_out)
 
 
 def _check_attn_type(attn_type: str) -> None:

@@ -21,40 +21,54 @@ HALO = 2  # rows that a strip has besides its own, on each side; even, as a laye
 def in_strips(
     layer: Callable[..., Tensor],
     x: Tensor,
-    *others: Tensor,
+    other: Tensor | None = None,
     norm: nn.GroupNorm | None = None,
     scale: float = 1,
 ) -> Tensor:
     """Apply a layer to a map: in strips where the map is large and there are no gradients.
 
     Args:
-        layer: called with x, normalised, and the others; a row of its result depends on the rows
-            within ``HALO`` of it.
+        layer: called with x, normalised, and the other map, if there is one; a row of its result
+            depends on the rows within ``HALO`` of it.
         x: (B, C, h, w).
-        others: maps of the same size.
+        other: a map of the same size.
         norm: applied to x.
         scale: size of the result relative to x: 1, 2 or 0.5.
 
     Returns: (B, C', h * scale, w * scale).
     """
     h = x.shape[2]
-    n_elements = int(x.numel() * max(1, scale) ** 2)
+    n_elements = max(int(x.numel() * max(1, scale) ** 2), 0 if other is None else other.numel())
     if n_elements <= LARGE or torch.is_grad_enabled():
-        return layer(x if norm is None else norm(x), *others)
+        # no variable and no tuple holds the normalised map while the layer runs: it can be freed
+        if other is None:
+            return layer(x if norm is None else norm(x))
+        return layer(x if norm is None else norm(x), other)
     rows = max(HALO, h * STRIP // n_elements // HALO * HALO)
     normalized = (lambda strip: strip) if norm is None else _whole_norm(norm, x, rows)
     out: Tensor | None = None
     for start in range(0, h, rows):
         end = min(h, start + rows)
         first, last = max(0, start - HALO), min(h, end + HALO)
-        strips = (t[:, :, first:last] for t in others)
-        part = layer(normalized(x[:, :, first:last]), *strips)
+        beside = [] if other is None else [other[:, :, first:last]]
+        part = layer(normalized(x[:, :, first:last]), *beside)
         if out is None:
-            out = part.new_empty(*part.shape[:2], int(h * scale), part.shape[3])
+            out = _like(part, int(h * scale))
         own, offset = slice(int(start * scale), int(end * scale)), int((start - first) * scale)
         out[:, :, own] = part[:, :, offset : offset + own.stop - own.start]
     assert out is not None
     return out
+
+
+def _like(part: Tensor, h: int) -> Tensor:
+    """An empty map of h rows, otherwise as a strip of it is, its layout in memory too."""
+    is_last = part.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty(
+        (*part.shape[:2], h, part.shape[3]),
+        dtype=part.dtype,
+        device=part.device,
+        memory_format=torch.channels_last if is_last else torch.contiguous_format,
+    )
 
 
 def _whole_norm(norm: nn.GroupNorm, x: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
