@@ -27,6 +27,7 @@ MODEL_FLAGS = ("W", "H", "sampler", "steps", "scale")  # which have defaults of 
 NO_PRESET = "none"
 # Settings that a field or the picture's number within its run stands for.
 _COVERED = {*FLAGS, "n_samples", "C", "f"}
+_FLAG_NAMES = {"eta": "ddim-eta"}  # where it is not the setting's own
 
 Form = dict[str, Any]
 
@@ -106,7 +107,7 @@ def form_of(
     form: Form = {name: about.get(name, getattr(args, name)) for name in FLAGS}
     form["n_iter"] = 1
     lines = [
-        f"{name} {_text(about[name])}"
+        f"{_FLAG_NAMES.get(name, name)} {_text(about[name])}"
         for name in sorted((known - _COVERED) & about.keys())
         if about[name] != getattr(args, name) and about[name] is not None
     ]

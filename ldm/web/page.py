@@ -270,13 +270,13 @@ class Page:
 
     def _on_draw(
         self,
+        request: gr.Request,
         paths: list[str],
         model: str,
         mode: str,
         init: str | None,
         compare: bool,
         *values: Any,
-        request: gr.Request,
     ) -> Iterator[Update]:
         form = dict(zip(self.fields, values, strict=True))
 
