@@ -35,7 +35,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 UPLOAD_LIMIT = "64mb"
 CSS = """
 .status p { margin: 0 0 4px 0; overflow-wrap: anywhere; }
-.status progress { width: 100%; height: 10px; accent-color: var(--color-accent); }
+.status progress { width: 100%; height: 10px; appearance: none; border: 0; }
+.status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.status progress::-webkit-progress-value { background: var(--color-accent); }
+.status progress::-moz-progress-bar { background: var(--color-accent); }
 .status .error { color: var(--error-text-color, #b91c1c); font-weight: 600; }
 .dark .status .error { color: #fca5a5; }
 .status .tome, .tome-line p { font-family: var(--font-mono); font-size: 0.85em; }
