@@ -264,7 +264,7 @@ class Page:
 
     def _on_model(self, model: str, request: gr.Request) -> Iterator[Update]:
         lines = _Lines()
-        for lines, _ in self._follow(lines, request, lambda stop: self.runner.load(model, stop)):
+        for _ in self._follow(lines, request, lambda stop: self.runner.load(model, stop)):
             yield {self.status: lines.html()}
         if self.runner.pipeline is not None and self.runner.loaded == model:
             defaults = self.runner.pipeline.defaults
@@ -291,8 +291,9 @@ class Page:
             task = Task(model, job, file, file.name if file else "", compare)
             return self.runner.draw(task, stop)
 
+        lines = _Lines()
         pair: dict[bool, str] = {}
-        for lines, event in self._follow(_Lines(), request, start):
+        for event in self._follow(lines, request, start):
             update: Update = {self.status: lines.html()}
             if isinstance(event, Progress) and event.preview is not None:
                 update |= {
@@ -318,16 +319,16 @@ class Page:
         lines: _Lines,
         request: gr.Request,
         start: Callable[[threading.Event], Iterator[Event]],
-    ) -> Iterator[tuple[_Lines, Event | None]]:
-        """What is told of a job, and the lines to show; a job that ends badly ends with a line."""
+    ) -> Iterator[Event | None]:
+        """What is told of a job, which is added to the lines; one that ends badly adds why."""
         stop = threading.Event()
         stops = self._stops[str(request.session_hash)]
         stops.add(stop)
         try:
-            yield lines, None
+            yield None
             for event in start(stop):
                 lines.hear(event)
-                yield lines, event
+                yield event
             lines.end()
         except Stopped:
             lines.end("Stopped")
@@ -339,7 +340,7 @@ class Page:
         finally:
             stop.set()
             stops.discard(stop)
-        yield lines, None
+        yield None
 
     def _on_stop(self, request: gr.Request) -> None:
         for stop in list(self._stops[str(request.session_hash)]):
