@@ -28,8 +28,9 @@ class BuildWithShippedFiles(build_py):
                     self.copy_file(str(path), str(target))
 
 
+WEB = ["gradio>=6.0"]
 # diffusers: merging in its U-Nets is compared with merging in ours.
-TEST = ["pytest>=8", "hypothesis>=6.100", "diffusers>=0.30"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", *WEB]
 STUBS = ["types-tqdm", "types-PyYAML"]
 
 setup(
@@ -59,6 +60,7 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "web": WEB,  # scripts/webui.py
         "bench": ["diffusers>=0.30", "tomesd>=0.1.3", "matplotlib>=3.8"],
         # plots as PNG files; FID with the Inception network, which torchmetrics takes from there
         "evaluation": ["matplotlib>=3.8", "torch-fidelity>=0.3"],

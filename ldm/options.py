@@ -159,6 +159,17 @@ def add_prompt_flags(parser: Parser, has_file: bool = True) -> argparse._Argumen
     return group
 
 
+def add_strength_flag(group: argparse._ArgumentGroup) -> None:
+    """How much of a picture to start from is redrawn."""
+    group.add_argument(
+        "--strength",
+        type=float,
+        default=0.75,
+        metavar="0..1",
+        help="how much to redraw (default: 0.75); 1 ignores the picture",
+    )
+
+
 def add_sampling_flags(parser: Parser) -> None:
     """How to draw it."""
     group = parser.add_argument_group("how to draw it (defaults come from the model)")

@@ -41,7 +41,7 @@ from ldm.modules.encoders.modules import truncated_words
 from ldm.modules.encoders.prompts import plain_text
 from ldm.modules.tome.config import ToMeConfig, overlay
 from ldm.modules.tome.report import Tally
-from ldm.sampling import Run
+from ldm.sampling import OnStep, Run
 from ldm.settings import SIZE_STEP, Settings
 from ldm.util import get_obj_from_str
 
@@ -138,7 +138,15 @@ class Pipeline:
         Raises:
             InputError: they cannot be used.
         """
-        self.model.model.diffusion_model.tome.configure(_tome_config(self.info, tome))
+        self.model.model.diffusion_model.tome.configure(self.tome_config(tome))
+
+    def tome_config(self, tome: Mapping[str, Any] | Literal[False] | None) -> ToMeConfig:
+        """What Token Merging settings come to with this model; see from_checkpoint.
+
+        Raises:
+            InputError: they cannot be used.
+        """
+        return _tome_config(self.info, tome)
 
     def set_loras(self, loras: Sequence[tuple[str | Path, float]]) -> None:
         """Add LoRAs to the model's weights, instead of those set before.
@@ -219,6 +227,7 @@ class Pipeline:
         progress: bool = False,
         notes: Mapping[str, Any] | None = None,
         process: Process = ALONE,
+        on_step: OnStep | None = None,
     ) -> Iterator[Picture]:
         """Draw pictures, each handed out as soon as it is there.
 
@@ -229,6 +238,7 @@ class Pipeline:
             progress: show the sampler's progress.
             notes: entries to add to the pictures' settings.
             process: this one of those that share the batches; the others draw the rest.
+            on_step: called after each step of each pass; what it raises ends the drawing.
 
         Raises:
             InputError: a setting cannot be used with this model, or memory does not suffice.
@@ -245,8 +255,10 @@ class Pipeline:
         with _memory_advice():
             second = None  # made first: making the other starts the noise of rng upstream
             if settings.hires_scale > 1:
-                second = Run(self.model, name, settings.second_pass(), progress=progress)
-            run = Run(self.model, name, settings, init, mask, progress)
+                second = Run(
+                    *(self.model, name, settings.second_pass()), progress=progress, on_step=on_step
+                )
+            run = Run(self.model, name, settings, init, mask, progress, on_step)
             merger = self.model.model.diffusion_model.tome
             tally, second_tally = Tally(), Tally()
             for batch in process.share(settings.batches()):

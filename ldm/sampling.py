@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "dpmpp_2m": DPMpp2MSampler,
 }
 
+OnStep: TypeAlias = Callable[[int, int, Tensor], None]
+"""(number of a step from 0, number of steps, predicted x_0 (B, C, h, w)); may raise to stop."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -66,6 +69,7 @@ class Run:
         init: the picture to start from, (H, W, 3) of any size, or None.
         mask: where to paint, (H, W) of that size, or None.
         progress: show the sampler's progress.
+        on_step: called after each step.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Run:
         init: Pixels | None = None,
         mask: Mask | None = None,
         progress: bool = False,
+        on_step: OnStep | None = None,
     ) -> None:
         assert settings.H is not None
         assert settings.W is not None
@@ -86,6 +91,7 @@ class Run:
         self.name = name
         self.settings = settings
         self.progress = progress
+        self.on_step = on_step
         self.is_upstream = settings.rng == "upstream"
         if self.is_upstream:  # again after loading, so that nothing before can shift the stream
             torch.manual_seed(settings.seed)
@@ -205,6 +211,9 @@ class Run:
             negative = self._conditioning([settings.negative_prompt] * n_pictures)
             options["unconditional_guidance_scale"] = settings.scale
             options["unconditional_conditioning"] = negative
+        if self.on_step is not None:
+            on_step = self.on_step
+            options["img_callback"] = lambda predicted, i: on_step(i, n_steps, predicted)
         text = self._conditioning([prompt for prompt, _ in batch])
         return self.sampler.decode(x, text, n_steps, **options)
 

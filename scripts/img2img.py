@@ -29,13 +29,7 @@ def build_parser() -> options.Parser:
     parser = options.Parser(__doc__, EPILOG)
     group = options.add_prompt_flags(parser)
     group.add_argument("--init-img", required=True, metavar="FILE", help="the picture to redraw")
-    group.add_argument(
-        "--strength",
-        type=float,
-        default=0.75,
-        metavar="0..1",
-        help="how much to redraw (default: 0.75); 1 ignores the picture",
-    )
+    options.add_strength_flag(group)
     options.add_sampling_flags(parser)
     options.add_tome_flags(parser)
     options.add_model_flags(parser)

@@ -27,12 +27,15 @@ LAYERS = [
     ["ldm.sampling"],
     ["ldm.pipeline"],
     ["ldm.evaluation"],
+    ["ldm.web"],
 ]
 # library -> the modules that may import it
 DOORS = {
     "omegaconf": {"ldm.config", "ldm.util", "ldm.training"},
     "PIL": {"ldm.images"},
     "argparse": {"ldm.options"},
+    "gradio": {"ldm.web.page"},
+    "starlette": {"ldm.web.page"},
     "transformers": {"ldm.modules.encoders.modules"},
     "open_clip": {"ldm.modules.encoders.modules", "ldm.evaluation.protocols"},
 }
@@ -103,7 +106,8 @@ import importlib, random, socket
 def refuse(*a, **k): raise AssertionError("network use at import")
 socket.socket.connect = refuse
 import numpy as np, torch
-import pytorch_lightning, torchvision  # these two draw at import; what counts is what we draw
+# these draw at import; what counts is what we draw
+import gradio, pytorch_lightning, torchvision
 before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 for name in [{names}]:
     importlib.import_module(name)

@@ -12,7 +12,10 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 # import name -> distribution, where they differ
-DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch", "yaml": "omegaconf"}
+DISTRIBUTIONS = {
+    **{"PIL": "pillow", "open_clip": "open_clip_torch", "yaml": "omegaconf"},
+    "starlette": "gradio",
+}
 
 
 def setup_arguments(monkeypatch) -> dict:
@@ -49,7 +52,7 @@ def test_every_import_is_required(monkeypatch):
     arguments = setup_arguments(monkeypatch)
     required = {name_of(r) for r in arguments["install_requires"]}
     extras = arguments["extras_require"]
-    optional = {name_of(r) for extra in ("bench", "evaluation") for r in extras[extra]}
+    optional = {name_of(r) for extra in ("bench", "evaluation", "web") for r in extras[extra]}
     for name in imported("ldm") | imported("scripts"):
         distribution = DISTRIBUTIONS.get(name, name).lower()
         assert distribution in required | optional, f"{name} is imported but not required"

@@ -1,6 +1,5 @@
 import json
 import re
-import shutil
 import subprocess
 
 import numpy as np
@@ -16,6 +15,7 @@ from ldm.evaluation.store import Store
 from ldm.evaluation.summary import Entry, table_json
 from ldm.modules.tome.config import ToMeConfig
 from ldm.settings import Settings
+from tests.browser import chromium
 
 SETTINGS = (
     Setting("unmerged"),
@@ -104,12 +104,9 @@ def test_the_page_is_whole_by_itself(page):
 
 @pytest.mark.parametrize("width", [1100, 500])
 def test_the_page_works_in_a_browser(page, tmp_path, width):
-    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-    if browser is None:
-        pytest.skip("there is no chromium (Debian: apt-get install chromium)")
     path = tmp_path / "page.html"
     path.write_text(page.replace("<head>", f"<head>{LISTEN}").replace("</body>", f"{USE}</body>"))
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
         [*command, path.as_uri()], capture_output=True, text=True, timeout=300, check=True

@@ -266,6 +266,7 @@ class Sampler:
         x0: Tensor | None = None,
         noise_source: NoiseSource | None = None,
         verbose: bool = True,
+        img_callback: Callable[[Tensor, int], Any] | None = None,
     ) -> Tensor:
         """Take the last ``t_start`` steps of the schedule, from ``stochastic_encode``'s result.
 
@@ -281,6 +282,7 @@ class Sampler:
             x0: see sample.
             noise_source: see sample.
             verbose: show a progress bar.
+            img_callback: see sample.
 
         Returns: latents, (B, C, h, w).
         """
@@ -299,6 +301,7 @@ class Sampler:
             mask=mask,
             x0=x0,
             callback=callback,
+            img_callback=img_callback,
             verbose=verbose,
         )
         return latents

@@ -1,0 +1,1 @@
+"""The page in the browser: its form, what runs its jobs, and its layout."""

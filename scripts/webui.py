@@ -1,0 +1,87 @@
+"""A page in the browser: draw, redraw, and see what merging tokens changes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm import options
+from ldm.errors import InputError
+from ldm.images import Gallery
+
+EPILOG = """
+examples:
+  the demo model, at http://127.0.0.1:7860:
+    python scripts/webui.py
+  a checkpoint of your own, beside those in models/:
+    python scripts/webui.py --ckpt ../sd-v1-4.safetensors --tome-preset balanced
+  what the page shows at first, and what it has no field for:
+    python scripts/webui.py --steps 30 --sampler euler_a --lora ink.safetensors:0.8
+
+Flags are the fields' first values. Only this machine can open the page; --host 0.0.0.0 lets in
+everybody who can reach the machine, without a password. The page asks no other host for anything.
+Pictures land in OUTDIR/samples/00000.png and on.
+"""
+
+
+def build_parser() -> options.Parser:
+    """All flags."""
+    parser = options.Parser(__doc__, EPILOG)
+    group = parser.add_argument_group("the page")
+    add = group.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    add("--port", type=int, metavar="N", help="default: the first free one from 7860 on")
+    add("--outdir", default="outputs/webui", metavar="DIR", help="default: %(default)s")
+    options.add_strength_flag(options.add_prompt_flags(parser, has_file=False))
+    options.add_sampling_flags(parser)
+    options.add_hires_flags(parser)
+    options.add_tome_flags(parser)
+    options.add_model_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.port is not None and not 1 <= args.port <= 65535:
+        raise InputError(f"--port {args.port}: allowed is 1 to 65535")
+    options.settings(parser.changed(args, {"seed": 0}))  # no seed is chosen just for a check
+    model = {**options.model_arguments(args), "tome": None}  # each job has its own
+    options.check_writable(args.outdir)
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError('the page needs gradio: pip install -e ".[web]"')
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="ldm-webui-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+        from ldm.web.models import find_models
+        from ldm.web.page import Page
+        from ldm.web.runner import Runner
+
+        models = find_models(model.pop("path"))
+        runner = Runner(models, model, Gallery(Path(args.outdir), has_grid=False))
+        for _ in runner.load(next(iter(models))):
+            pass
+        page = Page(runner, parser, args)
+        address = page.serve(args.host, args.port)
+        print(f"The page is at {address} (Ctrl+C ends it)", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("The page is closed")
+        finally:
+            page.close()
+
+
+if __name__ == "__main__":
+    options.run(main)
