@@ -43,6 +43,7 @@ CSS = """
 .dark .status .error { color: #fca5a5; }
 .status .tome, .tome-line p { font-family: var(--font-mono); font-size: 0.85em; }
 .view img { width: 100%; object-fit: contain; }
+@media (max-width: 640px) { .view { height: 340px !important; } }
 footer { display: none !important; }
 """
 
@@ -179,6 +180,7 @@ class Page:
                     label="Gallery",
                     interactive=False,
                     columns=4,
+                    height="auto",
                     object_fit="contain",
                     allow_preview=False,
                     buttons=[],

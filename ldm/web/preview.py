@@ -48,7 +48,8 @@ class Preview:
     def fit(self, latents: Tensor, pixels: Pixels) -> None:
         """Learn from latents (C, h, w) and the picture (H, W, 3) that they are decoded to."""
         picture = torch.from_numpy(images.to_unit(pixels))
-        colours = F.adaptive_avg_pool2d(picture, latents.shape[1:]).flatten(1).T
+        h, w = latents.shape[1:]
+        colours = F.adaptive_avg_pool2d(picture, (h, w)).flatten(1).T
         rows = _rows(latents)
         self._moments += rows.T @ rows / len(rows)
         self._products += rows.T @ colours / len(rows)
