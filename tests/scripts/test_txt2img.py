@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from functools import partial
@@ -82,6 +83,28 @@ def test_a_picture_for_each_line_of_a_file(run, tiny_checkpoint, tmp_path):
     drawn = [read_settings(out / f"samples/0000{i}.png")["prompt"] for i in range(3)]
     assert drawn == ["hills", "the sea", "a house"]
     assert len(files(out)) == 4
+
+
+def test_two_processes_share_the_lines_of_a_file(tiny_checkpoint, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hills\nthe sea\na house\n")
+    launchers = {
+        "one": [],
+        "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    }
+    drawn = {}
+    for name, launcher in launchers.items():
+        command = [sys.executable, *launcher, str(SCRIPT), "--ckpt", str(tiny_checkpoint), *FAST]
+        command += ["--from-file", str(prompts), "--outdir", str(tmp_path / name)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        paths = sorted((tmp_path / name / "samples").iterdir())
+        assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png"]
+        drawn[name] = [(read_settings(path)["prompt"], load_rgb(path)) for path in paths]
+    assert [prompt for prompt, _ in drawn["two"]] == ["hills", "the sea", "a house"]
+    for (_, picture), (_, expected) in zip(drawn["two"], drawn["one"], strict=True):
+        np.testing.assert_array_equal(picture, expected)
 
 
 def test_the_model_s_defaults_and_the_flags_over_them(run, tiny_checkpoint, tmp_path):

@@ -335,18 +335,25 @@ KEPT = {
         1536: (4096, 9216, 2304, 576),
         2048: (4096, 16384, 4096, 1024),
     },
-    "fast": {
+    "balanced": {
         512: (256, 1024, 256, 64),
         768: (576, 2304, 576, 144),
         1024: (1024, 4096, 1024, 256),
         1536: (2304, 9216, 2304, 576),
         2048: (4096, 16384, 4096, 1024),
     },
+    "fast": {
+        512: (256, 64, 256, 64),
+        768: (576, 144, 576, 144),
+        1024: (1024, 256, 1024, 256),
+        1536: (2304, 576, 2304, 576),
+        2048: (4096, 1024, 4096, 1024),
+    },
     "trim_context": {
         size: tuple((side // d) ** 2 for d in (1, 2, 4, 8)) for size, side in SIZES.items()
     },
 }
-KEPT |= {"kv_full_keys": KEPT["birch_kth"], "quality": KEPT["todo"], "balanced": KEPT["fast"]}
+KEPT |= {"kv_full_keys": KEPT["birch_kth"], "quality": KEPT["todo"]}
 
 
 def preset(name: str) -> ToMeConfig:
