@@ -20,7 +20,8 @@ def noise(height, width):
 def test_any_mode_is_read_as_rgb(tmp_path):
     rgb = Image.fromarray(noise(6, 4))
     for mode in ("RGB", "L", "1", "P", "CMYK", "YCbCr", "LA", "RGBA"):
-        path = tmp_path / f"{mode}.{'tif' if mode in ('CMYK', 'YCbCr') else 'png'}"
+        suffix = {"CMYK": "tif", "YCbCr": "jpg"}.get(mode, "png")
+        path = tmp_path / f"{mode}.{suffix}"
         rgb.convert(mode).save(path)
         pixels = images.load_rgb(path)
         assert pixels.shape == (6, 4, 3)
