@@ -31,7 +31,6 @@ class BuildWithShippedFiles(build_py):
 WEB = ["gradio>=6.0"]
 # diffusers: merging in its U-Nets is compared with merging in ours.
 TEST = ["pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", *WEB]
-STUBS = ["types-tqdm", "types-PyYAML"]
 
 setup(
     name="stable-diffusion-tome",

@@ -55,14 +55,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def release_memory() -> bool:
-    """Give what was freed back to the system, where the C library keeps it; whether it could."""
-    if not sys.platform.startswith("linux"):
-        return False
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc's
-        trim(0)
-    return trim is not None
+def release_memory() -> None:
+    """Give what was freed back to the system, where the C library keeps it (glibc does)."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _processor_flags() -> set[str]:

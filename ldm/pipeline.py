@@ -255,9 +255,8 @@ class Pipeline:
         with _memory_advice():
             second = None  # made first: making the other starts the noise of rng upstream
             if settings.hires_scale > 1:
-                second = Run(
-                    *(self.model, name, settings.second_pass()), progress=progress, on_step=on_step
-                )
+                again = settings.second_pass()
+                second = Run(self.model, name, again, progress=progress, on_step=on_step)
             run = Run(self.model, name, settings, init, mask, progress, on_step)
             merger = self.model.model.diffusion_model.tome
             tally, second_tally = Tally(), Tally()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning import Trainer
 from safetensors.torch import save_file
 
 from ldm.util import instantiate_from_config
@@ -132,6 +133,19 @@ def write_header(path: Path, shapes: Mapping[str, tuple[int, ...]], **metadata: 
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
     return path
+
+
+def quiet_trainer(n_steps: int, **kwargs: Any) -> Trainer:
+    """A trainer on the CPU that writes nothing and shows nothing."""
+    return Trainer(
+        max_steps=n_steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kwargs,
+    )
 
 
 def compared(tokens: torch.Tensor, kind: str) -> torch.Tensor:

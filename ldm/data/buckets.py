@@ -29,10 +29,11 @@ class ResolutionBuckets(ConcatDataset):
                 f"batch_sizes {list(batch_sizes)}: give one for each of the {len(buckets)} buckets"
             )
         super().__init__([instantiate_from_config(bucket) for bucket in buckets])
-        for dataset, size in zip(self.datasets, batch_sizes, strict=True):
-            if not 1 <= size <= len(dataset):  # type: ignore[arg-type]
-                raise InputError(f"batch size {size}: its bucket has {len(dataset)} pictures")  # type: ignore[arg-type]
-        self.batch_sampler = BucketBatches([len(d) for d in self.datasets], batch_sizes)  # type: ignore[arg-type]
+        lengths = [len(dataset) for dataset in self.datasets]  # type: ignore[arg-type]
+        for length, size in zip(lengths, batch_sizes, strict=True):
+            if not 1 <= size <= length:
+                raise InputError(f"batch size {size}: its bucket has {length} pictures")
+        self.batch_sampler = BucketBatches(lengths, batch_sizes)
 
 
 class BucketBatches(Sampler[list[int]]):

@@ -103,7 +103,8 @@ class Page:
                         elem_id="init",
                     )
                     self.fields["strength"] = gr.Slider(
-                        *(0, 1),
+                        minimum=0,
+                        maximum=1,
                         value=first["strength"],
                         step=0.01,
                         label="Strength",
@@ -132,7 +133,8 @@ class Page:
                     )
                     ratio = preset_ratio(first["preset"])
                     self.fields["ratio"] = gr.Slider(
-                        *(0, 0.95),
+                        minimum=0,
+                        maximum=0.95,
                         value=first["ratio"],
                         step=0.0025,
                         label="ToMe ratio",

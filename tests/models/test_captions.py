@@ -4,28 +4,20 @@ import copy
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from ldm.data.rendered import SceneCaptions
 from ldm.data.scenes import ATTRIBUTES
 from ldm.models.captions import CaptionReader
-from tests.tiny_models import CLIP
+from tests.tiny_models import CLIP, quiet_trainer
 
 ENCODER = {**CLIP, "params": {**CLIP["params"], "freeze": False}}
 
 
 def train(model, n_steps):
     loader = DataLoader(SceneCaptions(64 * n_steps, seed=1), batch_size=64)
-    trainer = Trainer(
-        max_steps=n_steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(n_steps)
     trainer.fit(model, loader)
     return trainer.callback_metrics
 

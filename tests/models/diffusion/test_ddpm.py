@@ -14,7 +14,7 @@ from ldm.models.diffusion.ddpm import DiffusionWrapper, LatentDiffusion
 from ldm.modules.attention import ContextLinear
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
-from tests.tiny_models import tiny_config
+from tests.tiny_models import quiet_trainer, tiny_config
 
 WIDTH = 8
 CAPTIONS = ["red", "green", "blue", "red"]
@@ -303,15 +303,7 @@ def test_captions_are_dropped_at_the_given_rate(batch):
 
 def fit(model, batch, n_steps, **kwargs):
     loader = torch.utils.data.DataLoader([batch] * n_steps, batch_size=None)
-    trainer = pl.Trainer(
-        max_steps=n_steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **kwargs,
-    )
+    trainer = quiet_trainer(n_steps, **kwargs)
     trainer.fit(model, loader, loader)
     return trainer
 
