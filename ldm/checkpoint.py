@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ldm import checkpoint_keys as keys
 from ldm.checkpoint_files import StateDict, open_state_dict
 from ldm.config import load_config, model_configs, model_defaults, shipped
+from ldm.device import memory_format
 from ldm.errors import InputError
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.tome.config import ToMeConfig
@@ -386,20 +387,20 @@ def _fill(
         )
     _report_unused(set(names) - set(sources) - set(places), info)
 
-    is_half = dtype != torch.float32 and torch.device(device).type != "mps"
+    unet_format = memory_format(dtype, torch.device(device))
 
     def load(name: str, place: Tensor) -> Tensor:
         if name not in sources:  # stored by most files, used by no computation
             return torch.zeros(place.shape, dtype=dtype, device=device)
-        # Half precision is fastest with channels last; converting the loaded model instead would
-        # leave the process with 0.6 GB of memory in pieces that it cannot give back.
-        has_channels_last = is_half and name.startswith(keys.UNET) and place.ndim == 4
+        # Converting the loaded model's layout instead would leave the process with 0.6 GB of memory
+        # in pieces that it cannot give back.
+        is_unet_map = name.startswith(keys.UNET) and place.ndim == 4
         # A copy, as a mapped tensor changes with its file, and its alignment changes last bits.
         return weights[sources[name]].to(
             device=device,
             dtype=dtype if place.is_meta else place.dtype,  # buffers keep their type
             copy=True,
-            memory_format=torch.channels_last if has_channels_last else torch.contiguous_format,
+            memory_format=unet_format if is_unet_map else torch.contiguous_format,
         )
 
     # read, cast and moved one by one: besides the model there is one tensor in memory

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ from ldm.errors import InputError
 
 # What Linux calls the instructions of processors that multiply bfloat16 matrices natively.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt's names in glibc's malloc.h
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -55,12 +59,41 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def memory_format(dtype: torch.dtype, device: torch.device) -> torch.memory_format:
+    """The layout in which convolutions of the U-Net are fastest: mostly, channels last."""
+    is_slower = device.type == "mps" or (device.type != "cpu" and dtype == torch.float32)
+    return torch.contiguous_format if is_slower else torch.channels_last
+
+
+@contextmanager
+def reused_memory() -> Iterator[None]:
+    """Let the C library keep what is freed, for what is allocated next.
+
+    glibc asks the system for each large block anew, and a step of a U-Net touches all of its
+    blocks for the first time again. At the end everything is given back.
+    """
+    if not _has_glibc():
+        yield
+        return
+    tune = ctypes.CDLL(None).mallopt
+    tune(_MMAP_MAX, 0)
+    tune(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        tune(_MMAP_MAX, 65536)  # glibc's own values
+        tune(_TRIM_THRESHOLD, 128 * 1024)
+        release_memory()
+
+
 def release_memory() -> None:
     """Give what was freed back to the system, where the C library keeps it (glibc does)."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    if _has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _has_glibc() -> bool:
+    return sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"
 
 
 def _processor_flags() -> set[str]:

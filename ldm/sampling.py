@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ldm import images
-from ldm.device import release_memory
+from ldm.device import reused_memory
 from ldm.errors import InputError
 from ldm.images import Mask, Pixels
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -215,7 +215,8 @@ class Run:
             on_step = self.on_step
             options["img_callback"] = lambda predicted, i: on_step(i, n_steps, predicted)
         text = self._conditioning([prompt for prompt, _ in batch])
-        return self.sampler.decode(x, text, n_steps, **options)
+        with reused_memory():
+            return self.sampler.decode(x, text, n_steps, **options)
 
     def _n_steps_back(self) -> int:
         """Steps that img2img takes: upstream's rounding, but at least one unless strength is 0."""
@@ -278,7 +279,6 @@ class Run:
     def decoded(self, latents: Tensor) -> Tensor:
         """What the first stage makes of latents (B, C, h, w): float32 (B, 3, H, W) on the CPU."""
         stage = self.model.first_stage_model
-        release_memory()  # sampling's, of which large maps make no use
 
         def decode() -> Tensor:
             weight = next(stage.parameters())

@@ -186,8 +186,7 @@ def test_weights_are_cast_and_the_schedule_is_not(tmp_path, config, weights, sto
     model = load_model(path, config, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     conv = model.model.diffusion_model.input_blocks[0][0].weight
-    has_channels_last = conv.is_contiguous(memory_format=torch.channels_last)
-    assert has_channels_last == (dtype != torch.float32)
+    assert conv.is_contiguous(memory_format=torch.channels_last)
     assert model.first_stage_model.encoder.conv_in.weight.is_contiguous()
     assert torch.equal(
         model.model.diffusion_model.out[2].bias, weights[f"{UNET}out.2.bias"].to(stored).to(dtype)

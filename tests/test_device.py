@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -53,3 +56,39 @@ def test_float16_needs_a_gpu():
     assert device.choose_dtype("float16", CUDA) == torch.float16
     with pytest.raises(InputError, match="use bfloat16 or float32"):
         device.choose_dtype("float16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "is_last"),
+    [
+        (CPU, torch.float32, True),
+        (CPU, torch.bfloat16, True),
+        (CUDA, torch.float32, False),
+        (CUDA, torch.float16, True),
+        (MPS, torch.float32, False),
+        (MPS, torch.float16, False),
+    ],
+)
+def test_layout_of_convolutions(where, dtype, is_last):
+    wanted = torch.channels_last if is_last else torch.contiguous_format
+    assert device.memory_format(dtype, where) == wanted
+
+
+@pytest.mark.skipif(not device._has_glibc(), reason="another C library")
+def test_freed_memory_is_kept_meanwhile_and_given_back():
+    def resident():
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(r"RssAnon:\s*(\d+) kB", status)[1]) / 1024
+
+    def use():
+        torch.ones(64 * 2**20, dtype=torch.uint8)
+
+    before = resident()
+    use()
+    assert resident() < before + 32
+    with device.reused_memory():
+        use()
+        assert resident() > before + 48
+    assert resident() < before + 32
+    use()
+    assert resident() < before + 32

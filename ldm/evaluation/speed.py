@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.device import memory_format, reused_memory
 from ldm.evaluation.breakdown import PARTS, breakdown, synchronize
 from ldm.evaluation.memory import peak_memory
 from ldm.evaluation.oracle import oracle
@@ -62,7 +63,7 @@ class Row:
         kind: off (no merging), ours, oracle (of the row of ours with that name) or peer.
         config: what was merged.
         ms: milliseconds of a step, one entry for each round.
-        peak_mib: peak memory of each round; empty where the system does not tell.
+        peak_mib: peak memory of a step; None where the system does not tell.
         shares: share of a step spent in match, merge and unmerge.
         report: the ``ToMe:`` line.
         error: why there is nothing.
@@ -73,7 +74,7 @@ class Row:
     kind: str
     config: dict[str, Any] = field(default_factory=dict)
     ms: list[float] = field(default_factory=list)
-    peak_mib: list[float] = field(default_factory=list)
+    peak_mib: float | None = None
     shares: dict[str, float] = field(default_factory=dict)
     report: str = ""
     error: str = ""
@@ -122,9 +123,7 @@ def build_unet(
             parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
         else:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-    if dtype != torch.float32 and device.type != "mps":
-        unet.to(memory_format=torch.channels_last)
-    return unet
+    return unet.to(memory_format=memory_format(dtype, device))
 
 
 def contenders(
@@ -195,23 +194,26 @@ def compare(found: Sequence[Contender], unet: UNetModel, rounds: int) -> Iterato
         The name of a setting, after each of ``rounds + N_EXTRA_ROUNDS`` visits to it.
     """
     device = next(unet.parameters()).device
-    for round_ in range(-N_EXTRA_ROUNDS, rounds):
-        for contender in found:
-            row = contender.row
-            if not row.error:
-                with _failures_noted(row):
-                    if round_ == -2:
-                        _warm_up(contender, device)
-                    elif round_ == -1:
-                        _break_down(contender, unet, device)
-                    else:
-                        _measure(contender, device)
-            yield row.name
+    with reused_memory():
+        for round_ in range(-N_EXTRA_ROUNDS, rounds):
+            for contender in found:
+                row = contender.row
+                if not row.error:
+                    with _failures_noted(row):
+                        if round_ == -2:
+                            _warm_up(contender, device)
+                        elif round_ == -1:
+                            _break_down(contender, unet, device)
+                        else:
+                            _measure(contender, device)
+                yield row.name
 
 
 def _warm_up(contender: Contender, device: torch.device) -> None:
     with contender.apply() as step:
-        seconds = contender.seconds(step, device)
+        with peak_memory(device) as peak:
+            seconds = contender.seconds(step, device)
+        contender.row.peak_mib = peak.mib
         if device.type != "cpu":  # where a first call sets much up
             seconds = contender.seconds(step, device)
     contender.repeats = max(1, min(MAX_REPEATS, round(MIN_SECONDS / seconds)))
@@ -227,11 +229,8 @@ def _break_down(contender: Contender, unet: UNetModel, device: torch.device) -> 
 
 
 def _measure(contender: Contender, device: torch.device) -> None:
-    with contender.apply() as step, peak_memory(device) as peak:
-        seconds = contender.seconds(step, device)
-    contender.row.ms.append(seconds * 1000)
-    if peak.mib is not None:
-        contender.row.peak_mib.append(peak.mib)
+    with contender.apply() as step:
+        contender.row.ms.append(1000 * contender.seconds(step, device))
 
 
 @contextmanager

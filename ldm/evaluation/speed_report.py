@@ -69,7 +69,6 @@ def figures(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         entry = {**asdict(row.case), **asdict(row), "median_ms": _median(row.ms)}
         del entry["case"]
-        entry["median_peak_mib"] = _median(row.peak_mib)
         base = by_key.get((row.case, "off", "off"))
         entry["speedup"] = entry["speedup_range"] = entry["of_oracle"] = None
         if base is not None and base.ms and row.ms:
@@ -99,7 +98,7 @@ def table(rows: Sequence[Row]) -> str:
             _shown(entry["speedup"], ".2f"),
             "" if spread is None else f"{spread[0]:.2f} to {spread[1]:.2f}",
             _shown(entry["of_oracle"], ".1%"),
-            _shown(entry["median_peak_mib"], ".0f"),
+            _shown(entry["peak_mib"], ".0f"),
             *(_shown(share, ".1%") for share in shares),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -108,7 +108,7 @@ def _case(
                 "ms_all": entry["ms"],
                 "speedup": entry["speedup"],
                 "range": entry["speedup_range"],
-                "peak_mib": entry["median_peak_mib"],
+                "peak_mib": entry["peak_mib"],
                 "error": entry["error"],
                 **entry["shares"],
             }
