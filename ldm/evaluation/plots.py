@@ -10,6 +10,8 @@ from ldm.evaluation.measures import MEASURES
 from ldm.evaluation.plan import CONTROLS
 
 FLOORS = ("again", "rounding")  # controls that would stretch the axis
+N_COLORS = 10  # of matplotlib's cycle
+MARKERS = "os^Dv"  # the next one when the colours begin again
 
 
 def write_plots(
@@ -52,7 +54,7 @@ def write_plots(
 
 
 def _draw(axis: Any, rows: Sequence[dict[str, Any]], x: str, measure: str) -> None:
-    for family in dict.fromkeys(row["family"] for row in rows):
+    for i, family in enumerate(dict.fromkeys(row["family"] for row in rows)):
         own = sorted((row for row in rows if row["family"] == family), key=lambda row: row[x])
         means = [row["measures"][measure]["mean"] for row in own]
         bounds = [
@@ -63,9 +65,10 @@ def _draw(axis: Any, rows: Sequence[dict[str, Any]], x: str, measure: str) -> No
             for end in ("low", "high")
         ]
         is_control = family == "controls"
-        style: dict[str, Any] = {"linestyle": "none" if is_control else "-", "marker": "o"}
+        marker = MARKERS[i // N_COLORS % len(MARKERS)]
+        style: dict[str, Any] = {"color": f"C{i % N_COLORS}", "linestyle": "-", "marker": marker}
         if is_control:
-            style |= {"color": "0.5", "markerfacecolor": "none"}
+            style |= {"color": "0.5", "markerfacecolor": "none", "linestyle": "none"}
         axis.errorbar([row[x] for row in own], means, bounds, label=family, capsize=2, **style)
         for row, mean in zip(own, means, strict=True):
             if is_control:

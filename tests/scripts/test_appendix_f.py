@@ -151,16 +151,40 @@ def test_processes_and_kills_do_not_change_the_table(argv, tmp_path):
     assert start([*argv, "--outdir", whole], n_processes=2).wait(timeout=900) == 0
 
     process = start([*argv, "--outdir", killed], stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 600
-    while len(list(killed.rglob("*.png"))) < 3 and process.poll() is None:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for_pictures(process, killed, 3)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert start([*argv, "--outdir", killed]).wait(timeout=900) == 0
     texts = [(folder / "report/table.csv").read_bytes() for folder in (whole, killed)]
     assert texts[0] == texts[1]
     assert not list(killed.rglob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists children")
+def test_one_of_four_processes_is_killed(argv, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start([*argv, whole]).wait(timeout=900) == 0
+
+    launcher = start([*argv, killed], n_processes=4, stderr=subprocess.DEVNULL)
+    wait_for_pictures(launcher, killed, 6)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    assert len(children) == 4
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert launcher.wait(timeout=300) != 0
+    there = {path: path.stat().st_mtime_ns for path in killed.rglob("*.png")}
+    assert 6 <= len(there) < len(list(whole.rglob("*.png")))
+
+    assert start([*argv, killed], n_processes=4).wait(timeout=900) == 0
+    assert (killed / "report/table.csv").read_bytes() == (whole / "report/table.csv").read_bytes()
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+
+
+def wait_for_pictures(process, folder, n):
+    end = time.monotonic() + 600
+    while len(list(folder.rglob("*.png"))) < n and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
