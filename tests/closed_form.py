@@ -25,8 +25,9 @@ class ClosedFormModel:
         for name, buffer in schedule_buffers(betas).items():
             setattr(self, name, buffer)
 
-    def begin_run(self):
+    def begin_run(self, is_guided):
         self.n_runs += 1
+        self.is_guided = is_guided
 
     def apply_model(self, x, t, c):
         self.calls.append(t[0].item())

@@ -349,11 +349,15 @@ class LatentDiffusion(pl.LightningModule):
             self.cond_stage_model.eval()
         return self
 
-    def begin_run(self) -> None:
-        """Start a sampling run: what token merging remembers of the last one is forgotten."""
+    def begin_run(self, is_guided: bool = False) -> None:
+        """Start a sampling run: what token merging remembers of the last one is forgotten.
+
+        Args:
+            is_guided: batches have two halves, for classifier-free guidance.
+        """
         tome = getattr(self.model.diffusion_model, "tome", None)
         if tome is not None:
-            tome.begin_run()
+            tome.begin_run(is_guided=is_guided)
         remember_context(self.model)
 
     def end_run(self) -> None:

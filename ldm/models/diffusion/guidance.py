@@ -30,8 +30,9 @@ class DiffusionModel(Protocol):
         parameterization: ``eps``, ``x0`` or ``v``.
         device: where ``apply_model`` takes its tensors.
 
-    A model may also have ``begin_run()`` and ``end_run()``, which are called before and after
-    each sampling run. Within one, all calls get the same conditioning objects.
+    A model may also have ``begin_run(is_guided)`` and ``end_run()``, which are called before and
+    after each sampling run. Within one, all calls get the same conditioning objects, and all
+    batches have two halves if it is guided.
     """
 
     num_timesteps: int
@@ -55,16 +56,21 @@ class DiffusionModel(Protocol):
 
 
 @contextmanager
-def sampling_run(model: DiffusionModel) -> Iterator[None]:
+def sampling_run(model: DiffusionModel, is_guided: bool) -> Iterator[None]:
     """Tell the model that a sampling run starts, and that it is over, if it wants to know."""
-    getattr(model, "begin_run", _nothing)()
+    getattr(model, "begin_run", _nothing)(is_guided)
     try:
         yield
     finally:
         getattr(model, "end_run", _nothing)()
 
 
-def _nothing() -> None: ...
+def _nothing(*_: bool) -> None: ...
+
+
+def uses_guidance(unconditional_conditioning: Conditioning, scale: float) -> bool:
+    """Whether there is classifier-free guidance, which takes two rows for each picture."""
+    return unconditional_conditioning is not None and scale != 1.0
 
 
 def concat_conditioning(first: Conditioning, second: Conditioning) -> Conditioning:
@@ -134,7 +140,7 @@ def noise_predictor(
 
     Source: Ho and Salimans 2022 (arXiv 2207.12598).
     """
-    if unconditional_conditioning is None or scale == 1.0:
+    if not uses_guidance(unconditional_conditioning, scale):
 
         def model_output(x: Tensor, t: Tensor) -> Tensor:
             return model.apply_model(x, t, conditioning).to(x.dtype)

@@ -22,6 +22,7 @@ from ldm.models.diffusion.guidance import (
     check_batch_size,
     noise_predictor,
     sampling_run,
+    uses_guidance,
 )
 from ldm.models.diffusion.schedule import (
     StepCoefficients,
@@ -212,6 +213,7 @@ class Sampler:
             denoise,
             x_T,
             self.steps,
+            is_guided=uses_guidance(unconditional_conditioning, unconditional_guidance_scale),
             noise_source=noise_source,
             mask=mask,
             x0=x0,
@@ -297,6 +299,7 @@ class Sampler:
             denoise,
             x_latent,
             steps[:t_start],
+            is_guided=uses_guidance(unconditional_conditioning, unconditional_guidance_scale),
             noise_source=noise_source,
             mask=mask,
             x0=x0,
@@ -312,6 +315,7 @@ class Sampler:
         x: Tensor,
         steps: Sequence[StepCoefficients],
         *,
+        is_guided: bool,
         noise_source: NoiseSource | None,
         mask: Tensor | None,
         x0: Tensor | None,
@@ -348,7 +352,7 @@ class Sampler:
         kept: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
         iteration = self.iterate(denoise, x, descending, draw, blend, quantize)
         progress = tqdm(iteration, desc=self.name, total=len(steps), disable=not verbose)
-        with sampling_run(self.model):
+        with sampling_run(self.model, is_guided):
             for i, (x, predicted) in enumerate(progress):
                 if callback is not None:
                     callback(i)

@@ -117,6 +117,7 @@ class BlockMerge:
         removed: tokens to remove; 0 merges nothing.
         n_channels: channels of the block's tokens.
         pays: whether merging is expected to save time here.
+        is_guided: whether the batch has two halves whose difference guidance takes.
         plan: the plan, once made.
         query_plan: the one for queries, where they are merged by a metric of their own.
     """
@@ -129,12 +130,14 @@ class BlockMerge:
         n_channels: int = 1,
         draw: Tensor | None = None,
         pays: bool = True,
+        is_guided: bool = False,
     ) -> None:
         self.config = config
         self.size = size
         self.removed = removed
         self.n_channels = n_channels
         self.pays = pays
+        self.is_guided = is_guided
         self.plan: MergePlan | None = None
         self.query_plan: MergePlan | None = None
         self._draw = draw
@@ -180,7 +183,7 @@ class BlockMerge:
         """Make a plan for keys and values, and another one for queries, as they are needed."""
         places = {*self.config.apply_to}
         if places & {"q", "attn"}:
-            self.query_plan = self._make_plan(metric("query_logits").detach().flatten(2), True)
+            self.query_plan = self._plan_queries(metric("query_logits").detach())
         if places & {"kv", "attn"}:
             logits = metric("key_logits").detach()
             self.plan = self._make_plan(logits.flatten(2), True)
@@ -188,6 +191,17 @@ class BlockMerge:
                 self.plan = self.plan.weighted(attention_received(logits))
         else:
             self.plan = self.query_plan
+
+    def _plan_queries(self, logits: Tensor) -> MergePlan:
+        """Plan by logits (B, N, heads, R); in guidance both halves get the same groups.
+
+        What merged queries get wrong is then alike in both, and guidance, which enlarges their
+        difference, does not enlarge it.
+        """
+        if not self.is_guided:
+            return self._make_plan(logits.flatten(2), True)
+        both = torch.cat(logits.chunk(2), 3)
+        return self._make_plan(both.flatten(2), True).repeated(2)
 
     def _make_plan(self, metric: Tensor, by_distance: bool = False) -> MergePlan:
         config, removed, threshold = self.config, self.removed, self.config.similarity

@@ -39,8 +39,14 @@ class TokenMerger:
         self.config = config
         self.begin_run()
 
-    def begin_run(self, seed: int | None = None) -> None:
-        """Forget everything about earlier calls; ``seed`` replaces the configured one."""
+    def begin_run(self, seed: int | None = None, is_guided: bool = False) -> None:
+        """Forget everything about earlier calls.
+
+        Args:
+            seed: replaces the configured one.
+            is_guided: the rows of each call are two halves whose difference guidance takes.
+        """
+        self._is_guided = is_guided
         self._generator = torch.Generator().manual_seed(self.config.seed if seed is None else seed)
         self._call = -1
         self._progress = 0.0
@@ -85,7 +91,8 @@ class TokenMerger:
         if block is None:
             draw = self._draw(config, size) if removed else None
             pays = size[0] * size[1] >= pays_at
-            block = BlockMerge(config, size, removed, x.shape[2], draw, pays)
+            is_guided = self._is_guided and len(x) % 2 == 0
+            block = BlockMerge(config, size, removed, x.shape[2], draw, pays, is_guided)
             self._kept[key] = (self._call, block)
         if self._call >= 0:
             self._blocks.append(block)

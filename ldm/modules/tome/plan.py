@@ -87,6 +87,16 @@ class MergePlan:
         total = weights.new_zeros(self.sizes.numel()).index_add_(0, self.groups, weights)
         return replace(self, shares=weights / total.index_select(0, self.groups))
 
+    def repeated(self, n: int) -> MergePlan:
+        """The same plan for n times the rows; not for one with chosen or weighted tokens."""
+        if self.groups is None:
+            return self
+        assert self.chosen is None
+        assert self.shares is None
+        groups = self.groups.view(-1, self.n_tokens)
+        row = torch.arange(len(groups), device=groups.device)[:, None]
+        return MergePlan.from_groups((groups - row * self.n_kept).repeat(n, 1), self.n_kept)
+
     @property
     def is_identity(self) -> bool:
         """Whether merging returns its argument."""

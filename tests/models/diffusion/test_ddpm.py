@@ -399,16 +399,15 @@ def test_weights_are_loaded_from_a_file(tmp_path, suffix):
 
 def test_begin_run_reaches_token_merging():
     class Merger:
-        n_runs = 0
-
-        def begin_run(self):
-            self.n_runs += 1
+        def begin_run(self, is_guided):
+            self.is_guided = is_guided
 
     model = build()
     model.begin_run()  # a network without token merging
     model.model.diffusion_model.tome = Merger()
-    model.begin_run()
-    assert model.model.diffusion_model.tome.n_runs == 1
+    for is_guided in (False, True):
+        model.begin_run(is_guided)
+        assert model.model.diffusion_model.tome.is_guided == is_guided
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])

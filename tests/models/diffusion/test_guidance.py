@@ -95,14 +95,16 @@ def test_unknown_parameterization_is_refused():
 
 def test_a_model_hears_of_the_begin_and_the_end_of_a_run_if_it_wants_to():
     model, ended = context_model(), []
-    with sampling_run(model):  # a model without end_run
+    with sampling_run(model, True):  # a model without end_run
         assert model.n_runs == 1
+        assert model.is_guided
     model.end_run = lambda: ended.append(1)
-    with sampling_run(model):
+    with sampling_run(model, False):
         assert not ended
+        assert not model.is_guided
     assert (model.n_runs, ended) == (2, [1])
-    with pytest.raises(KeyError), sampling_run(model):
+    with pytest.raises(KeyError), sampling_run(model, False):
         raise KeyError
     assert ended == [1, 1]
-    with sampling_run(object()):
+    with sampling_run(object(), False):
         pass

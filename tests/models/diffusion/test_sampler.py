@@ -218,9 +218,16 @@ def test_each_run_is_announced_to_the_model(sampler_class):
     model = GaussianModel()
     sampler = sampler_class(model)
     sampler.sample(4, 1, SHAPE, verbose=False)
-    assert model.n_runs == 1
-    sampler.decode(torch.zeros(1, *SHAPE), None, 2, verbose=False)
-    assert model.n_runs == 2
+    assert (model.n_runs, model.is_guided) == (1, False)
+    guidance = {
+        "unconditional_conditioning": torch.zeros(1),
+        "unconditional_guidance_scale": 2.0,
+    }
+    sampler.decode(torch.zeros(1, *SHAPE), torch.zeros(1), 2, verbose=False, **guidance)
+    assert (model.n_runs, model.is_guided) == (2, True)
+    guidance["unconditional_guidance_scale"] = 1.0
+    sampler.decode(torch.zeros(1, *SHAPE), torch.zeros(1), 2, verbose=False, **guidance)
+    assert (model.n_runs, model.is_guided) == (3, False)
 
 
 @every_sampler

@@ -185,6 +185,31 @@ def test_rows_of_a_batch_share_the_partition(config: dict[str, Any]) -> None:
     assert torch.equal(first, second - plan.n_kept)
 
 
+def test_guidance_merges_queries_alike_in_both_halves() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 256, 2, 3, generator=generator)  # two halves of two pictures
+    both = torch.cat([logits[:2], logits[2:]], 3)
+
+    def plans(logits: Tensor, is_guided: bool) -> tuple[Tensor, Tensor]:
+        tome = merger(ratio=0.5)
+        tome.begin_run(is_guided=is_guided)
+        tome.begin_call(SIDE, SIDE, torch.tensor([500]))
+        block = tome.block(torch.randn(len(logits), 256, 8), (16, 16), 1)
+        found = block.plans(lambda kind: logits)
+        rows = torch.arange(len(logits))[:, None] * 128
+        queries, keys = (plan.groups.view(-1, 256) - rows for plan in (found.q, found.kv))
+        assert found.q.sizes.sum(1).tolist() == [256] * len(logits)
+        return queries, keys
+
+    queries, keys = plans(logits, is_guided=True)
+    apart, apart_keys = plans(logits, is_guided=False)
+    assert torch.equal(queries[:2], queries[2:])
+    assert torch.equal(queries[:2], plans(both, is_guided=False)[0])
+    assert not torch.equal(apart[:2], apart[2:])
+    assert torch.equal(keys, apart_keys)
+    assert torch.equal(plans(logits[:3], is_guided=True)[0], apart[:3])  # no halves
+
+
 def test_models_are_apart() -> None:
     one, other = merger(ratio=0.5, random=True), merger(ratio=0.5, random=True)
     expected = groups(call(one, 900))

@@ -151,9 +151,21 @@ def test_ours(block: BasicTransformerBlock, x: Tensor, name: str, stride: int, r
 
 MEMORY = """
 import resource, torch
+from ldm.config import load_preset
+from ldm.modules.attention import BasicTransformerBlock
+from ldm.modules.tome.block import BlockMerge, tokens_to_compare
+from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.planning import plan_grid, plan_kth
+
+block = BasicTransformerBlock(320, 8, 40, context_dim=768).bfloat16()
+
+def plans(h, w, **keys):
+    x, config = metric[:, : h * w], ToMeConfig.from_mapping(keys)
+    merge = BlockMerge(config, (h, w), config.removed(h, w), 320)
+    return merge.plans(lambda kind: tokens_to_compare(block, x, x, (h, w), kind))
+
 metric = torch.empty(2, 256 * 256, 320, dtype=torch.bfloat16).normal_(1)
-plan_grid(metric[:, :4096], (64, 64), (2, 2), 2048, window=3)  # libraries are loaded
+plans(64, 64, ratio=0.5)  # libraries are loaded
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 {call}
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
@@ -169,6 +181,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
         "plan_grid(metric, (256, 256), (4, 4), 61440, window=3)",
         "plan_grid(metric[..., :16].contiguous(), (256, 256), (2, 2), 32768)",
         "plan_kth(metric, 64)",
+        "plans(256, 256, ratio=0.5)",
+        "plans(256, 256, **load_preset('quality'))",
+        "plans(256, 256, **load_preset('balanced'))",
     ],
 )
 def test_matching_65536_tokens_takes_little_memory(call: str) -> None:
