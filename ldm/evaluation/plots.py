@@ -25,6 +25,7 @@ def write_plots(
         measure: which quality.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     written = []
     for size in dict.fromkeys(row["size"] for row in table):
@@ -44,6 +45,7 @@ def write_plots(
         ):
             _draw(axis, [row for row in shown if row[name] is not None], name, measure)
             axis.set(xlabel=title, ylabel=MEASURES[measure].title, title=f"{size}x{size}")
+        figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1))
         figure.axes[0].legend(fontsize="small")
         path = folder / f"{measure}-{size}.png"
         part = path.with_name(f".{path.name}.part")
@@ -54,7 +56,8 @@ def write_plots(
 
 
 def _draw(axis: Any, rows: Sequence[dict[str, Any]], x: str, measure: str) -> None:
-    for i, family in enumerate(dict.fromkeys(row["family"] for row in rows)):
+    families = dict.fromkeys(row["family"] for row in rows)
+    for i, family in enumerate(sorted(families, key=lambda name: name == "controls")):
         own = sorted((row for row in rows if row["family"] == family), key=lambda row: row[x])
         means = [row["measures"][measure]["mean"] for row in own]
         bounds = [
