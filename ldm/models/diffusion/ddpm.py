@@ -357,11 +357,15 @@ class LatentDiffusion(pl.LightningModule):
         """
         tome = getattr(self.model.diffusion_model, "tome", None)
         if tome is not None:
-            tome.begin_run(is_guided=is_guided)
+            tome.begin_run()
+            tome.is_guided = is_guided
         remember_context(self.model)
 
     def end_run(self) -> None:
         """End a sampling run; what attention remembers of its prompts is forgotten."""
+        tome = getattr(self.model.diffusion_model, "tome", None)
+        if tome is not None:
+            tome.is_guided = False
         remember_context(self.model, False)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

@@ -25,12 +25,14 @@ class TokenMerger:
     Attributes:
         config: what the user asked for.
         n_timesteps: T of the model, to which the timesteps of ``begin_call`` relate.
+        is_guided: whether the rows of each call are two halves whose difference guidance takes.
         observer: called with the number of the model call and its blocks after each call, for
             those who want to see the plans.
     """
 
     def __init__(self, config: ToMeConfig | None = None, n_timesteps: int = 1000) -> None:
         self.n_timesteps = n_timesteps
+        self.is_guided = False
         self.observer: Callable[[int, list[BlockMerge]], None] | None = None
         self.configure(config or ToMeConfig())
 
@@ -39,14 +41,8 @@ class TokenMerger:
         self.config = config
         self.begin_run()
 
-    def begin_run(self, seed: int | None = None, is_guided: bool = False) -> None:
-        """Forget everything about earlier calls.
-
-        Args:
-            seed: replaces the configured one.
-            is_guided: the rows of each call are two halves whose difference guidance takes.
-        """
-        self._is_guided = is_guided
+    def begin_run(self, seed: int | None = None) -> None:
+        """Forget everything about earlier calls; ``seed`` replaces the configured one."""
         self._generator = torch.Generator().manual_seed(self.config.seed if seed is None else seed)
         self._call = -1
         self._progress = 0.0
@@ -91,7 +87,7 @@ class TokenMerger:
         if block is None:
             draw = self._draw(config, size) if removed else None
             pays = size[0] * size[1] >= pays_at
-            is_guided = self._is_guided and len(x) % 2 == 0
+            is_guided = self.is_guided and len(x) % 2 == 0
             block = BlockMerge(config, size, removed, x.shape[2], draw, pays, is_guided)
             self._kept[key] = (self._call, block)
         if self._call >= 0:

@@ -397,17 +397,23 @@ def test_weights_are_loaded_from_a_file(tmp_path, suffix):
         build(ckpt_path=str(tmp_path / "missing.ckpt"))
 
 
-def test_begin_run_reaches_token_merging():
+def test_a_run_reaches_token_merging():
     class Merger:
-        def begin_run(self, is_guided):
-            self.is_guided = is_guided
+        n_runs = 0
+
+        def begin_run(self):
+            self.n_runs += 1
 
     model = build()
     model.begin_run()  # a network without token merging
     model.model.diffusion_model.tome = Merger()
+    merger = model.model.diffusion_model.tome
     for is_guided in (False, True):
         model.begin_run(is_guided)
-        assert model.model.diffusion_model.tome.is_guided == is_guided
+        assert merger.is_guided == is_guided
+    assert merger.n_runs == 2
+    model.end_run()
+    assert not merger.is_guided
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])

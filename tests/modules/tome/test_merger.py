@@ -192,7 +192,7 @@ def test_guidance_merges_queries_alike_in_both_halves() -> None:
 
     def plans(logits: Tensor, is_guided: bool) -> tuple[Tensor, Tensor]:
         tome = merger(ratio=0.5)
-        tome.begin_run(is_guided=is_guided)
+        tome.is_guided = is_guided
         tome.begin_call(SIDE, SIDE, torch.tensor([500]))
         block = tome.block(torch.randn(len(logits), 256, 8), (16, 16), 1)
         found = block.plans(lambda kind: logits)
