@@ -88,7 +88,6 @@ def kept():
 before = kept()
 with reused_memory():
     print(kept() - before)
-    kept_for_later = torch.ones(1000)
 status = Path("/proc/self/status").read_text(encoding="utf-8")
 print(int(re.search(r"RssAnon:\\s*(\\d+) kB", status)[1]) / 1024 - before)
 """
