@@ -80,16 +80,19 @@ import re, torch
 from pathlib import Path
 from ldm.device import reused_memory
 
-def kept():
-    torch.ones(64 * 2**20, dtype=torch.uint8)
+def resident():
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"RssAnon:\\s*(\\d+) kB", status)[1]) / 1024
 
-before = kept()
+def use():
+    torch.ones(64 * 2**20, dtype=torch.uint8)
+
+use()
+before = resident()
 with reused_memory():
-    print(kept() - before)
-status = Path("/proc/self/status").read_text(encoding="utf-8")
-print(int(re.search(r"RssAnon:\\s*(\\d+) kB", status)[1]) / 1024 - before)
+    use()
+    print(resident() - before)
+print(resident() - before)
 """
 
 

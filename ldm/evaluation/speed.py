@@ -197,16 +197,19 @@ def compare(found: Sequence[Contender], unet: UNetModel, rounds: int) -> Iterato
     with reused_memory():
         for round_ in range(-N_EXTRA_ROUNDS, rounds):
             for contender in found:
-                row = contender.row
-                if not row.error:
-                    with _failures_noted(row):
-                        if round_ == -2:
-                            _warm_up(contender, device)
-                        elif round_ == -1:
-                            _break_down(contender, unet, device)
-                        else:
-                            _measure(contender, device)
-                yield row.name
+                if not contender.row.error:
+                    _visit(contender, round_, unet, device)
+                yield contender.row.name
+
+
+def _visit(contender: Contender, round_: int, unet: UNetModel, device: torch.device) -> None:
+    with _failures_noted(contender.row):
+        if round_ == -2:
+            _warm_up(contender, device)
+        elif round_ == -1:
+            _break_down(contender, unet, device)
+        else:
+            _measure(contender, device)
 
 
 def _warm_up(contender: Contender, device: torch.device) -> None:

@@ -24,6 +24,7 @@ from ldm.models.diffusion.schedule import (
 )
 from ldm.modules.attention import remember_context
 from ldm.modules.ema import LitEma
+from ldm.modules.tome.merger import TokenMerger
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -355,18 +356,21 @@ class LatentDiffusion(pl.LightningModule):
         Args:
             is_guided: batches have two halves, for classifier-free guidance.
         """
-        tome = getattr(self.model.diffusion_model, "tome", None)
-        if tome is not None:
-            tome.begin_run()
-            tome.is_guided = is_guided
+        if self._tome is not None:
+            self._tome.begin_run()
+            self._tome.is_guided = is_guided
         remember_context(self.model)
 
     def end_run(self) -> None:
         """End a sampling run; what attention remembers of its prompts is forgotten."""
-        tome = getattr(self.model.diffusion_model, "tome", None)
-        if tome is not None:
-            tome.is_guided = False
+        if self._tome is not None:
+            self._tome.is_guided = False
         remember_context(self.model, False)
+
+    @property
+    def _tome(self) -> TokenMerger | None:
+        """Token merging in the network, if it has that."""
+        return getattr(self.model.diffusion_model, "tome", None)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's output for noisy latents (B, C, h, w) at steps (B,).
