@@ -72,17 +72,30 @@ def reused_memory() -> Iterator[None]:
     glibc asks the system for each large block anew, and a step of a U-Net touches all of its
     blocks for the first time again. At the end everything is given back.
     """
-    if not _has_glibc():
-        yield
-        return
-    tune = ctypes.CDLL(None).mallopt
-    tune(_MMAP_MAX, 0)
-    tune(_TRIM_THRESHOLD, 2**31 - 1)
+    _keep_memory(True)
     try:
         yield
     finally:
-        tune(_MMAP_MAX, 65536)  # glibc's own values
-        tune(_TRIM_THRESHOLD, 128 * 1024)
+        _keep_memory(False)
+
+
+@contextmanager
+def returned_memory() -> Iterator[None]:
+    """Undo `reused_memory` within its context for a while: allocate as the C library does."""
+    _keep_memory(False)
+    try:
+        yield
+    finally:
+        _keep_memory(True)
+
+
+def _keep_memory(keeps: bool) -> None:
+    if not _has_glibc():
+        return
+    tune = ctypes.CDLL(None).mallopt
+    tune(_MMAP_MAX, 0 if keeps else 65536)  # the latter of each are glibc's own values
+    tune(_TRIM_THRESHOLD, 2**31 - 1 if keeps else 128 * 1024)
+    if not keeps:
         release_memory()
 
 

@@ -55,7 +55,7 @@ examples:
   every setting at one size, in two precisions:
     python scripts/benchmark.py --models sd1.5 --sizes 1024 --dtypes float32,bfloat16
   against upstream's own way to compute, einsum attention in float32:
-    python scripts/benchmark.py --models sd1.5 --sizes 512 --attention sdpa,einsum --dtypes float32
+    python scripts/benchmark.py --models sd1.5 --sizes 512 --presets fast --upstream
 
 The oracle of a setting is the same U-Net on as many tokens, with matching, merging and unmerging
 left out: what a perfect implementation would reach. With `pip install -e ".[bench]"` diffusers
@@ -99,6 +99,12 @@ def build_parser() -> Parser:
     add("--device", default="auto", help="auto (default), cpu, mps, cuda or cuda:1")
     add("--no-oracles", action="store_true", help="leave the oracles out")
     add("--no-peers", action="store_true", help="leave diffusers and tomesd out")
+    add(
+        "--upstream",
+        action="store_true",
+        help="compare with upstream's own way to compute: einsum attention in float32, nothing "
+        "tuned; its weights then count in the memory of every row",
+    )
     add("--outdir", default="outputs/benchmark", metavar="DIR", help="default: %(default)s")
     return parser
 
@@ -144,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rounds=args.rounds,
         has_oracles=not args.no_oracles,
         has_peers=not args.no_peers,
+        has_upstream=args.upstream,
     )
     command = shlex.join(
         ["python", "scripts/benchmark.py", *(sys.argv[1:] if argv is None else argv)]

@@ -16,7 +16,15 @@ from tqdm import tqdm
 from ldm.config import model_defaults
 from ldm.errors import InputError
 from ldm.evaluation.peers import PACKAGES, TOMESD_MAX_RATIO, diffusers_unet, installed
-from ldm.evaluation.speed import N_EXTRA_ROUNDS, Case, Row, build_unet, compare, contenders
+from ldm.evaluation.speed import (
+    N_EXTRA_ROUNDS,
+    Case,
+    Row,
+    build_unet,
+    compare,
+    contenders,
+    upstream_unet,
+)
 from ldm.evaluation.speed_report import (
     against_upstream,
     can_plot,
@@ -48,6 +56,7 @@ class Scope:
         rounds: measurements of each.
         has_oracles: measure the settings' oracles.
         has_peers: measure diffusers and tomesd where they are installed.
+        has_upstream: measure upstream's own way to compute.
     """
 
     models: Mapping[str, dict[str, Any]]
@@ -59,6 +68,7 @@ class Scope:
     rounds: int
     has_oracles: bool = True
     has_peers: bool = True
+    has_upstream: bool = False
 
     @property
     def groups(self) -> list[tuple[str, int, int]]:
@@ -67,7 +77,7 @@ class Scope:
 
     def n_visits(self, peers: Sequence[str]) -> int:
         """How often `compare` comes by, with those packages among the peers."""
-        n_ours = 1 + len(self.settings) * (2 if self.has_oracles else 1)
+        n_ours = 1 + len(self.settings) * (2 if self.has_oracles else 1) + self.has_upstream
         n_peers = 0
         if "diffusers" in peers:
             n_peers = 1 + len(self.tomesd_ratios) * ("tomesd" in peers)
@@ -108,6 +118,7 @@ def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> N
             f = model_defaults(config)["f"]
             unet = build_unet(config, getattr(torch, dtype), device)
             peer = _peer(config, unet) if "diffusers" in peers else None
+            upstream = upstream_unet(config, device) if scope.has_upstream else None
             for backend, size, batch in scope.groups:
                 case = Case(name, size, batch, dtype, backend)
                 found = contenders(
@@ -118,6 +129,7 @@ def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> N
                     peer if backend == "sdpa" else None,
                     scope.tomesd_ratios if "tomesd" in peers else (),
                     scope.has_oracles,
+                    upstream,
                 )
                 rows += [contender.row for contender in found]
                 bar.set_description(title(case))
@@ -127,7 +139,7 @@ def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> N
                     write_json(path, about, rows)
                 shown = table([row for row in rows if row.case == case])
                 bar.write(f"\n{title(case)}\n\n{shown}\n")
-            del unet, peer, found  # one model in memory at a time
+            del unet, peer, upstream, found  # one model in memory at a time
     for line in against_upstream(rows):
         print(line)
     print(f"Results are in {path}")

@@ -19,7 +19,7 @@ from ldm.device import memory_format, reused_memory
 from ldm.evaluation.breakdown import PARTS, breakdown, synchronize
 from ldm.evaluation.memory import peak_memory
 from ldm.evaluation.oracle import oracle
-from ldm.evaluation.peers import diffusers_step
+from ldm.evaluation.peers import diffusers_step, upstream_step
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome.config import ToMeConfig
@@ -29,6 +29,7 @@ N_TIMESTEPS = 1000
 CONTEXT_LENGTH = 77  # tokens of a prompt
 MIN_SECONDS = 0.3  # a shorter step is measured several times in a row
 MAX_REPEATS = 20
+UPSTREAM = "upstream's way"  # the name of its row
 N_EXTRA_ROUNDS = 2  # before those that count: one to warm up, one for the breakdown
 
 Step = Callable[[Tensor], Any]  # one call of a U-Net, given the timesteps (B,)
@@ -126,6 +127,13 @@ def build_unet(
     return unet.to(memory_format=memory_format(dtype, device))
 
 
+def upstream_unet(config: Mapping[str, Any], device: torch.device) -> UNetModel:
+    """The U-Net of a model's configuration, with random weights, as upstream would have it."""
+    unet = build_unet(config, torch.float32, device).to(memory_format=torch.contiguous_format)
+    set_attention_backend(unet, "einsum")
+    return unet
+
+
 def contenders(
     case: Case,
     unet: UNetModel,
@@ -134,6 +142,7 @@ def contenders(
     peer: Any = None,
     tomesd_ratios: Sequence[float] = (),
     has_oracles: bool = True,
+    upstream: UNetModel | None = None,
 ) -> list[Contender]:
     """Everything to be compared in one case; no merging comes first.
 
@@ -145,6 +154,7 @@ def contenders(
         peer: a diffusers model to compare with.
         tomesd_ratios: run tomesd in it at these ratios, too.
         has_oracles: add the oracle of each of our settings.
+        upstream: an `upstream_unet` to compare with.
     """
     set_attention_backend(unet, case.attention)
     weight = next(unet.parameters())
@@ -177,6 +187,13 @@ def contenders(
 
             row = Row(case, name, "peer", {"ratio": ratio})
             found.append(Contender(row, apply, _timesteps(ToMeConfig(), x)))
+    if upstream is not None:
+
+        def as_upstream() -> AbstractContextManager[Step]:
+            return _upstreams_way(upstream, unet, x, context)
+
+        row = Row(case, UPSTREAM, "peer")
+        found.append(Contender(row, as_upstream, _timesteps(ToMeConfig(), x)))
     return found
 
 
@@ -247,6 +264,16 @@ def _merging(
             yield lambda timesteps: unet(x, timesteps, context)
     finally:
         unet.tome.configure(ToMeConfig())
+
+
+@contextmanager
+def _upstreams_way(
+    upstream: UNetModel, unet: UNetModel, x: Tensor, context: Tensor
+) -> Iterator[Step]:
+    """A step of upstream's; then one of ours, so that the next setting finds memory as ever."""
+    with upstream_step(upstream, x, context) as step:
+        yield step
+    unet(x, _timesteps(ToMeConfig(), x)[0], context)
 
 
 def _timesteps(config: ToMeConfig, x: Tensor) -> list[Tensor]:

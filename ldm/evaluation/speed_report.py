@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ldm.evaluation.breakdown import PARTS
-from ldm.evaluation.speed import Case, Row
+from ldm.evaluation.speed import UPSTREAM, Case, Row
 
 PACKAGES = ("torch", "numpy", "einops", "diffusers", "tomesd")
 COLUMNS = ("setting", "ms/step", "speed-up", "range", "of oracle", "peak MiB", *PARTS)
@@ -106,28 +106,19 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def against_upstream(rows: Sequence[Row]) -> list[str]:
-    """How our fastest setting compares with upstream's own way to compute, where both are there.
-
-    That way is einsum attention in float32 without merging.
-    """
+    """How our fastest setting compares with upstream's own way to compute, in each case with it."""
     lines = []
-    for old in rows:
-        where = (old.case.model, old.case.size, old.case.batch)
-        if (old.kind, old.case.attention, old.case.dtype) != ("off", "einsum", "float32"):
-            continue
-        ours = [
-            row
-            for row in rows
-            if row.kind == "ours"
-            and row.case.attention == "sdpa"
-            and where == (row.case.model, row.case.size, row.case.batch)
-            and row.ms
-        ]
-        if ours and old.ms:
+    for case in dict.fromkeys(row.case for row in rows):
+        here = [row for row in rows if row.case == case and row.ms]
+        old = next((row for row in here if row.name == UPSTREAM), None)
+        ours = [row for row in here if row.kind == "ours"]
+        if old and ours:
             best = min(ours, key=lambda row: median(row.ms))
+            ratios = [before / after for before, after in zip(old.ms, best.ms, strict=False)]
             lines.append(
-                f"{title(best.case)}: {best.name} is {median(old.ms) / median(best.ms):.2f} times "
-                "as fast as einsum attention in float32 without merging"
+                f"{title(case)}: {best.name} is {median(old.ms) / median(best.ms):.2f} times "
+                f"({min(ratios):.2f} to {max(ratios):.2f}) as fast as upstream's way: einsum "
+                "attention in float32 without merging"
             )
     return lines
 

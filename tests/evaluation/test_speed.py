@@ -14,7 +14,15 @@ from ldm.evaluation.breakdown import breakdown
 from ldm.evaluation.memory import peak_memory
 from ldm.evaluation.oracle import FreePlan, oracle
 from ldm.evaluation.peers import diffusers_config, diffusers_step, diffusers_unet
-from ldm.evaluation.speed import Case, Contender, Row, build_unet, compare, contenders
+from ldm.evaluation.speed import (
+    Case,
+    Contender,
+    Row,
+    build_unet,
+    compare,
+    contenders,
+    upstream_unet,
+)
 from ldm.evaluation.speed_report import against_upstream, figures, table, write_json
 from ldm.modules.attention import CrossAttention
 from ldm.modules.tome.config import ToMeConfig
@@ -284,6 +292,20 @@ def test_attention_is_computed_as_the_case_says(unet):
     assert {m.backend for m in unet.modules() if isinstance(m, CrossAttention)} == {"einsum"}
 
 
+@pytest.mark.usefixtures("_one_call_a_round")
+def test_upstreams_way():
+    unet = build_unet(tiny_config(), torch.bfloat16, CPU)
+    upstream = upstream_unet(tiny_config(), CPU)
+    found = contenders(Case("tiny", 16, 2, "bfloat16", "sdpa"), unet, 8, {}, upstream=upstream)
+    with found[-1].apply() as step, torch.inference_mode():
+        assert step(torch.full((2,), 500.0)).dtype == torch.float32
+    assert {m.backend for m in upstream.modules() if isinstance(m, CrossAttention)} == {"einsum"}
+    assert all(p.is_contiguous() for p in upstream.parameters())
+    list(compare(found, unet, rounds=1))
+    assert [(c.row.name, c.row.error) for c in found] == [("off", ""), ("upstream's way", "")]
+    assert found[-1].row.ms[0] > 0
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells")
 def test_peak_memory_sees_what_is_freed_again():
     with peak_memory(CPU) as idle:
@@ -333,21 +355,17 @@ def test_table():
 
 
 def test_our_fastest_against_upstreams_way():
-    def row(name, kind, ms, dtype="float32", attention="sdpa", size=16):
-        return Row(Case("tiny", size, 2, dtype, attention), name, kind, ms=[ms])
-
     found = [
-        row("off", "off", 1000, attention="einsum"),
-        row("off", "off", 900, attention="einsum", dtype="bfloat16"),
-        row("fast", "ours", 700, attention="einsum"),
-        row("fast", "ours", 500),
-        row("fast", "ours", 250, dtype="bfloat16"),
-        row("fast", "oracle", 100, dtype="bfloat16"),
-        row("fast", "ours", 50, size=8),
+        *rows(),
+        Row(CASE, "slow", "ours", ms=[60, 60, 60]),
+        Row(CASE, "upstream's way", "peer", ms=[200, 240, 200]),
+        Row(Case("tiny", 64, 2, "float32", "sdpa"), "upstream's way", "peer", ms=[5]),
     ]
     (line,) = against_upstream(found)
-    assert line.startswith("tiny, 16x16, batch 2, bfloat16, sdpa: fast is 4.00 times as fast")
-    assert against_upstream(found[1:]) == []
+    assert line.startswith(
+        "tiny, 16x16, batch 2, float32, sdpa: fast is 4.00 times (2.00 to 6.00) as fast"
+    )
+    assert against_upstream(rows()) == []
 
 
 def test_results_are_written_whole(tmp_path):
