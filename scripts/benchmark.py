@@ -98,6 +98,7 @@ def build_parser() -> Parser:
     add("--rounds", type=int, metavar="N", help="measurements of each (default: 5)")
     add("--device", default="auto", help="auto (default), cpu, mps, cuda or cuda:1")
     add("--no-oracles", action="store_true", help="leave the oracles out")
+    add("--compile", action="store_true", help="measure everything with compiled blocks, too")
     add("--no-peers", action="store_true", help="leave diffusers and tomesd out")
     add(
         "--upstream",
@@ -149,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings=settings,
         rounds=args.rounds,
         has_oracles=not args.no_oracles,
+        has_compiled=args.compile,
         has_peers=not args.no_peers,
         has_upstream=args.upstream,
     )

@@ -16,15 +16,7 @@ from tqdm import tqdm
 from ldm.config import model_defaults
 from ldm.errors import InputError
 from ldm.evaluation.peers import PACKAGES, TOMESD_MAX_RATIO, diffusers_unet, installed
-from ldm.evaluation.speed import (
-    N_EXTRA_ROUNDS,
-    Case,
-    Row,
-    build_unet,
-    compare,
-    contenders,
-    upstream_unet,
-)
+from ldm.evaluation.speed import N_EXTRA_ROUNDS, Case, Row, compare, contenders
 from ldm.evaluation.speed_report import (
     against_upstream,
     can_plot,
@@ -35,6 +27,7 @@ from ldm.evaluation.speed_report import (
     write_json,
     write_plot,
 )
+from ldm.evaluation.unets import UNets, build_unet, compiled_unet, upstream_unet
 from ldm.modules.tome.config import ToMeConfig
 
 BUSY = 0.5  # load of a core, from which on other programs disturb the timings
@@ -55,6 +48,7 @@ class Scope:
         settings: of merging, by name.
         rounds: measurements of each.
         has_oracles: measure the settings' oracles.
+        has_compiled: measure everything with compiled blocks, too.
         has_peers: measure diffusers and tomesd where they are installed.
         has_upstream: measure upstream's own way to compute.
     """
@@ -67,6 +61,7 @@ class Scope:
     settings: Mapping[str, ToMeConfig]
     rounds: int
     has_oracles: bool = True
+    has_compiled: bool = False
     has_peers: bool = True
     has_upstream: bool = False
 
@@ -78,6 +73,7 @@ class Scope:
     def n_visits(self, peers: Sequence[str]) -> int:
         """How often `compare` comes by, with those packages among the peers."""
         n_ours = 1 + len(self.settings) * (2 if self.has_oracles else 1) + self.has_upstream
+        n_ours += self.has_compiled * (1 + len(self.settings))
         n_peers = 0
         if "diffusers" in peers:
             n_peers = 1 + len(self.tomesd_ratios) * ("tomesd" in peers)
@@ -117,19 +113,21 @@ def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> N
             bar.set_description(f"building {name}")
             f = model_defaults(config)["f"]
             unet = build_unet(config, getattr(torch, dtype), device)
-            peer = _peer(config, unet) if "diffusers" in peers else None
-            upstream = upstream_unet(config, device) if scope.has_upstream else None
+            unets = UNets(
+                unet,
+                compiled=compiled_unet(config, unet) if scope.has_compiled else None,
+                diffusers=_peer(config, unet) if "diffusers" in peers else None,
+                upstream=upstream_unet(config, device) if scope.has_upstream else None,
+            )
             for backend, size, batch in scope.groups:
                 case = Case(name, size, batch, dtype, backend)
                 found = contenders(
                     case,
-                    unet,
+                    unets,
                     size // f,
                     scope.settings,
-                    peer if backend == "sdpa" else None,
                     scope.tomesd_ratios if "tomesd" in peers else (),
                     scope.has_oracles,
-                    upstream,
                 )
                 rows += [contender.row for contender in found]
                 bar.set_description(title(case))
@@ -139,7 +137,7 @@ def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> N
                     write_json(path, about, rows)
                 shown = table([row for row in rows if row.case == case])
                 bar.write(f"\n{title(case)}\n\n{shown}\n")
-            del unet, peer, upstream, found  # one model in memory at a time
+            del unet, unets, found  # one model in memory at a time
     for line in against_upstream(rows):
         print(line)
     print(f"Results are in {path}")

@@ -1,7 +1,4 @@
-"""How long one step of a U-Net takes under each setting, measured side by side.
-
-Weights are random: time and memory do not depend on their values.
-"""
+"""How long one step of a U-Net takes under each setting, measured side by side."""
 
 from __future__ import annotations
 
@@ -9,21 +6,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.device import memory_format, reused_memory
+from ldm.device import reused_memory
 from ldm.evaluation.breakdown import PARTS, breakdown, synchronize
 from ldm.evaluation.memory import peak_memory
 from ldm.evaluation.oracle import oracle
 from ldm.evaluation.peers import diffusers_step, upstream_step
+from ldm.evaluation.unets import UNets
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome.config import ToMeConfig
-from ldm.util import get_obj_from_str
 
 N_TIMESTEPS = 1000
 CONTEXT_LENGTH = 77  # tokens of a prompt
@@ -61,7 +59,7 @@ class Row:
     Attributes:
         case: where.
         name: of the setting.
-        kind: off (no merging), ours, oracle (of the row of ours with that name) or peer.
+        kind: off (no merging), ours, oracle or compiled (both of the row with that name), or peer.
         config: what was merged.
         ms: milliseconds of a step, one entry for each round.
         peak_mib: peak memory of a step; None where the system does not tell.
@@ -108,92 +106,55 @@ class Contender:
         return (perf_counter() - start) / (self.repeats * len(self.timesteps))
 
 
-@torch.no_grad()
-def build_unet(
-    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> UNetModel:
-    """The U-Net of a model's configuration, with random weights, as the pipeline would have it."""
-    unet_config = config["model"]["params"]["unet_config"]
-    params = {**unet_config["params"], "tome_config": None}
-    with torch.device("meta"):
-        unet = get_obj_from_str(unet_config["target"])(**params).to(dtype)
-    unet = unet.to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in unet.named_parameters():
-        if parameter.ndim > 1:  # such that activations keep their size
-            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-    return unet.to(memory_format=memory_format(dtype, device))
-
-
-def upstream_unet(config: Mapping[str, Any], device: torch.device) -> UNetModel:
-    """The U-Net of a model's configuration, with random weights, as upstream would have it."""
-    unet = build_unet(config, torch.float32, device).to(memory_format=torch.contiguous_format)
-    set_attention_backend(unet, "einsum")
-    return unet
-
-
 def contenders(
     case: Case,
-    unet: UNetModel,
+    unets: UNets,
     latent_size: int,
     settings: Mapping[str, ToMeConfig],
-    peer: Any = None,
     tomesd_ratios: Sequence[float] = (),
     has_oracles: bool = True,
-    upstream: UNetModel | None = None,
 ) -> list[Contender]:
     """Everything to be compared in one case; no merging comes first.
 
     Args:
         case: which.
-        unet: built for it.
+        unets: built for it.
         latent_size: h and w.
         settings: ours, by name.
-        peer: a diffusers model to compare with.
-        tomesd_ratios: run tomesd in it at these ratios, too.
+        tomesd_ratios: run tomesd in diffusers' U-Net at these ratios, too.
         has_oracles: add the oracle of each of our settings.
-        upstream: an `upstream_unet` to compare with.
     """
-    set_attention_backend(unet, case.attention)
-    weight = next(unet.parameters())
+    weight = next(unets.ours.parameters())
     generator = torch.Generator(weight.device).manual_seed(1)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
 
-    x = noise(case.batch, unet.in_channels, latent_size, latent_size)
-    context = noise(case.batch, CONTEXT_LENGTH, _context_channels(unet))
+    x = noise(case.batch, unets.ours.in_channels, latent_size, latent_size)
+    context = noise(case.batch, CONTEXT_LENGTH, _context_channels(unets.ours))
+    once = _timesteps(ToMeConfig(), x)
 
-    def ours(name: str, kind: str, config: ToMeConfig) -> Contender:
-        def apply() -> AbstractContextManager[Step]:
-            return _merging(unet, x, context, config, kind == "oracle")
+    def ours(name: str, kind: str, config: ToMeConfig, unet: UNetModel = unets.ours) -> Contender:
+        set_attention_backend(unet, case.attention)
+        apply = partial(_merging, unet, x, context, config, kind == "oracle")
+        return Contender(Row(case, name, kind, asdict(config)), apply, _timesteps(config, x))
 
-        row = Row(case, name, kind, asdict(config))
-        return Contender(row, apply, _timesteps(config, x))
-
-    found = [ours("off", "off", ToMeConfig())]
-    for name, config in settings.items():
-        found.append(ours(name, "ours", config))
-        if has_oracles:
+    found = []
+    for name, config in {"off": ToMeConfig(), **settings}.items():
+        found.append(ours(name, "off" if config.is_off else "ours", config))
+        if has_oracles and not config.is_off:
             found.append(ours(name, "oracle", config))
-    if peer is not None:
+        if unets.compiled is not None:
+            found.append(ours(name, "compiled", config, unets.compiled))
+    if unets.diffusers is not None and case.attention == "sdpa":
         for ratio in (0.0, *tomesd_ratios):
-            name = f"diffusers, tomesd {ratio:g}" if ratio else "diffusers"
-
-            def apply(ratio: float = ratio) -> AbstractContextManager[Step]:
-                return diffusers_step(peer, x, context, ratio)
-
-            row = Row(case, name, "peer", {"ratio": ratio})
-            found.append(Contender(row, apply, _timesteps(ToMeConfig(), x)))
-    if upstream is not None:
-
-        def as_upstream() -> AbstractContextManager[Step]:
-            return _upstreams_way(upstream, unet, x, context)
-
-        row = Row(case, UPSTREAM, "peer")
-        found.append(Contender(row, as_upstream, _timesteps(ToMeConfig(), x)))
+            row = Row(case, f"diffusers, tomesd {ratio:g}" if ratio else "diffusers", "peer")
+            row.config["ratio"] = ratio
+            apply = partial(diffusers_step, unets.diffusers, x, context, ratio)
+            found.append(Contender(row, apply, once))
+    if unets.upstream is not None:
+        apply = partial(_upstreams_way, unets.upstream, unets.ours, x, context)
+        found.append(Contender(Row(case, UPSTREAM, "peer"), apply, once))
     return found
 
 
@@ -231,6 +192,8 @@ def _visit(contender: Contender, round_: int, unet: UNetModel, device: torch.dev
 
 def _warm_up(contender: Contender, device: torch.device) -> None:
     with contender.apply() as step:
+        if contender.row.kind == "compiled":
+            step(contender.timesteps[0])  # compiles
         with peak_memory(device) as peak:
             seconds = contender.seconds(step, device)
         contender.row.peak_mib = peak.mib

@@ -21,7 +21,7 @@ from ldm.evaluation.speed import UPSTREAM, Case, Row
 
 PACKAGES = ("torch", "numpy", "einops", "diffusers", "tomesd")
 COLUMNS = ("setting", "ms/step", "speed-up", "range", "of oracle", "peak MiB", *PARTS)
-_COLOURS = {"off": "0.4", "ours": "tab:blue", "peer": "0.7"}
+_COLOURS = {"off": "0.4", "ours": "tab:blue", "compiled": "tab:cyan", "peer": "0.7"}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def table(rows: Sequence[Row]) -> str:
     """A Markdown table of the rows of one case."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
     for entry in figures(rows):
-        name = f"{entry['name']}, oracle" if entry["kind"] == "oracle" else entry["name"]
+        name = _label(entry)
         if entry["error"]:
             lines.append(f"| {name} | {entry['error']} |{' |' * (len(COLUMNS) - 2)}")
             continue
@@ -165,10 +165,12 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
         places = range(len(bars))
         axis.barh(places, [e["speedup"] for e in bars], color=[_COLOURS[e["kind"]] for e in bars])
         marks = [
-            (i, limits[e["name"]]) for i, e in zip(places, bars, strict=True) if e["name"] in limits
+            (i, limits[e["name"]])
+            for i, e in zip(places, bars, strict=True)
+            if e["kind"] == "ours" and e["name"] in limits
         ]
         axis.plot([m[1] for m in marks], [m[0] for m in marks], "k|", markersize=12)
-        axis.set_yticks(places, [e["name"] for e in bars])
+        axis.set_yticks(places, [_label(e) for e in bars])
         axis.invert_yaxis()
         axis.axvline(1, color="k", linewidth=0.5)
         axis.set_title(title(case), fontsize="medium")
@@ -184,6 +186,12 @@ def _processor() -> str:
         return platform.processor()
     match = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
     return match[1] if match else platform.processor()
+
+
+def _label(entry: Mapping[str, Any]) -> str:
+    """What a setting is called in the table and the plot."""
+    derived = entry["kind"] in ("oracle", "compiled")
+    return f"{entry['name']}, {entry['kind']}" if derived else entry["name"]
 
 
 def _median(values: Sequence[float]) -> float | None:

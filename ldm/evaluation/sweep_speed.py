@@ -12,9 +12,10 @@ from tqdm import tqdm
 from ldm.config import model_defaults
 from ldm.evaluation.files import write_text
 from ldm.evaluation.plan import Setting
-from ldm.evaluation.speed import N_EXTRA_ROUNDS, Case, build_unet, compare, contenders
+from ldm.evaluation.speed import N_EXTRA_ROUNDS, Case, compare, contenders
 from ldm.evaluation.speed_report import figures, machine
 from ldm.evaluation.store import Store
+from ldm.evaluation.unets import UNets, build_unet
 
 BATCH = 2  # the two halves of guidance for one picture
 
@@ -87,7 +88,7 @@ def _case(
     case = Case(name, size, BATCH, dtype, "sdpa")
     f = model_defaults(dict(config))["f"]
     configs = {setting.name: setting.config for setting in settings}
-    found = contenders(case, unet, size // f, configs, has_oracles=False)
+    found = contenders(case, UNets(unet), size // f, configs, has_oracles=False)
     total = len(found) * (rounds + N_EXTRA_ROUNDS)
     with tqdm(total=total, desc=f"speed of {name}, {size}x{size}", unit="visit") as bar:
         for _ in compare(found, unet, rounds):

@@ -165,6 +165,18 @@ def set_attention_backend(model: nn.Module, name: str) -> None:
             module.backend = name
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Let PyTorch compile every transformer block of a model, when it is first called.
+
+    For each size and each configuration of merging that is met, blocks are compiled anew, some 10
+    to 20 seconds for each of their shapes.
+    """
+    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    for module in model.modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.compile(dynamic=False)  # with sizes unknown, matching takes minutes to compile
+
+
 class BasicTransformerBlock(nn.Module):
     """Self-attention, attention to the context, and feed-forward, each added to its input."""
 

@@ -14,16 +14,9 @@ from ldm.evaluation.breakdown import breakdown
 from ldm.evaluation.memory import peak_memory
 from ldm.evaluation.oracle import FreePlan, oracle
 from ldm.evaluation.peers import diffusers_config, diffusers_step, diffusers_unet
-from ldm.evaluation.speed import (
-    Case,
-    Contender,
-    Row,
-    build_unet,
-    compare,
-    contenders,
-    upstream_unet,
-)
+from ldm.evaluation.speed import Case, Contender, Row, compare, contenders
 from ldm.evaluation.speed_report import against_upstream, figures, table, write_json
+from ldm.evaluation.unets import UNets, build_unet, compiled_unet, upstream_unet
 from ldm.modules.attention import CrossAttention
 from ldm.modules.tome.config import ToMeConfig
 from tests.tiny_models import tiny_config
@@ -260,14 +253,15 @@ def test_short_steps_are_repeated(unet):
     ],
 )
 def test_a_round_stands_for_a_whole_run(unet, settings, timesteps):
-    found = contenders(CASE, unet, 8, {"it": ToMeConfig.from_mapping(settings)}, has_oracles=False)
+    configs = {"it": ToMeConfig.from_mapping(settings)}
+    found = contenders(CASE, UNets(unet), 8, configs, has_oracles=False)
     assert [t.tolist() for t in found[1].timesteps] == [pytest.approx([t] * 2) for t in timesteps]
 
 
 @pytest.mark.usefixtures("_one_call_a_round")
 def test_a_case_is_measured(unet):
     settings = {name: from_preset(name) for name in ("fast", "tomesd")}
-    found = contenders(CASE, unet, 8, settings)
+    found = contenders(CASE, UNets(unet), 8, settings)
     names = [(c.row.name, c.row.kind) for c in found]
     assert names == [
         ("off", "off"),
@@ -288,7 +282,7 @@ def test_a_case_is_measured(unet):
 @pytest.mark.usefixtures("_one_call_a_round")
 def test_attention_is_computed_as_the_case_says(unet):
     case = Case("tiny", 16, 2, "float32", "einsum")
-    list(compare(contenders(case, unet, 8, {}), unet, rounds=1))
+    list(compare(contenders(case, UNets(unet), 8, {}), unet, rounds=1))
     assert {m.backend for m in unet.modules() if isinstance(m, CrossAttention)} == {"einsum"}
 
 
@@ -296,7 +290,8 @@ def test_attention_is_computed_as_the_case_says(unet):
 def test_upstreams_way():
     unet = build_unet(tiny_config(), torch.bfloat16, CPU)
     upstream = upstream_unet(tiny_config(), CPU)
-    found = contenders(Case("tiny", 16, 2, "bfloat16", "sdpa"), unet, 8, {}, upstream=upstream)
+    case = Case("tiny", 16, 2, "bfloat16", "sdpa")
+    found = contenders(case, UNets(unet, upstream=upstream), 8, {})
     with found[-1].apply() as step, torch.inference_mode():
         assert step(torch.full((2,), 500.0)).dtype == torch.float32
     assert {m.backend for m in upstream.modules() if isinstance(m, CrossAttention)} == {"einsum"}
@@ -304,6 +299,31 @@ def test_upstreams_way():
     list(compare(found, unet, rounds=1))
     assert [(c.row.name, c.row.error) for c in found] == [("off", ""), ("upstream's way", "")]
     assert found[-1].row.ms[0] > 0
+
+
+@pytest.mark.usefixtures("_one_call_a_round")
+def test_compiled_blocks(unet, monkeypatch):
+    compile_ = torch.nn.Module.compile
+
+    def without_a_compiler(module, **options):
+        compile_(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_a_compiler)
+    compiled = compiled_unet(tiny_config(), unet)
+    pairs = zip(unet.parameters(), compiled.parameters(), strict=True)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+    found = contenders(CASE, UNets(unet, compiled), 8, {"fast": from_preset("fast")}, (), False)
+    list(compare(found, unet, rounds=1))
+    assert [(c.row.name, c.row.kind) for c in found] == [
+        *(("off", "off"), ("off", "compiled"), ("fast", "ours"), ("fast", "compiled")),
+    ]
+    assert all(c.row.ms and not c.row.error for c in found)
+    with torch.inference_mode():
+        merged = []
+        for contender in found[2:]:
+            with contender.apply() as step:
+                merged.append(step(torch.full((2,), 500.0)))
+    torch.testing.assert_close(*merged)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells")

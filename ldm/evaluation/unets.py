@@ -1,0 +1,73 @@
+"""U-Nets to compare the speed of: of one configuration, with random weights.
+
+Time and memory do not depend on the weights' values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ldm.device import memory_format
+from ldm.modules.attention import compile_blocks, set_attention_backend
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.util import get_obj_from_str
+
+
+@dataclass(frozen=True)
+class UNets:
+    """What is compared; None: not at all.
+
+    Attributes:
+        ours: as the pipeline has it.
+        compiled: the same with compiled blocks, on the very same weights.
+        diffusers: a diffusers model, on the very same weights.
+        upstream: as upstream has it.
+    """
+
+    ours: UNetModel
+    compiled: UNetModel | None = None
+    diffusers: Any = None
+    upstream: UNetModel | None = None
+
+
+@torch.no_grad()
+def build_unet(
+    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> UNetModel:
+    """The U-Net of a model's configuration, with random weights, as the pipeline would have it."""
+    unet = _without_weights(config).to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in unet.named_parameters():
+        if parameter.ndim > 1:  # such that activations keep their size
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    return unet.to(memory_format=memory_format(dtype, device))
+
+
+def upstream_unet(config: Mapping[str, Any], device: torch.device) -> UNetModel:
+    """The U-Net of a model's configuration, with random weights, as upstream would have it."""
+    unet = build_unet(config, torch.float32, device).to(memory_format=torch.contiguous_format)
+    set_attention_backend(unet, "einsum")
+    return unet
+
+
+def compiled_unet(config: Mapping[str, Any], unet: UNetModel) -> UNetModel:
+    """The same U-Net, on the very same weights, with compiled transformer blocks."""
+    twin = _without_weights(config)
+    twin.load_state_dict(unet.state_dict(), assign=True)
+    compile_blocks(twin)
+    return twin
+
+
+def _without_weights(config: Mapping[str, Any]) -> UNetModel:
+    """The U-Net of a model's configuration, to be given weights; it merges nothing."""
+    unet_config = config["model"]["params"]["unet_config"]
+    params = {**unet_config["params"], "tome_config": None}
+    with torch.device("meta"):
+        unet = get_obj_from_str(unet_config["target"])(**params)
+    return unet.eval().requires_grad_(False)
