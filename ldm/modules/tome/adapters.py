@@ -39,7 +39,8 @@ def apply(pipe_or_unet: Any, **settings: Any) -> TokenMerger:
     its backward pass.
 
     Args:
-        pipe_or_unet: of Stable Diffusion 1, 2 or XL.
+        pipe_or_unet: of Stable Diffusion 1, 2 or XL. Only a pipeline tells whether a batch has the
+            two halves of guidance, whose queries are merged alike.
         settings: the keys of ``tome_config``, such as ratio, method and apply_to; the U-Net does
             not know the prompt, so ``context`` can only be full, and there is no ``hires``.
 
@@ -61,7 +62,7 @@ def apply(pipe_or_unet: Any, **settings: Any) -> TokenMerger:
     scheduler = getattr(pipe_or_unet, "scheduler", None)
     n_timesteps = 1000 if scheduler is None else scheduler.config.num_train_timesteps
     merger = TokenMerger(config, n_timesteps)
-    handles = [unet.register_forward_pre_hook(_Calls(merger).begin, with_kwargs=True)]
+    handles = [unet.register_forward_pre_hook(_Calls(merger, pipe_or_unet).begin, with_kwargs=True)]
     for transformer, downsample in transformers:
         blocks = [_Block(block, merger, downsample) for block in transformer.transformer_blocks]
         enter = partial(_enter_transformer, blocks)
@@ -130,10 +131,11 @@ def _refuse_misfits(unet: Any, transformers: list[tuple[Any, int]], config: ToMe
 
 
 class _Calls:
-    """Tells a merger of each call of the U-Net."""
+    """Tells a merger of each call of the U-Net; a pipeline says whether there is guidance."""
 
-    def __init__(self, merger: TokenMerger) -> None:
+    def __init__(self, merger: TokenMerger, pipe_or_unet: Any) -> None:
         self.merger = merger
+        self.pipe = pipe_or_unet
         self.last = float("-inf")
 
     def begin(self, unet: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -144,6 +146,8 @@ class _Calls:
         if now > self.last and not torch.is_grad_enabled():
             self.merger.begin_run()
         self.last = now
+        is_guided = getattr(self.pipe, "do_classifier_free_guidance", False)  # not before a run
+        self.merger.is_guided = bool(is_guided)
         h, w = latents.shape[-2:]
         self.merger.begin_call(h, w, timesteps)
 

@@ -16,6 +16,7 @@ from ldm.diffusers_keys import unet_layers
 from ldm.errors import InputError
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome import adapters
+from ldm.modules.tome.block import BlockMerge
 from ldm.modules.tome.config import ToMeConfig
 from tests.golden_util import fill_parameters
 
@@ -261,8 +262,8 @@ def test_gradient_checkpointing_meets_the_same_plans(settings: dict) -> None:
         torch.testing.assert_close(recomputed, plain)
 
 
-def test_a_whole_pipeline(pairs: Callable[[str], Pair]) -> None:
-    pair = pairs("sd1")
+def whole_pipeline(pair: Pair) -> tuple[Any, dict[str, Any]]:
+    """A pipeline with their U-Net, and arguments for a short run of it."""
     scheduler = diffusers.DDIMScheduler(num_train_timesteps=500, steps_offset=1, clip_sample=False)
     vae = diffusers.AutoencoderKL(block_out_channels=(32,))
     pipe = diffusers.StableDiffusionPipeline(
@@ -278,6 +279,11 @@ def test_a_whole_pipeline(pairs: Callable[[str], Pair]) -> None:
         "num_inference_steps": 3,
         "output_type": "latent",
     }
+    return pipe, arguments
+
+
+def test_a_whole_pipeline(pairs: Callable[[str], Pair]) -> None:
+    pipe, arguments = whole_pipeline(pairs("sd1"))
     plain = pipe(**arguments).images
     merger = adapters.apply(pipe, ratio=0.5, random=True)
     assert merger.n_timesteps == 500
@@ -288,6 +294,32 @@ def test_a_whole_pipeline(pairs: Callable[[str], Pair]) -> None:
     assert torch.equal(merged, again)
     assert torch.equal(pipe(**arguments).images, plain)
     assert report.startswith("ToMe: grid 2x2 ratio=0.5 window=3 on attn: 70 -> 35 tokens")
+
+
+def test_a_pipeline_tells_of_guidance(pairs: Callable[[str], Pair]) -> None:
+    """Then queries are merged alike in both halves; a U-Net alone does not know of halves."""
+    pipe, arguments = whole_pipeline(pairs("sd1"))
+    groups: list[Tensor] = []  # of the queries of each block, (rows, N)
+
+    def observe(_: int, blocks: list[BlockMerge]) -> None:
+        plans = [block.query_plan for block in blocks if block.query_plan is not None]
+        groups.extend(p.groups.view(-1, p.n_tokens) % p.n_kept for p in plans)
+
+    for place, guidance_scale, n_rows, are_alike in (
+        (pipe, 7.5, 2, True),
+        (pipe.unet, 7.5, 2, False),
+        (pipe, 1.0, 1, True),
+    ):
+        groups.clear()
+        merger = adapters.apply(place, ratio=0.5)
+        merger.observer = observe
+        pipe(**arguments, guidance_scale=guidance_scale)
+        merger.report()  # ends the last call
+        assert len(groups) == 3 * 3
+        assert all(len(rows) == n_rows for rows in groups)
+        assert all(torch.equal(rows[0], rows[-1]) for rows in groups) == are_alike
+        assert merger.is_guided == (are_alike and n_rows == 2)
+    adapters.remove(pipe)
 
 
 @pytest.mark.parametrize(
