@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.data.scenes import ATTRIBUTES
+from ldm.errors import InputError
 from ldm.options import Parser, run
 
 EPILOG = """
@@ -19,6 +22,8 @@ examples:
     python scripts/check_demo.py
   a quick look:
     python scripts/check_demo.py --n_prompts 24 --n_controls 8 --steps 15
+  scenes with stars, which are rare:
+    python scripts/check_demo.py --only sky=stars --n_prompts 24 --n_controls 0
 """
 
 
@@ -29,8 +34,12 @@ def build_parser() -> Parser:
     add("--ckpt", metavar="PATH", help="a model trained on the scenes (default: the shipped demo)")
     add("--outdir", default="outputs/check_demo", help="default: %(default)s")
     add("--n_prompts", type=int, default=200, help="held-out prompts (default: %(default)s)")
+    add("--only", metavar="NAME=VALUE", help="scenes with this attribute, such as sky=stars")
     add(
-        "--n_controls", type=int, default=32, help="prompts for the controls (default: %(default)s)"
+        "--n_controls",
+        type=int,
+        default=32,
+        help="prompts for the controls; 0: none (default: %(default)s)",
     )
     add("--steps", type=int, default=25, help="of DDIM (default: %(default)s)")
     add("--scale", type=float, default=4.0, help="of guidance (default: %(default)s)")
@@ -38,9 +47,23 @@ def build_parser() -> Parser:
     return parser
 
 
-def main() -> None:
+def read_attribute(text: str) -> tuple[str, str]:
+    """An attribute of the scenes and one of its values."""
+    name, _, value = text.partition("=")
+    if name not in ATTRIBUTES:
+        raise InputError(f"--only {text}: allowed is NAME=VALUE with {', '.join(ATTRIBUTES)}")
+    if value not in ATTRIBUTES[name]:
+        raise InputError(f"--only {text}: {name} can be {', '.join(ATTRIBUTES[name])}")
+    return name, value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Check, print, write."""
-    args = build_parser().parse_args()
+    args = build_parser().parse_args(argv)
+    for name, least in (("n_prompts", 1), ("n_controls", 0), ("steps", 1)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} {getattr(args, name)}: allowed is at least {least}")
+    only = read_attribute(args.only) if args.only else None
 
     from ldm.checkpoint import load_model
     from ldm.config import shipped
@@ -60,6 +83,7 @@ def main() -> None:
         args.steps,
         args.scale,
         n_controls=args.n_controls,
+        only=only,
         cache_dir=args.cache_dir,
     )
     outdir = Path(args.outdir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,18 @@ BY_SIMILARITY = {
 }
 
 
-def held_out_scenes(n: int) -> list[Scene]:
-    """Scenes whose combinations of attributes training never saw."""
-    return [scene_of(i, PROMPT_SEED, "held_out") for i in range(n)]
+def held_out_scenes(n: int, only: tuple[str, str] | None = None) -> list[Scene]:
+    """Scenes whose combinations of attributes training never saw.
+
+    Args:
+        n: how many.
+        only: an attribute and the value that it has in all of them.
+    """
+    scenes = (scene_of(i, PROMPT_SEED, "held_out") for i in count())
+    if only is not None:
+        name, value = only
+        scenes = (scene for scene in scenes if attributes(scene)[name] == value)
+    return list(islice(scenes, n))
 
 
 def captions_of(scenes: list[Scene]) -> list[str]:
@@ -172,6 +182,7 @@ def check(
     size: int = 32,
     n_controls: int = 32,
     n_training: int = 2000,
+    only: tuple[str, str] | None = None,
     cache_dir: str | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
     """Measure everything that the demo model is accepted by.
@@ -183,22 +194,23 @@ def check(
         steps: of the sampler.
         scale: of guidance.
         size: of the latents, a side.
-        n_controls: prompts for the comparison of controls, each with a seed of its own.
+        n_controls: prompts for the comparison of controls, each with a seed of its own; 0: none.
         n_training: training renders to look for copies among.
+        only: an attribute and the value that it has in all prompts.
         cache_dir: where renders are kept, or None.
 
     Returns: the report, and the pictures of the held-out prompts, (n, 3, H, W).
     """
-    scenes = held_out_scenes(n_prompts)
+    scenes = held_out_scenes(n_prompts, only)
     prompts = captions_of(scenes)
-    report: dict[str, Any] = {"steps": steps, "scale": scale, "n_prompts": n_prompts}
+    report: dict[str, Any] = {"steps": steps, "scale": scale, "n_prompts": n_prompts, "only": only}
     report["classifier"] = classifier_accuracy(classifier, model)
     pictures = draw(model, prompts, list(range(n_prompts)), steps, scale, size, show="prompts")
     report["attributes"] = attribute_accuracy(classifier, pictures, scenes)
 
     seeds = list(range(1000, 1008))
     pairs = []
-    for i in tqdm(range(6), desc="spread"):
+    for i in tqdm(range(min(6, n_prompts)), desc="spread"):
         sampled = draw(model, [prompts[i]] * len(seeds), seeds, steps, scale, size)
         again = [np.random.default_rng((PROMPT_SEED, i, s)) for s in seeds]
         drawn = torch.from_numpy(to_unit(np.stack([render(scenes[i], rng, 128) for rng in again])))
@@ -219,7 +231,8 @@ def check(
         "closest_fresh_render": nearest(fresh, training).min().item(),
         "median_fresh_render": nearest(fresh, training).median().item(),
     }
-    report["attention"] = attention_matters(model, prompts[:n_controls], steps, scale, size)
+    if n_controls:
+        report["attention"] = attention_matters(model, prompts[:n_controls], steps, scale, size)
     return report, pictures
 
 

@@ -1,0 +1,25 @@
+import runpy
+from pathlib import Path
+
+import pytest
+
+from ldm.errors import InputError
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "check_demo.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--n_prompts", "0"], "--n_prompts 0: allowed is at least 1"),
+        (["--n_controls", "-1"], "--n_controls -1: allowed is at least 0"),
+        (["--steps", "0"], "--steps 0: allowed is at least 1"),
+        (["--only", "stars"], "--only stars: allowed is NAME=VALUE with place, time, light_pos"),
+        (["--only", "sky=red"], "--only sky=red: sky can be plain, clouds, stars"),
+    ],
+)
+def test_bad_values(arguments, complaint, monkeypatch):
+    monkeypatch.setattr("ldm.checkpoint.load_model", None)  # nothing heavy comes before
+    with pytest.raises(InputError) as error:
+        runpy.run_path(str(SCRIPT))["main"](arguments)
+    assert complaint in str(error.value)
