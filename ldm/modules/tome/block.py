@@ -172,7 +172,9 @@ class BlockMerge:
         config = self.config
         if self.plan is None:
             with torch.no_grad():
-                if config.metric == "logits":
+                if config.method == "downsample":
+                    self.plan = self._make_plan(metric("hidden"))  # which costs nothing
+                elif config.metric == "logits":
                     self._plan_by_logits(metric)
                 else:
                     self.plan = self._make_plan(metric(config.metric).detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,14 +41,8 @@ def nearest_in_window(
         (B, h * w) positions in ``cells.flatten()``.
     """
     (h, w), (n_rows, n_columns) = size, cells.shape
-    token_y, cell_y, near_y = _tiles(h, n_rows, stride[0], window, metric.device)
-    token_x, cell_x, near_x = _tiles(w, n_columns, stride[1], window, metric.device)
-    # Tile (i, j) has tokens (y, x) and the cells (a, b) within and around it.
-    tokens = (token_y[:, None, :, None] * w + token_x[:, None, :]).flatten(2)
-    around = (cell_y[:, None, :, None] * n_columns + cell_x[:, None, :]).flatten(2)
-    near = near_y[:, None, :, None, :, None] & near_x[:, None, :, None, :]
-    near = near.flatten(4, 5).flatten(2, 3)  # (i, j, a b, y x)
-
+    tiling = _tiling if torch.compiler.is_compiling() else _known_tiling
+    tokens, around, near, sides = tiling(size, (n_rows, n_columns), stride, window, metric.device)
     (n_tiles_y, n_tiles_x, n_around, n_inside), n_channels = near.shape, metric.shape[2]
     best = metric.new_empty((len(metric), *tokens.shape), dtype=torch.long)
     for rows in pieces(len(metric), n_rows * n_columns * n_channels):
@@ -66,9 +61,34 @@ def nearest_in_window(
             found = highest.view_as(index) > -math.inf
             index = torch.where(found, around[i].flatten()[index], -1)
             best[rows, i] = index.view(len(part), -1, *tokens.shape[1:])
-    best = best.unflatten(3, (token_y.shape[1], token_x.shape[1]))  # (b, i, j, y, x)
+    best = best.unflatten(3, sides)  # (b, i, j, y, x)
     best = best.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1)
     return torch.where(best < 0, home, best)
+
+
+def _tiling(
+    size: tuple[int, int],
+    n_cells: tuple[int, int],
+    stride: tuple[int, int],
+    window: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """Cut the picture into tiles (i, j) of tokens (y, x), with cells (a, b) within and around them.
+
+    Returns:
+        The tokens of each tile, (i, j, y x), the cells, (i, j, a b), which of them each token may
+        choose, (i, j, a b, y x), and the numbers of y and x.
+    """
+    token_y, cell_y, near_y = _tiles(size[0], n_cells[0], stride[0], window, device)
+    token_x, cell_x, near_x = _tiles(size[1], n_cells[1], stride[1], window, device)
+    tokens = (token_y[:, None, :, None] * size[1] + token_x[:, None, :]).flatten(2)
+    around = (cell_y[:, None, :, None] * n_cells[1] + cell_x[:, None, :]).flatten(2)
+    near = near_y[:, None, :, None, :, None] & near_x[:, None, :, None, :]
+    near = near.flatten(4, 5).flatten(2, 3)
+    return tokens, around, near, (token_y.shape[1], token_x.shape[1])
+
+
+_known_tiling = lru_cache(maxsize=4)(_tiling)  # blocks of a size follow each other in every step
 
 
 def _tiles(

@@ -304,6 +304,18 @@ def test_window_is_the_best_destination_nearby(
         assert destinations[groups].tolist() == expected
 
 
+def test_training_after_drawing_at_the_same_size() -> None:
+    """Tables of a size are kept, and those made in inference mode must do for gradients."""
+    metric = torch.randn(1, 14 * 18, 4)
+    with torch.inference_mode():
+        drawn = plan_grid(metric, (14, 18), (2, 2), 100, window=3)
+    x = metric.clone().requires_grad_()
+    trained = plan_grid(x, (14, 18), (2, 2), 100, window=3)
+    assert torch.equal(drawn.groups, trained.groups)
+    trained.merge(x).sum().backward()
+    assert x.grad is not None
+
+
 def test_pieces_cover_everything_once() -> None:
     for n, each in ((10, 1), (10, 2**21), (3, 2**30), (1, 0)):
         covered = [i for piece in pieces(n, each) for i in range(piece.start, piece.stop)]
@@ -461,6 +473,17 @@ def test_gradients_flow_through() -> None:
     plan, _ = plan_of({"ratio": 0.5}, torch.randn(2, 16, 4), (4, 4))
     x = torch.randn(2, 16, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: plan.unmerge(plan.merge(x) ** 2), x)
+
+
+def test_downsampling_compares_nothing() -> None:
+    config = ToMeConfig.from_mapping({"method": "downsample", "apply_to": ["kv"]})
+    block = BlockMerge(config, (4, 6), removed=18)
+
+    def metric(kind: str) -> Tensor:
+        assert kind == "hidden"  # there already
+        return torch.randn(1, 24, 4)
+
+    assert block.plans(metric).kv.n_kept == 6
 
 
 def test_similarity_merges_nothing_less_similar() -> None:
