@@ -1,6 +1,4 @@
-"""Other ways to run the same U-Net: diffusers, with its default attention, and tomesd in it; and
-upstream's own.
-"""
+"""Other ways to run the same U-Net: in diffusers, with and without tomesd, and as upstream does."""
 
 from __future__ import annotations
 

@@ -413,6 +413,32 @@ def test_what_was_measured_before_an_interruption_is_there(tmp_path, monkeypatch
     assert len(row["ms"]) == 3
 
 
+@pytest.mark.usefixtures("_one_call_a_round")
+@pytest.mark.parametrize("has_all", [False, True])
+def test_progress_knows_the_number_of_visits(tmp_path, monkeypatch, has_all):
+    visits = []
+
+    def counted(*args):
+        for name in compare(*args):
+            visits.append(name)
+            yield name
+
+    monkeypatch.setattr(benchmark, "compare", counted)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _, **options: None)
+    scope = benchmark.Scope(
+        *({"tiny": tiny_config()}, [16], ["float32"], ["sdpa", "einsum"], [1]),
+        {"fast": from_preset("fast")},
+        rounds=1,
+        has_oracles=has_all,
+        has_compiled=has_all,
+        has_peers=has_all,
+        has_upstream=has_all,
+    )
+    benchmark.measure(scope, CPU, tmp_path, "it")
+    assert len(visits) == scope.n_visits(benchmark.installed() if has_all else [])
+    assert ("upstream's way" in visits) == has_all
+
+
 @pytest.mark.parametrize(
     ("settings", "ratios"),
     [
