@@ -1,4 +1,4 @@
-"""Other ways to run the same U-Net: in diffusers, with and without tomesd, and as upstream does."""
+"""Other ways to run the same U-Net: diffusers, with its default attention, and tomesd in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.device import returned_memory
 from ldm.errors import InputError
 
 PACKAGES = ("diffusers", "tomesd")
@@ -87,20 +86,6 @@ def diffusers_step(
     finally:
         if tomesd_ratio:
             tomesd.remove_patch(peer)
-
-
-@contextmanager
-def upstream_step(unet: nn.Module, x: Tensor, context: Tensor) -> Iterator[Callable[[Tensor], Any]]:
-    """A step as upstream computes it: in float32, and each block of memory new from the system.
-
-    Args:
-        unet: ours, with float32 weights in PyTorch's own layout and einsum attention.
-        x: (B, C, h, w) latents, of any type.
-        context: (B, L, D).
-    """
-    x, context = x.float(), context.float()
-    with returned_memory():
-        yield lambda timesteps: unet(x, timesteps, context)
 
 
 def _kind(name: str, parameter: Tensor) -> tuple[object, ...]:

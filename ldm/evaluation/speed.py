@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.device import reused_memory
+from ldm.device import returned_memory, reused_memory
 from ldm.evaluation.breakdown import PARTS, breakdown, synchronize
 from ldm.evaluation.memory import peak_memory
 from ldm.evaluation.oracle import oracle
-from ldm.evaluation.peers import diffusers_step, upstream_step
+from ldm.evaluation.peers import diffusers_step
 from ldm.evaluation.unets import UNets
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -124,6 +124,9 @@ def contenders(
         tomesd_ratios: run tomesd in diffusers' U-Net at these ratios, too.
         has_oracles: add the oracle of each of our settings.
     """
+    set_attention_backend(unets.ours, case.attention)
+    if unets.compiled is not None:
+        set_attention_backend(unets.compiled, case.attention)
     weight = next(unets.ours.parameters())
     generator = torch.Generator(weight.device).manual_seed(1)
 
@@ -135,7 +138,6 @@ def contenders(
     once = _timesteps(ToMeConfig(), x)
 
     def ours(name: str, kind: str, config: ToMeConfig, unet: UNetModel = unets.ours) -> Contender:
-        set_attention_backend(unet, case.attention)
         apply = partial(_merging, unet, x, context, config, kind == "oracle")
         return Contender(Row(case, name, kind, asdict(config)), apply, _timesteps(config, x))
 
@@ -233,9 +235,13 @@ def _merging(
 def _upstreams_way(
     upstream: UNetModel, unet: UNetModel, x: Tensor, context: Tensor
 ) -> Iterator[Step]:
-    """A step of upstream's; then one of ours, so that the next setting finds memory as ever."""
-    with upstream_step(upstream, x, context) as step:
-        yield step
+    """A step as upstream computes it: in float32, and each block of memory new from the system.
+
+    Then one of ours, so that the next setting finds memory kept as ever.
+    """
+    latents, text = x.float(), context.float()
+    with returned_memory():
+        yield lambda timesteps: upstream(latents, timesteps, text)
     unet(x, _timesteps(ToMeConfig(), x)[0], context)
 
 
