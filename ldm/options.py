@@ -550,6 +550,14 @@ def numbers(text: str, flag: str, step: int = 1) -> list[int]:
     return found
 
 
+def at_least(least: int, args: argparse.Namespace, *names: str) -> None:
+    """Refuse flags below a bound; those that are None were not given."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: allowed is at least {least}")
+
+
 def choices(text: str, flag: str, allowed: Sequence[str]) -> list[str]:
     """The words of a list, all of which have to be among those allowed."""
     found = words(text, flag)

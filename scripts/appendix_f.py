@@ -191,10 +191,7 @@ def check(args: argparse.Namespace) -> None:
     """Check what can be checked without torch."""
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: allowed is 0 or more, so that a run can be resumed")
-    for name in ("n_prompts", "n_seeds", "rounds", "n_reference"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value}: allowed is at least 1")
+    options.at_least(1, args, "n_prompts", "n_seeds", "rounds", "n_reference")
     for flag in ("fid_weights", "fid_reference", "lpips_weights", "clip"):
         value = getattr(args, flag)
         if value is not None and not Path(value).exists():

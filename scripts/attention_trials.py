@@ -31,8 +31,7 @@ def main() -> None:
     add("--strides", default="2,4", metavar="N,...", help="sides of the cells (default: 2,4)")
     options.add_model_flags(parser)
     args = parser.parse_args()
-    if args.n_prompts < 1:
-        raise InputError(f"--n_prompts {args.n_prompts}: allowed is at least 1")
+    options.at_least(1, args, "n_prompts")
     try:
         strides = [int(text) for text in args.strides.split(",")]
     except ValueError:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.config import load_config, load_preset, model_defaults
 from ldm.errors import InputError
 from ldm.modules.tome.config import ToMeConfig, parse_flag
-from ldm.options import DTYPES, Parser, choices, numbers, run, words
+from ldm.options import DTYPES, Parser, at_least, choices, numbers, run, words
 from ldm.settings import SIZE_STEP
 
 MODELS = {
@@ -116,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, value in (QUICK if args.quick else STANDARD).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.rounds < 1:
-        raise InputError(f"--rounds {args.rounds}: allowed is at least 1")
+    at_least(1, args, "rounds")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", args.device):
         raise InputError(f"--device {args.device}: allowed is auto, cpu, mps, cuda or cuda:NUMBER")
     models = dict(map(read_model, words(args.models, "--models")))

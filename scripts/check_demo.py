@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.data.scenes import ATTRIBUTES
 from ldm.errors import InputError
-from ldm.options import Parser, run
+from ldm.options import Parser, at_least, run
 
 EPILOG = """
 examples:
@@ -60,9 +60,8 @@ def read_attribute(text: str) -> tuple[str, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check, print, write."""
     args = build_parser().parse_args(argv)
-    for name, least in (("n_prompts", 1), ("n_controls", 0), ("steps", 1)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} {getattr(args, name)}: allowed is at least {least}")
+    at_least(1, args, "n_prompts", "steps")
+    at_least(0, args, "n_controls")
     only = read_attribute(args.only) if args.only else None
 
     from ldm.checkpoint import load_model

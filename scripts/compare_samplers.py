@@ -13,7 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import options
-from ldm.errors import InputError
 
 SAMPLERS = ("ddim", "plms", "dpm_solver", "euler", "dpmpp_2m")  # those that draw no noise
 EPILOG = """
@@ -43,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--reference", type=int, default=250, metavar="N", help="steps of the picture aimed at")
     options.add_model_flags(parser)
     args = parser.parse_args(argv)
-    for name in ("n_pictures", "n_samples", "reference"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: allowed is at least 1")
+    options.at_least(1, args, "n_pictures", "n_samples", "reference")
     samplers = options.choices(args.samplers, "--samplers", SAMPLERS)
     all_steps = options.numbers(args.steps, "--steps")
     arguments = options.model_arguments(args) | {"tome": False}
