@@ -41,7 +41,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["ldm", "ldm.*"]),
-    package_data={"ldm.evaluation": ["*.html"]},
+    package_data={"ldm.evaluation": ["*.html"], "ldm.evaluation.appendix_f": ["*.html"]},
     cmdclass={"build_py": BuildWithShippedFiles},
     install_requires=[
         "torch>=2.5",

@@ -23,19 +23,19 @@ import numpy as np
 import torch
 
 from ldm import images
-from ldm.checkpoint import (
+from ldm.checkpoint.embedding import Embedding, read_embedding
+from ldm.checkpoint.load import (
     CheckpointInfo,
     default_checkpoint,
     inspect_checkpoint,
     load_model,
     stored_shapes,
 )
+from ldm.checkpoint.lora import Lora, WeightChanges, read_lora
 from ldm.device import choose_device, choose_dtype
 from ldm.distributed import ALONE, Process
-from ldm.embedding import Embedding, read_embedding
 from ldm.errors import InputError
 from ldm.images import Mask, Picture, Pixels
-from ldm.lora import Lora, WeightChanges, read_lora
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import truncated_words
 from ldm.modules.encoders.prompts import plain_text

@@ -12,10 +12,10 @@ from ldm.errors import InputError
 
 # Upstream's configurations name classes of its main.py; ours live in a module of their own.
 ALIASES = {
-    "main.DataModuleFromConfig": "ldm.training.DataModuleFromConfig",
-    "main.ImageLogger": "ldm.training.ImageLogger",
-    "main.SetupCallback": "ldm.training.SetupCallback",
-    "main.CUDACallback": "ldm.training.CUDACallback",
+    "main.DataModuleFromConfig": "ldm.training.lightning.DataModuleFromConfig",
+    "main.ImageLogger": "ldm.training.lightning.ImageLogger",
+    "main.SetupCallback": "ldm.training.lightning.SetupCallback",
+    "main.CUDACallback": "ldm.training.lightning.CUDACallback",
     "main.LearningRateMonitor": "pytorch_lightning.callbacks.LearningRateMonitor",
     "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": (
         "ldm.models.diffusion.ddpm.LatentDiffusion"

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import options
+from ldm.cli import flags
 from ldm.distributed import Process
 from ldm.errors import InputError
-from ldm.evaluation.plan import (
+from ldm.evaluation.appendix_f.plan import (
     CONTROLS,
     Plan,
     Setting,
@@ -27,7 +27,7 @@ from ldm.evaluation.plan import (
     read_settings,
     unique,
 )
-from ldm.evaluation.protocols import PROTOCOLS, Protocol, quick
+from ldm.evaluation.appendix_f.protocols import PROTOCOLS, Protocol, quick
 from ldm.settings import SAMPLERS, SIZE_STEP, Settings
 
 if TYPE_CHECKING:  # torch comes only after the flags are checked
@@ -59,9 +59,9 @@ pictures.csv (every picture's measures).
 """
 
 
-def build_parser() -> options.Parser:
+def build_parser() -> flags.Parser:
     """All flags."""
-    parser = options.Parser(__doc__, EPILOG)
+    parser = flags.Parser(__doc__, EPILOG)
     group = parser.add_argument_group("the experiment")
     add = group.add_argument
     add(
@@ -135,7 +135,7 @@ def build_parser() -> options.Parser:
         help="pictures at a time (default: 1); more are faster, and lose more where the run is "
         "stopped",
     )
-    options.add_model_flags(parser)
+    flags.add_model_flags(parser)
     return parser
 
 
@@ -145,11 +145,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
     process = Process.from_environment()
     args.device = process.device(args.device)
-    model = options.model_arguments(args)
-    options.check_writable(args.outdir)
+    model = flags.model_arguments(args)
+    flags.check_writable(args.outdir)
 
-    from ldm.checkpoint import default_checkpoint, inspect_checkpoint
-    from ldm.evaluation.work import unet_outline
+    from ldm.checkpoint.load import default_checkpoint, inspect_checkpoint
+    from ldm.evaluation.appendix_f.work import unet_outline
 
     path = model["path"] or default_checkpoint()[0]
     info = inspect_checkpoint(path, model["config"], model["parameterization"], model["ema"])
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         protocol = quick(protocol)
     unet = unet_outline(info.config)
     plan, scenes = make_plan(args, protocol, info.defaults, unet, process)
-    against = options.words(args.against, "--against", may_be_empty=True)
+    against = flags.words(args.against, "--against", may_be_empty=True)
     names = dict.fromkeys(s.name for settings in plan.settings.values() for s in settings)
     for name in against:
         if name not in names:
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(dry_run(plan, protocol, args)))
         return
 
-    from ldm.evaluation.experiment import Extras, conduct, finish
+    from ldm.evaluation.appendix_f.experiment import Extras, conduct, finish
 
     extras = Extras(
         against=against,
@@ -191,16 +191,16 @@ def check(args: argparse.Namespace) -> None:
     """Check what can be checked without torch."""
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: allowed is 0 or more, so that a run can be resumed")
-    options.at_least(1, args, "n_prompts", "n_seeds", "rounds", "n_reference")
+    flags.at_least(1, args, "n_prompts", "n_seeds", "rounds", "n_reference")
     for flag in ("fid_weights", "fid_reference", "lpips_weights", "clip"):
         value = getattr(args, flag)
         if value is not None and not Path(value).exists():
             raise InputError(f"--{flag.replace('_', '-')} {value}: there is no such file")
     speed_models(args)
     if args.sizes is not None:
-        options.numbers(args.sizes, "--sizes", SIZE_STEP)
+        flags.numbers(args.sizes, "--sizes", SIZE_STEP)
     if args.from_file is not None:
-        options.read_prompts(args.from_file)
+        flags.read_prompts(args.from_file)
 
 
 def make_plan(
@@ -211,7 +211,7 @@ def make_plan(
     process: Process,
 ) -> tuple[Plan, list[Any] | None]:
     """What to draw, and the scenes that the prompts name, if they do."""
-    from ldm.evaluation.work import saved_work
+    from ldm.evaluation.appendix_f.work import saved_work
 
     names = ("steps", "sampler", "scale")
     sampling = Settings(
@@ -223,13 +223,13 @@ def make_plan(
     prompts: Sequence[str]
     scenes = None
     if args.from_file is not None:
-        prompts = options.read_prompts(args.from_file)[: args.n_prompts]
+        prompts = flags.read_prompts(args.from_file)[: args.n_prompts]
     else:
         prompts, scenes = protocol.prompts(args.n_prompts or protocol.n_prompts)
     settings = chosen_settings(args, protocol)
     side, f = protocol.size or defaults["H"], defaults["f"]
     per_size = {}
-    for size in options.numbers(args.sizes or str(side), "--sizes", SIZE_STEP):
+    for size in flags.numbers(args.sizes or str(side), "--sizes", SIZE_STEP):
         shares = {s.key: saved_work(unet, s.config, size // f, size // f) for s in settings}
         per_size[size] = tuple(s for s in settings if is_of_use(s, shares[s.key]))
         idle = [s.name for s in settings if s not in per_size[size]]
@@ -269,7 +269,7 @@ def dry_run(plan: Plan, protocol: Protocol, args: argparse.Namespace) -> list[st
 def speed_models(args: argparse.Namespace) -> list[str]:
     """Which models' speed is measured."""
     standard = "own" if args.quick else "own,sd1.5,sd2.1"
-    found = options.words(
+    found = flags.words(
         standard if args.speed is None else args.speed, "--speed", may_be_empty=True
     )
     for name in found:
@@ -278,7 +278,7 @@ def speed_models(args: argparse.Namespace) -> list[str]:
     return found
 
 
-VOCABULARY = "ldm.data.scenes.VOCABULARY"  # of a model that draws scenes
+VOCABULARY = "ldm.demo.scenes.VOCABULARY"  # of a model that draws scenes
 SPEED_MODELS = ("own", "sd1.5", "sd2.1")
 
 
@@ -288,11 +288,11 @@ def chosen_settings(args: argparse.Namespace, protocol: Protocol) -> tuple[Setti
     if args.settings is not None:
         presets, ratios = [], []
     if args.presets is not None:
-        presets = options.words(args.presets, "--presets", may_be_empty=True)
+        presets = flags.words(args.presets, "--presets", may_be_empty=True)
     if args.ratios is not None:
         ratios = [
-            options.share(word, "--ratios")
-            for word in options.words(args.ratios, "--ratios", may_be_empty=True)
+            flags.share(word, "--ratios")
+            for word in flags.words(args.ratios, "--ratios", may_be_empty=True)
         ]
     found = [] if args.no_controls else [control_setting(name) for name in CONTROLS]
     found += preset_settings(presets, ratios)
@@ -314,4 +314,4 @@ def command(argv: Sequence[str] | None) -> str:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    flags.run(main)

@@ -15,10 +15,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.cli.flags import DTYPES, Parser, at_least, choices, numbers, run, words
 from ldm.config import load_config, load_preset, model_defaults
 from ldm.errors import InputError
 from ldm.modules.tome.config import ToMeConfig, parse_flag
-from ldm.options import DTYPES, Parser, at_least, choices, numbers, run, words
 from ldm.settings import SIZE_STEP
 
 MODELS = {
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise InputError(f"--outdir {outdir}: cannot write there ({error.strerror})") from None
 
-    from ldm.evaluation.benchmark import Scope, measure
+    from ldm.evaluation.benchmark.suite import Scope, measure
 
     scope = Scope(
         models=models,

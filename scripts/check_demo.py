@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.data.scenes import ATTRIBUTES
+from ldm.cli.flags import Parser, at_least, run
+from ldm.demo.scenes import ATTRIBUTES
 from ldm.errors import InputError
-from ldm.options import Parser, at_least, run
 
 EPILOG = """
 examples:
@@ -64,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     at_least(0, args, "n_controls")
     only = read_attribute(args.only) if args.only else None
 
-    from ldm.checkpoint import load_model
+    from ldm.checkpoint.load import load_model
     from ldm.config import shipped
+    from ldm.demo.check import check
+    from ldm.demo.classifier import load_classifier
     from ldm.device import choose_device, choose_dtype
-    from ldm.evaluation.attributes import load_classifier
-    from ldm.evaluation.demo import check
     from ldm.images import make_grid, save_image, to_pixels
 
     device = choose_device("auto")

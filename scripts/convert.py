@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.options import Parser, run
+from ldm.cli.flags import Parser, run
 
 EPILOG = """
 examples:
@@ -50,7 +50,7 @@ def build_parser() -> Parser:
 def main() -> None:
     """Convert one file and say what was written."""
     args = build_parser().parse_args()
-    from ldm.convert import convert  # takes torch
+    from ldm.checkpoint.convert import convert  # takes torch
 
     target = convert(
         args.source, args.output, args.half, args.ema, args.parameterization, args.force, args.split

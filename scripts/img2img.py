@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import options
+from ldm.cli import flags
+from ldm.cli.jobs import read_jobs
 from ldm.images import load_rgb
-from ldm.jobs import read_jobs
 
 EPILOG = """
 examples:
@@ -24,16 +24,16 @@ size; --H and --W decide otherwise.
 """
 
 
-def build_parser() -> options.Parser:
+def build_parser() -> flags.Parser:
     """All flags."""
-    parser = options.Parser(__doc__, EPILOG)
-    group = options.add_prompt_flags(parser)
+    parser = flags.Parser(__doc__, EPILOG)
+    group = flags.add_prompt_flags(parser)
     group.add_argument("--init-img", required=True, metavar="FILE", help="the picture to redraw")
-    options.add_strength_flag(group)
-    options.add_sampling_flags(parser)
-    options.add_tome_flags(parser)
-    options.add_model_flags(parser)
-    options.add_output_flags(parser, "outputs/img2img-samples")
+    flags.add_strength_flag(group)
+    flags.add_sampling_flags(parser)
+    flags.add_tome_flags(parser)
+    flags.add_model_flags(parser)
+    flags.add_output_flags(parser, "outputs/img2img-samples")
     return parser
 
 
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     jobs = read_jobs(parser, args)
-    model = options.model_arguments(args)
-    gallery = options.gallery(args)
+    model = flags.model_arguments(args)
+    gallery = flags.gallery(args)
     init = load_rgb(args.init_img)
 
     from ldm.pipeline import Pipeline
@@ -61,4 +61,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    flags.run(main)

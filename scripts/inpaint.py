@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import options
+from ldm.cli import flags
 from ldm.errors import InputError
 from ldm.images import Mask, Pixels, load_mask, load_rgb
 
@@ -26,20 +26,20 @@ examples:
 """
 
 
-def build_parser() -> options.Parser:
+def build_parser() -> flags.Parser:
     """All flags."""
-    parser = options.Parser(__doc__, EPILOG)
-    group = options.add_prompt_flags(parser, has_file=False)
+    parser = flags.Parser(__doc__, EPILOG)
+    group = flags.add_prompt_flags(parser, has_file=False)
     parser.set_defaults(prompt="")
     group.add_argument("--init-img", metavar="FILE", help="the picture")
     group.add_argument(
         "--mask", metavar="FILE", help="a picture of its shape, white where to paint"
     )
     group.add_argument("--indir", metavar="DIR", help="instead: a folder of x.png and x_mask.png")
-    options.add_sampling_flags(parser)
-    options.add_tome_flags(parser)
-    options.add_model_flags(parser)
-    options.add_output_flags(parser, "outputs/inpaint-samples")
+    flags.add_sampling_flags(parser)
+    flags.add_tome_flags(parser)
+    flags.add_model_flags(parser)
+    flags.add_output_flags(parser, "outputs/inpaint-samples")
     return parser
 
 
@@ -74,9 +74,9 @@ def load(init: Path, mask: Path) -> tuple[Pixels, Mask]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = build_parser().parse_args(argv)
-    settings = options.settings(args)
-    model = options.model_arguments(args)
-    gallery = options.gallery(args)
+    settings = flags.settings(args)
+    model = flags.model_arguments(args)
+    gallery = flags.gallery(args)
     jobs = pairs(args)
     for job in jobs:
         load(*job)
@@ -96,4 +96,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    flags.run(main)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import options
+from ldm.cli import flags
 from ldm.errors import InputError
 
 if TYPE_CHECKING:  # torch comes only after the flags are checked
@@ -42,10 +42,10 @@ picture of its own in OUTDIR/samples.
 """
 
 
-def build_parser() -> options.Parser:
+def build_parser() -> flags.Parser:
     """All flags."""
-    parser = options.Parser(__doc__, EPILOG)
-    options.add_prompt_flags(parser)
+    parser = flags.Parser(__doc__, EPILOG)
+    flags.add_prompt_flags(parser)
     group = parser.add_argument_group(
         "what to compare", "Other Token Merging flags hold for all; they win over the presets."
     )
@@ -55,10 +55,10 @@ def build_parser() -> options.Parser:
         help=f"values of --tome-ratio (default, without --presets: {RATIOS})",
     )
     group.add_argument("--presets", metavar="NAME,NAME", help="values of --tome-preset")
-    options.add_sampling_flags(parser)
-    options.add_tome_flags(parser)
-    options.add_model_flags(parser)
-    options.add_output_flags(parser, "outputs/tome-grid")
+    flags.add_sampling_flags(parser)
+    flags.add_tome_flags(parser)
+    flags.add_model_flags(parser)
+    flags.add_output_flags(parser, "outputs/tome-grid")
     return parser
 
 
@@ -80,7 +80,7 @@ def columns(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found = {}
     for text, name in ((ratios, "tome_ratio"), (args.presets, "tome_preset")):
         for value in (part.strip() for part in (text or "").split(",") if part.strip()):
-            tome = options.tome_arguments(argparse.Namespace(**{**vars(args), name: value}))
+            tome = flags.tome_arguments(argparse.Namespace(**{**vars(args), name: value}))
             assert isinstance(tome, dict)
             if tome.get("ratio") != 0:  # the picture without merging is there anyhow
                 title = f"ratio {value}" if name == "tome_ratio" else Path(value).stem
@@ -102,7 +102,7 @@ def compare(pictures: Sequence[Picture], reference: Sequence[Picture]) -> list[d
     import numpy as np
     import torch
 
-    from ldm.evaluation.metrics import psnr, ssim
+    from ldm.evaluation.appendix_f.metrics import psnr, ssim
     from ldm.images import to_unit
 
     these, those = (
@@ -131,12 +131,12 @@ def cell(picture: Picture, column: dict[str, Any], i: int) -> Pixels:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = build_parser().parse_args(argv)
-    settings = options.settings(args)
+    settings = flags.settings(args)
     ways = columns(args)
-    model = options.model_arguments(args)
-    gallery = dataclasses.replace(options.gallery(args), has_grid=False)
+    model = flags.model_arguments(args)
+    gallery = dataclasses.replace(flags.gallery(args), has_grid=False)
 
-    from ldm.evaluation.files import write_text
+    from ldm.evaluation.appendix_f.files import write_text
     from ldm.images import Picture, make_grid, next_path
     from ldm.pipeline import Pipeline
 
@@ -182,4 +182,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    flags.run(main)

@@ -15,8 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.cli.flags import run
 from ldm.errors import InputError
-from ldm.options import run
 
 EPILOG = """
 examples:
@@ -140,7 +140,7 @@ def fit(
     from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
     from pytorch_lightning.loggers import CSVLogger
 
-    from ldm.training import CUDACallback, SetupCallback
+    from ldm.training.lightning import CUDACallback, SetupCallback
     from ldm.util import instantiate_from_config
 
     pl.seed_everything(options.seed, workers=True)

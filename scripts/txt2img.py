@@ -8,11 +8,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import options
+from ldm.cli import flags
+from ldm.cli.jobs import read_jobs
+from ldm.cli.prompt_loop import prompt_loop
 from ldm.distributed import ALONE, Process
 from ldm.errors import InputError
-from ldm.jobs import read_jobs
-from ldm.prompt_loop import prompt_loop
 from ldm.settings import Settings
 
 EPILOG = """
@@ -36,20 +36,20 @@ Pictures land in OUTDIR/samples/00000.png and on, all of a run in OUTDIR/grid-00
 """
 
 
-def build_parser() -> options.Parser:
+def build_parser() -> flags.Parser:
     """All flags."""
-    parser = options.Parser(__doc__, EPILOG)
-    group = options.add_prompt_flags(parser)
+    parser = flags.Parser(__doc__, EPILOG)
+    group = flags.add_prompt_flags(parser)
     group.add_argument(
         "--interactive",
         action="store_true",
         help="ask for prompts, one after the other; !help there says what can be set",
     )
-    options.add_sampling_flags(parser)
-    options.add_hires_flags(parser)
-    options.add_tome_flags(parser)
-    options.add_model_flags(parser)
-    options.add_output_flags(parser, "outputs/txt2img-samples")
+    flags.add_sampling_flags(parser)
+    flags.add_hires_flags(parser)
+    flags.add_tome_flags(parser)
+    flags.add_model_flags(parser)
+    flags.add_output_flags(parser, "outputs/txt2img-samples")
     return parser
 
 
@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.interactive and (args.prompt is not None or args.from_file is not None):
         raise InputError("--interactive asks for prompts: leave out --prompt and --from-file")
     jobs = read_jobs(parser, args)
-    model = options.model_arguments(args)
-    gallery = options.gallery(args)
+    model = flags.model_arguments(args)
+    gallery = flags.gallery(args)
     process = Process.from_environment()
     if process.n_processes > 1 and args.rng == "upstream":
         raise InputError("--rng upstream is one stream of noise: it cannot be shared by processes")
@@ -104,4 +104,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    flags.run(main)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import options
+from ldm.cli import flags
 from ldm.errors import InputError
 
 if TYPE_CHECKING:  # torch comes only after the flags are checked
@@ -31,14 +31,14 @@ blocks in the order in which they run; both are counted from 0.
 """
 
 
-def build_parser() -> options.Parser:
+def build_parser() -> flags.Parser:
     """All flags."""
-    parser = options.Parser(__doc__, EPILOG)
-    options.add_prompt_flags(parser)
-    options.add_sampling_flags(parser)
-    options.add_tome_flags(parser)
-    options.add_model_flags(parser)
-    options.add_output_flags(parser, "outputs/visualize-tome")
+    parser = flags.Parser(__doc__, EPILOG)
+    flags.add_prompt_flags(parser)
+    flags.add_sampling_flags(parser)
+    flags.add_tome_flags(parser)
+    flags.add_model_flags(parser)
+    flags.add_output_flags(parser, "outputs/visualize-tome")
     group = parser.add_argument_group("what to look at")
     group.add_argument(
         "--vis-steps", metavar="N,N", help="steps (default: the first, the middle and the last)"
@@ -93,7 +93,7 @@ def write(
 
     Returns: the page's path.
     """
-    from ldm.evaluation.files import write_text
+    from ldm.evaluation.appendix_f.files import write_text
     from ldm.evaluation.merge_map import draw_map, draw_strip, strip_steps
     from ldm.evaluation.merge_page import merge_page
     from ldm.images import Picture, Pixels, label, next_path
@@ -125,9 +125,9 @@ def write(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = build_parser().parse_args(argv)
-    settings = options.settings(args)
-    model = options.model_arguments(args)
-    gallery = options.gallery(args)
+    settings = flags.settings(args)
+    model = flags.model_arguments(args)
+    gallery = flags.gallery(args)
     steps = numbers(args.vis_steps, "--vis-steps")
     blocks = numbers(args.vis_blocks, "--vis-blocks")
     if args.no_tome:
@@ -169,4 +169,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    flags.run(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import options
+from ldm.cli import flags
 from ldm.errors import InputError
 from ldm.images import Gallery
 
@@ -32,19 +32,19 @@ Pictures land in OUTDIR/samples/00000.png and on.
 """
 
 
-def build_parser() -> options.Parser:
+def build_parser() -> flags.Parser:
     """All flags."""
-    parser = options.Parser(__doc__, EPILOG)
+    parser = flags.Parser(__doc__, EPILOG)
     group = parser.add_argument_group("the page")
     add = group.add_argument
     add("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     add("--port", type=int, metavar="N", help="default: the first free one from 7860 on")
     add("--outdir", default="outputs/webui", metavar="DIR", help="default: %(default)s")
-    options.add_strength_flag(options.add_prompt_flags(parser, has_file=False))
-    options.add_sampling_flags(parser)
-    options.add_hires_flags(parser)
-    options.add_tome_flags(parser)
-    options.add_model_flags(parser)
+    flags.add_strength_flag(flags.add_prompt_flags(parser, has_file=False))
+    flags.add_sampling_flags(parser)
+    flags.add_hires_flags(parser)
+    flags.add_tome_flags(parser)
+    flags.add_model_flags(parser)
     return parser
 
 
@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.port is not None and not 1 <= args.port <= 65535:
         raise InputError(f"--port {args.port}: allowed is 1 to 65535")
-    options.settings(parser.changed(args, {"seed": 0}))  # no seed is chosen just for a check
-    model = {**options.model_arguments(args), "tome": None}  # each job has its own
-    options.check_writable(args.outdir)
+    flags.settings(parser.changed(args, {"seed": 0}))  # no seed is chosen just for a check
+    model = {**flags.model_arguments(args), "tome": None}  # each job has its own
+    flags.check_writable(args.outdir)
     if importlib.util.find_spec("gradio") is None:
         raise InputError('the page needs gradio: pip install -e ".[web]"')
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -84,4 +84,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    flags.run(main)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from ldm import options
+from ldm.cli import flags
 from tests.tiny_models import tiny_config, tiny_weights, write_safetensors
 
 
@@ -64,7 +64,7 @@ def run_program() -> Callable[..., int]:
 
     def run(program: ModuleType, *argv: object) -> int:
         try:
-            options.run(lambda: program.main([str(argument) for argument in argv]))
+            flags.run(lambda: program.main([str(argument) for argument in argv]))
         except SystemExit as end:
             return int(end.code or 0)
         return 0

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each layer may import those before it. A module belongs to the layer with the longest match.
 LAYERS = [
-    ["ldm.errors", "ldm.checkpoint_files"],
+    ["ldm.errors", "ldm.checkpoint.files"],
     ["ldm.util", "ldm.modules.tome", "ldm.models.diffusion.schedule", "ldm.lr_scheduler"],
-    ["ldm.modules", "ldm.images", "ldm.data.scenes", "ldm.data.landscape", "ldm.data.drawing"],
+    ["ldm.modules", "ldm.images", "ldm.demo.scenes", "ldm.demo.landscape", "ldm.demo.drawing"],
     [  # samplers know a model by its protocol alone; the model draws samples to show its progress
         "ldm.models.diffusion.guidance",
         "ldm.models.diffusion.sampler",
@@ -22,22 +22,23 @@ LAYERS = [
         "ldm.models.diffusion.euler",
     ],
     ["ldm.models", "ldm.models.diffusion.ddpm", "ldm.data"],
-    ["ldm.config", "ldm.checkpoint", "ldm.lora", "ldm.embedding", "ldm.options", "ldm.training"],
-    ["ldm.jobs", "ldm.prompt_loop"],
+    ["ldm.config", "ldm.checkpoint", "ldm.cli.flags", "ldm.training"],
+    ["ldm.cli"],
     ["ldm.sampling"],
     ["ldm.pipeline"],
+    ["ldm.demo"],
     ["ldm.evaluation"],
     ["ldm.web"],
 ]
 # library -> the modules that may import it
 DOORS = {
-    "omegaconf": {"ldm.config", "ldm.util", "ldm.training"},
+    "omegaconf": {"ldm.config", "ldm.util", "ldm.training.lightning"},
     "PIL": {"ldm.images"},
-    "argparse": {"ldm.options"},
+    "argparse": {"ldm.cli.flags"},
     "gradio": {"ldm.web.page"},
     "starlette": {"ldm.web.page"},
     "transformers": {"ldm.modules.encoders.modules"},
-    "open_clip": {"ldm.modules.encoders.modules", "ldm.evaluation.protocols"},
+    "open_clip": {"ldm.modules.encoders.modules", "ldm.evaluation.appendix_f.protocols"},
 }
 
 
@@ -76,7 +77,16 @@ def test_imports_run_one_way(module):
     own = layer(module)
     known = modules()
     for name in imports(modules()[module]) & set(known):
-        if name in ("ldm", "ldm.models", "ldm.modules", "ldm.data", "ldm.models.diffusion"):
+        if name in (
+            "ldm",
+            "ldm.models",
+            "ldm.modules",
+            "ldm.data",
+            "ldm.models.diffusion",
+            "ldm.demo",
+            "ldm.cli",
+            "ldm.checkpoint",
+        ):
             continue  # a package's own docstring
         assert layer(name) <= own, f"{module} imports {name}, which belongs to a later layer"
 

@@ -477,7 +477,7 @@ def test_emphasis_changes_the_picture_only_where_it_is_asked_for(pipeline):
 
 
 def test_words_unknown_to_the_model_are_named(pipeline, caplog):
-    pipeline.defaults["vocabulary"] = "ldm.data.scenes.VOCABULARY"
+    pipeline.defaults["vocabulary"] = "ldm.demo.scenes.VOCABULARY"
     pipeline.txt2img("snow, a Robot and a robot's spaceship", steps=1)
     assert "words that this model has never seen: robot, s, spaceship" in caplog.text
     assert unknown_words("Hills, 2 hills!", {"hills"}) == ["2"]

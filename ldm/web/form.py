@@ -11,10 +11,10 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ldm import options
+from ldm.cli import flags
+from ldm.cli.jobs import Job
 from ldm.config import load_preset, preset_names
 from ldm.errors import InputError
-from ldm.jobs import Job
 from ldm.modules.tome.config import ToMeConfig
 from ldm.settings import Settings
 
@@ -32,7 +32,7 @@ _FLAG_NAMES = {"eta": "ddim-eta"}  # where it is not the setting's own
 Form = dict[str, Any]
 
 
-def first_form(args: options.Arguments, defaults: Mapping[str, Any]) -> Form:
+def first_form(args: flags.Arguments, defaults: Mapping[str, Any]) -> Form:
     """What the fields say at first: the command line's flags over the model's defaults."""
     form: Form = {name: getattr(args, name) for name in FLAGS}
     form |= {name: defaults.get(name) for name in FLAGS if form[name] is None}
@@ -50,7 +50,7 @@ def preset_ratio(preset: str) -> float | None:
     return float(ratio) if isinstance(ratio, float | int) else None
 
 
-def read_form(parser: options.Parser, args: options.Arguments, form: Mapping[str, Any]) -> Job:
+def read_form(parser: flags.Parser, args: flags.Arguments, form: Mapping[str, Any]) -> Job:
     """The settings that a form asks for, over those of the command line.
 
     Args:
@@ -71,10 +71,10 @@ def read_form(parser: options.Parser, args: options.Arguments, form: Mapping[str
     elif form["ratio"]:
         changes["tome-ratio"] = form["ratio"]
     own = parser.changed(args, {**changes, **more})
-    tome = options.tome_arguments(own)
+    tome = flags.tome_arguments(own)
     if tome is None and form["preset"] == NO_PRESET:
         tome = False  # the fields say so, whatever the model's YAML does
-    return Job(options.settings(own), tome)
+    return Job(flags.settings(own), tome)
 
 
 def _more(text: str) -> dict[str, list[str]]:
@@ -90,8 +90,8 @@ def _more(text: str) -> dict[str, list[str]]:
 
 
 def form_of(
-    parser: options.Parser,
-    args: options.Arguments,
+    parser: flags.Parser,
+    args: flags.Arguments,
     about: Mapping[str, Any],
     resolve: Callable[[Any], ToMeConfig],
 ) -> tuple[Form, str]:

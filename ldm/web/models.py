@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm.checkpoint import DEMO, default_checkpoint
+from ldm.checkpoint.load import DEMO, default_checkpoint
 from ldm.config import shipped
 
 SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth")

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from ldm import options
+from ldm.cli import flags
 from ldm.config import preset_names
 from ldm.errors import InputError
 from ldm.images import read_settings
@@ -60,7 +60,7 @@ class Page:
         args: what was given to the program: the fields' first values, and what has no field.
     """
 
-    def __init__(self, runner: Runner, parser: options.Parser, args: options.Arguments) -> None:
+    def __init__(self, runner: Runner, parser: flags.Parser, args: flags.Arguments) -> None:
         self.runner = runner
         self.parser = parser
         self.args = args

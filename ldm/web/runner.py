@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ldm.checkpoint import inspect_checkpoint
+from ldm.checkpoint.load import inspect_checkpoint
+from ldm.cli.jobs import Job
 from ldm.errors import InputError
 from ldm.images import Gallery, Picture, Pixels, load_rgb
-from ldm.jobs import Job
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.report import describe
 from ldm.pipeline import Pipeline

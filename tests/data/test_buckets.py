@@ -10,12 +10,12 @@ import torch
 
 from ldm.data.buckets import ResolutionBuckets
 from ldm.errors import InputError
-from ldm.training import DataModuleFromConfig
+from ldm.training.lightning import DataModuleFromConfig
 
 
 def scenes(n: int, size: int) -> dict[str, Any]:
     params = {"n_pictures": n, "size": size, "flip": False}
-    return {"target": "ldm.data.rendered.RenderedScenes", "params": params}
+    return {"target": "ldm.demo.rendered.RenderedScenes", "params": params}
 
 
 def buckets(batch_sizes: list[int]) -> ResolutionBuckets:

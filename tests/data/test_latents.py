@@ -8,7 +8,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import instantiate_from_config
 
 PICTURES = {
-    "target": "ldm.data.rendered.RenderedScenes",
+    "target": "ldm.demo.rendered.RenderedScenes",
     "params": {"n_pictures": 5, "size": 16, "seed": 3, "flip": False},
 }
 DDCONFIG = {
@@ -68,7 +68,7 @@ def test_other_pictures_have_another_cache(weights, tmp_path):
 def test_another_look_of_the_renderer_has_another_cache(weights, tmp_path, monkeypatch):
     _, path = weights
     for style in (1, 2):
-        monkeypatch.setattr("ldm.data.rendered.STYLE", style)
+        monkeypatch.setattr("ldm.demo.rendered.STYLE", style)
         EncodedPictures(PICTURES, FIRST_STAGE, path, 1.0, str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache").iterdir())) == 2
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.errors import InputError
-from ldm.evaluation.files import write_text
+from ldm.evaluation.appendix_f.files import write_text
 from ldm.evaluation.merge_map import (
     MergeMap,
     Recorder,

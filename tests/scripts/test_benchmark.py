@@ -99,7 +99,9 @@ def test_einsum_and_nothing_but_ratios(tiny, tmp_path):
 )
 def test_bad_values(arguments, complaint, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("ldm.evaluation.benchmark.measure", None)  # nothing heavy comes before
+    monkeypatch.setattr(
+        "ldm.evaluation.benchmark.suite.measure", None
+    )  # nothing heavy comes before
     with pytest.raises(InputError) as error:
         main(*arguments)
     assert complaint in str(error.value)
@@ -130,7 +132,9 @@ finally:
 
 def test_quick_is_small_and_flags_win(monkeypatch, tmp_path):
     scopes = []
-    monkeypatch.setattr("ldm.evaluation.benchmark.measure", lambda scope, *_: scopes.append(scope))
+    monkeypatch.setattr(
+        "ldm.evaluation.benchmark.suite.measure", lambda scope, *_: scopes.append(scope)
+    )
     main("--quick", "--device", "cpu", "--outdir", tmp_path)
     main("--quick", "--device", "cpu", "--outdir", tmp_path, "--rounds", 1, "--sizes", "1024")
     main("--device", "cpu", "--outdir", tmp_path)

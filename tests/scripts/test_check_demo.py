@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "check_demo.py"
     ],
 )
 def test_bad_values(arguments, complaint, monkeypatch):
-    monkeypatch.setattr("ldm.checkpoint.load_model", None)  # nothing heavy comes before
+    monkeypatch.setattr("ldm.checkpoint.load.load_model", None)  # nothing heavy comes before
     with pytest.raises(InputError) as error:
         runpy.run_path(str(SCRIPT))["main"](arguments)
     assert complaint in str(error.value)

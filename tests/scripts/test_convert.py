@@ -36,7 +36,7 @@ def run(*arguments):
 
 
 def convert(source, *arguments, **settings):
-    from ldm.convert import convert
+    from ldm.checkpoint.convert import convert
 
     return convert(source, *arguments, **settings)
 
@@ -178,7 +178,7 @@ def test_nothing_is_left_of_a_failed_write(ckpt, tmp_path, monkeypatch):
         Path(path).write_text("half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldm.convert.save_file", fail)
+    monkeypatch.setattr("ldm.checkpoint.convert.save_file", fail)
     with pytest.raises(InputError, match=r"cannot be written.*No space left"):
         convert(ckpt)
     assert [p.name for p in tmp_path.iterdir()] == ["model.ckpt"]

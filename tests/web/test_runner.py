@@ -3,9 +3,9 @@ import threading
 import numpy as np
 import pytest
 
+from ldm.cli.jobs import Job
 from ldm.errors import InputError
 from ldm.images import Gallery, load_rgb, read_settings
-from ldm.jobs import Job
 from ldm.settings import Settings
 from ldm.web.runner import Drawn, Finished, Message, Progress, Runner, Stopped, Task
 

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.checkpoint_files import open_state_dict
+from ldm.checkpoint.files import open_state_dict
 from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.guidance import PARAMETERIZATIONS, Conditioning

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint.diffusers_keys import unet_layers
 from ldm.config import load_preset, preset_names
-from ldm.diffusers_keys import unet_layers
 from ldm.errors import InputError
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome import adapters

@@ -1,0 +1,1 @@
+"""Files of weights: read, named, loaded, converted, added to."""

@@ -1,0 +1,1 @@
+"""Command lines: flags, lines of jobs, the prompt loop."""

@@ -1,0 +1,266 @@
+"""Is the demo model fit to measure merging on? Did it learn, and does its attention matter?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.demo.classifier import AttributeClassifier
+from ldm.demo.rendered import RenderedScenes, picture_of, scene_of
+from ldm.demo.scenes import ATTRIBUTES, Scene, attributes, caption, render
+from ldm.evaluation.appendix_f.controls import CONTROLS, control
+from ldm.evaluation.appendix_f.metrics import bootstrap, psnr
+from ldm.images import to_unit
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.tome.config import ToMeConfig
+
+PROMPT_SEED = 20  # of the held-out scenes; no training set is rendered from it
+# Merging by similarity: in the form that plain --tome-ratio takes, and as it was published.
+BY_SIMILARITY = {
+    "similarity 0.5": {"ratio": 0.5},
+    "similarity 0.5, sizes not counted": {"ratio": 0.5, "proportional": False},
+}
+
+
+def held_out_scenes(n: int, only: tuple[str, str] | None = None) -> list[Scene]:
+    """Scenes whose combinations of attributes training never saw.
+
+    Args:
+        n: how many.
+        only: an attribute and the value that it has in all of them.
+    """
+    scenes = (scene_of(i, PROMPT_SEED, "held_out") for i in count())
+    if only is not None:
+        name, value = only
+        scenes = (scene for scene in scenes if attributes(scene)[name] == value)
+    return list(islice(scenes, n))
+
+
+def captions_of(scenes: list[Scene]) -> list[str]:
+    """A caption for each scene, in a phrasing of its own."""
+    return [caption(s, np.random.default_rng((PROMPT_SEED, i))) for i, s in enumerate(scenes)]
+
+
+def initial_noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
+    """Unit normal (B, C, h, w), each picture's from a seed of its own."""
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(drawn)
+
+
+@torch.no_grad()
+def draw(
+    model: LatentDiffusion,
+    prompts: list[str],
+    seeds: list[int],
+    steps: int,
+    scale: float,
+    size: int,
+    batch_size: int = 8,
+    show: str | None = None,
+) -> Tensor:
+    """Sample one picture for each prompt with DDIM.
+
+    Args:
+        model: in evaluation mode.
+        prompts: n of them.
+        seeds: n, of the initial noise.
+        steps: of the sampler.
+        scale: of guidance.
+        size: of the latents, a side.
+        batch_size: pictures at a time.
+        show: name for the progress bar; None shows none.
+
+    Returns: pictures (n, 3, H, W), float32 on the CPU, clamped to [-1, 1].
+    """
+    dtype = next(model.model.parameters()).dtype
+    pictures = []
+    bar = tqdm(total=len(prompts), desc=show, disable=show is None, unit="picture")
+    for start in range(0, len(prompts), batch_size):
+        texts = prompts[start : start + batch_size]
+        x_T = initial_noise(seeds[start : start + batch_size], (model.channels, size, size))
+        z, _ = DDIMSampler(model).sample(
+            steps,
+            len(texts),
+            x_T.shape[1:],
+            model.get_learned_conditioning(texts).to(dtype),
+            x_T=x_T.to(model.device),
+            verbose=False,
+            unconditional_guidance_scale=scale,
+            unconditional_conditioning=model.get_learned_conditioning([""] * len(texts)).to(dtype),
+        )
+        first_stage = next(model.first_stage_model.parameters())
+        decoded = model.decode_first_stage(z.to(first_stage.dtype))
+        pictures.append(decoded.float().clamp(-1, 1).cpu())
+        bar.update(len(texts))
+    bar.close()
+    return torch.cat(pictures)
+
+
+def named_attributes(scene: Scene) -> dict[str, str]:
+    """What a caption of the scene names; an absent object or a plain sky goes without saying."""
+    silent = ("none", "plain", "bare")
+    return {k: v for k, v in attributes(scene).items() if v not in silent}
+
+
+def attribute_accuracy(
+    classifier: AttributeClassifier, pictures: Tensor, scenes: list[Scene]
+) -> dict[str, float]:
+    """Share of the named attributes that the classifier finds: ``all``, and by ``name=value``."""
+    found: dict[str, list[bool]] = {"all": []}
+    for start in range(0, len(scenes), 64):
+        seen = classifier.predict_attributes(pictures[start : start + 64])
+        for scene, prediction in zip(scenes[start : start + 64], seen, strict=True):
+            for name, value in named_attributes(scene).items():
+                is_right = prediction[name] == value
+                found["all"].append(is_right)
+                found.setdefault(name, []).append(is_right)
+                found.setdefault(f"{name}={value}", []).append(is_right)
+    return {name: float(np.mean(hits)) for name, hits in found.items()}
+
+
+@torch.no_grad()
+def classifier_accuracy(
+    classifier: AttributeClassifier, model: LatentDiffusion, n: int = 512
+) -> dict[str, dict[str, float]]:
+    """Accuracy of each attribute on held-out renders and on their reconstructions."""
+    stage = next(model.first_stage_model.parameters())
+    right: dict[str, dict[str, list[bool]]] = {
+        kind: {name: [] for name in ATTRIBUTES} for kind in ("renders", "reconstructions")
+    }
+    for start in tqdm(range(0, n, 32), desc="classifier"):
+        scenes = [scene_of(i, PROMPT_SEED + 1, "held_out") for i in range(start, start + 32)]
+        renders = [
+            picture_of(i, PROMPT_SEED + 1, "held_out", 128) for i in range(start, start + 32)
+        ]
+        x = torch.from_numpy(to_unit(np.stack(renders)))
+        z = model.first_stage_model.encode(x.to(stage)).mode()
+        both = {"renders": x, "reconstructions": model.first_stage_model.decode(z).float().cpu()}
+        for kind, pictures in both.items():
+            seen = classifier.predict_attributes(pictures)
+            for scene, prediction in zip(scenes, seen, strict=True):
+                for name, value in attributes(scene).items():
+                    right[kind][name].append(prediction[name] == value)
+    return {
+        kind: {name: float(np.mean(hits)) for name, hits in table.items()}
+        for kind, table in right.items()
+    }
+
+
+def spread(pictures: Tensor) -> float:
+    """Root mean square difference between pictures (n, 3, H, W) of one prompt, over all pairs."""
+    flat = pictures.flatten(1).double()
+    return (2 * flat.var(dim=0).mean()).sqrt().item()
+
+
+def nearest(pictures: Tensor, others: Tensor) -> Tensor:
+    """Distance of each picture to the closest of others, both at 32x32, per value, (n,)."""
+    a, b = (F.adaptive_avg_pool2d(p.float(), 32).flatten(1) for p in (pictures, others))
+    return torch.cdist(a, b).min(dim=1).values / a.shape[1] ** 0.5
+
+
+def _renders(n: int, seed: int, split: Any, cache_dir: str | None) -> Tensor:
+    data = RenderedScenes(n, 128, seed, split, flip=False, cache_dir=cache_dir)
+    return torch.stack([torch.from_numpy(data[i]["image"]).movedim(-1, 0) for i in range(n)])
+
+
+def check(
+    model: LatentDiffusion,
+    classifier: AttributeClassifier,
+    n_prompts: int = 200,
+    steps: int = 25,
+    scale: float = 4.0,
+    size: int = 32,
+    n_controls: int = 32,
+    n_training: int = 2000,
+    only: tuple[str, str] | None = None,
+    cache_dir: str | None = None,
+) -> tuple[dict[str, Any], Tensor]:
+    """Measure everything that the demo model is accepted by.
+
+    Args:
+        model: the demo model.
+        classifier: the shipped one.
+        n_prompts: held-out prompts to draw.
+        steps: of the sampler.
+        scale: of guidance.
+        size: of the latents, a side.
+        n_controls: prompts for the comparison of controls, each with a seed of its own; 0: none.
+        n_training: training renders to look for copies among.
+        only: an attribute and the value that it has in all prompts.
+        cache_dir: where renders are kept, or None.
+
+    Returns: the report, and the pictures of the held-out prompts, (n, 3, H, W).
+    """
+    scenes = held_out_scenes(n_prompts, only)
+    prompts = captions_of(scenes)
+    report: dict[str, Any] = {"steps": steps, "scale": scale, "n_prompts": n_prompts, "only": only}
+    report["classifier"] = classifier_accuracy(classifier, model)
+    pictures = draw(model, prompts, list(range(n_prompts)), steps, scale, size, show="prompts")
+    report["attributes"] = attribute_accuracy(classifier, pictures, scenes)
+
+    seeds = list(range(1000, 1008))
+    pairs = []
+    for i in tqdm(range(min(6, n_prompts)), desc="spread"):
+        sampled = draw(model, [prompts[i]] * len(seeds), seeds, steps, scale, size)
+        again = [np.random.default_rng((PROMPT_SEED, i, s)) for s in seeds]
+        drawn = torch.from_numpy(to_unit(np.stack([render(scenes[i], rng, 128) for rng in again])))
+        pairs.append((spread(sampled), spread(drawn)))
+    report["spread"] = {
+        "samples": float(np.mean([p[0] for p in pairs])),
+        "renders": float(np.mean([p[1] for p in pairs])),
+    }
+
+    training = _renders(n_training, 1, "train", cache_dir)
+    fresh = torch.from_numpy(
+        to_unit(np.stack([picture_of(i, PROMPT_SEED, "held_out", 128) for i in range(n_prompts)]))
+    )
+    to_training = nearest(pictures, training)
+    report["copies"] = {
+        "closest_sample": to_training.min().item(),
+        "median_sample": to_training.median().item(),
+        "closest_fresh_render": nearest(fresh, training).min().item(),
+        "median_fresh_render": nearest(fresh, training).median().item(),
+    }
+    if n_controls:
+        report["attention"] = attention_matters(model, prompts[:n_controls], steps, scale, size)
+    return report, pictures
+
+
+def attention_matters(
+    model: LatentDiffusion, prompts: list[str], steps: int, scale: float, size: int
+) -> dict[str, dict[str, float]]:
+    """PSNR in dB, against the unmerged pictures, of merging by similarity and of the controls."""
+    unet = model.model.diffusion_model
+    before = unet.tome.config
+    seeds = list(range(5000, 5000 + len(prompts)))
+
+    def settings() -> Iterator[tuple[str, dict[str, Any], AbstractContextManager[None]]]:
+        for name, config in BY_SIMILARITY.items():
+            yield name, config, nullcontext()
+        for name in CONTROLS:
+            yield name, {}, control(unet, name)
+
+    def run(name: str) -> Tensor:
+        return draw(model, prompts, seeds, steps, scale, size, show=name)
+
+    results = {}
+    try:
+        unet.tome.configure(ToMeConfig())
+        reference = run("unmerged")
+        for name, config, context in settings():
+            unet.tome.configure(ToMeConfig.from_mapping(config))
+            with context:
+                results[name] = asdict(bootstrap(psnr(run(name), reference)))
+    finally:
+        unet.tome.configure(before)
+    return results

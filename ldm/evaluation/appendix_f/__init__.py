@@ -1,0 +1,1 @@
+"""What merging does to pictures: the experiment, its measures and its report."""

@@ -1,0 +1,1 @@
+"""How fast merging is: steps timed side by side, and their table."""

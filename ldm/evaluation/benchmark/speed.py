@@ -1,0 +1,274 @@
+"""How long one step of a U-Net takes under each setting, measured side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.device import returned_memory, reused_memory
+from ldm.evaluation.benchmark.breakdown import PARTS, breakdown, synchronize
+from ldm.evaluation.benchmark.memory import peak_memory
+from ldm.evaluation.benchmark.oracle import oracle
+from ldm.evaluation.benchmark.peers import diffusers_step
+from ldm.evaluation.benchmark.unets import UNets
+from ldm.modules.attention import set_attention_backend
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.tome.config import ToMeConfig
+
+N_TIMESTEPS = 1000
+CONTEXT_LENGTH = 77  # tokens of a prompt
+MIN_SECONDS = 0.3  # a shorter step is measured several times in a row
+MAX_REPEATS = 20
+UPSTREAM = "upstream's way"  # the name of its row
+N_EXTRA_ROUNDS = 2  # before those that count: one to warm up, one for the breakdown
+
+Step = Callable[[Tensor], Any]  # one call of a U-Net, given the timesteps (B,)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all settings have in common that are compared with each other.
+
+    Attributes:
+        model: a name.
+        size: pixels a side.
+        batch: rows; guidance takes two for each picture.
+        dtype: of weights and activations.
+        attention: sdpa or einsum.
+    """
+
+    model: str
+    size: int
+    batch: int
+    dtype: str
+    attention: str
+
+
+@dataclass
+class Row:
+    """What was measured of one setting.
+
+    Attributes:
+        case: where.
+        name: of the setting.
+        kind: off (no merging), ours, oracle or compiled (both of the row with that name), or peer.
+        config: what was merged.
+        ms: milliseconds of a step, one entry for each round.
+        peak_mib: peak memory of a step; None where the system does not tell.
+        shares: share of a step spent in match, merge and unmerge.
+        report: the ``ToMe:`` line.
+        error: why there is nothing.
+    """
+
+    case: Case
+    name: str
+    kind: str
+    config: dict[str, Any] = field(default_factory=dict)
+    ms: list[float] = field(default_factory=list)
+    peak_mib: float | None = None
+    shares: dict[str, float] = field(default_factory=dict)
+    report: str = ""
+    error: str = ""
+
+
+@dataclass
+class Contender:
+    """A setting, ready to be measured.
+
+    Attributes:
+        row: where its results go.
+        apply: puts it in force for as long as the context lasts.
+        timesteps: of the calls that make a round.
+        repeats: how often a round goes through them.
+    """
+
+    row: Row
+    apply: Callable[[], AbstractContextManager[Step]]
+    timesteps: list[Tensor]
+    repeats: int = 1
+
+    def seconds(self, step: Step, device: torch.device) -> float:
+        """Measure one round; seconds of a single call."""
+        synchronize(device)
+        start = perf_counter()
+        for _ in range(self.repeats):
+            for timesteps in self.timesteps:
+                step(timesteps)
+        synchronize(device)
+        return (perf_counter() - start) / (self.repeats * len(self.timesteps))
+
+
+def contenders(
+    case: Case,
+    unets: UNets,
+    latent_size: int,
+    settings: Mapping[str, ToMeConfig],
+    tomesd_ratios: Sequence[float] = (),
+    has_oracles: bool = True,
+) -> list[Contender]:
+    """Everything to be compared in one case; no merging comes first.
+
+    Args:
+        case: which.
+        unets: built for it.
+        latent_size: h and w.
+        settings: ours, by name.
+        tomesd_ratios: run tomesd in diffusers' U-Net at these ratios, too.
+        has_oracles: add the oracle of each of our settings.
+    """
+    set_attention_backend(unets.ours, case.attention)
+    if unets.compiled is not None:
+        set_attention_backend(unets.compiled, case.attention)
+    weight = next(unets.ours.parameters())
+    generator = torch.Generator(weight.device).manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
+
+    x = noise(case.batch, unets.ours.in_channels, latent_size, latent_size)
+    context = noise(case.batch, CONTEXT_LENGTH, _context_channels(unets.ours))
+    once = _timesteps(ToMeConfig(), x)
+
+    def ours(name: str, kind: str, config: ToMeConfig, unet: UNetModel = unets.ours) -> Contender:
+        apply = partial(_merging, unet, x, context, config, kind == "oracle")
+        return Contender(Row(case, name, kind, asdict(config)), apply, _timesteps(config, x))
+
+    found = []
+    for name, config in {"off": ToMeConfig(), **settings}.items():
+        found.append(ours(name, "off" if config.is_off else "ours", config))
+        if has_oracles and not config.is_off:
+            found.append(ours(name, "oracle", config))
+        if unets.compiled is not None:
+            found.append(ours(name, "compiled", config, unets.compiled))
+    if unets.diffusers is not None and case.attention == "sdpa":
+        for ratio in (0.0, *tomesd_ratios):
+            row = Row(case, f"diffusers, tomesd {ratio:g}" if ratio else "diffusers", "peer")
+            row.config["ratio"] = ratio
+            apply = partial(diffusers_step, unets.diffusers, x, context, ratio)
+            found.append(Contender(row, apply, once))
+    if unets.upstream is not None:
+        apply = partial(_upstreams_way, unets.upstream, unets.ours, x, context)
+        found.append(Contender(Row(case, UPSTREAM, "peer"), apply, once))
+    return found
+
+
+@torch.inference_mode()
+def compare(found: Sequence[Contender], unet: UNetModel, rounds: int) -> Iterator[str]:
+    """Measure contenders in turn, A B C A B C, and fill their rows as it goes.
+
+    Args:
+        found: the contenders; those without room in memory, and peers that fail, are left out with
+            the reason in their row.
+        unet: the model that ours run in.
+        rounds: how often each is measured, after one call to warm up.
+
+    Yields:
+        The name of a setting, after each of ``rounds + N_EXTRA_ROUNDS`` visits to it.
+    """
+    device = next(unet.parameters()).device
+    with reused_memory():
+        for round_ in range(-N_EXTRA_ROUNDS, rounds):
+            for contender in found:
+                if not contender.row.error:
+                    _visit(contender, round_, unet, device)
+                yield contender.row.name
+
+
+def _visit(contender: Contender, round_: int, unet: UNetModel, device: torch.device) -> None:
+    with _failures_noted(contender.row):
+        if round_ == -2:
+            _warm_up(contender, device)
+        elif round_ == -1:
+            _break_down(contender, unet, device)
+        else:
+            _measure(contender, device)
+
+
+def _warm_up(contender: Contender, device: torch.device) -> None:
+    with contender.apply() as step:
+        if contender.row.kind == "compiled":
+            step(contender.timesteps[0])  # compiles
+        with peak_memory(device) as peak:
+            seconds = contender.seconds(step, device)
+        contender.row.peak_mib = peak.mib
+        if device.type != "cpu":  # where a first call sets much up
+            seconds = contender.seconds(step, device)
+    contender.repeats = max(1, min(MAX_REPEATS, round(MIN_SECONDS / seconds)))
+
+
+def _break_down(contender: Contender, unet: UNetModel, device: torch.device) -> None:
+    if contender.row.kind != "ours":
+        return
+    with contender.apply() as step, breakdown(unet, device) as parts:
+        total = contender.seconds(step, device) * contender.repeats * len(contender.timesteps)
+        contender.row.shares = {part: parts[part] / total for part in PARTS}
+        contender.row.report = unet.tome.report()
+
+
+def _measure(contender: Contender, device: torch.device) -> None:
+    with contender.apply() as step:
+        contender.row.ms.append(1000 * contender.seconds(step, device))
+
+
+@contextmanager
+def _merging(
+    unet: UNetModel, x: Tensor, context: Tensor, config: ToMeConfig, is_oracle: bool
+) -> Iterator[Step]:
+    """A step of our U-Net with a configuration in force."""
+    unet.tome.configure(config)
+    try:
+        with oracle(unet) if is_oracle else nullcontext():
+            yield lambda timesteps: unet(x, timesteps, context)
+    finally:
+        unet.tome.configure(ToMeConfig())
+
+
+@contextmanager
+def _upstreams_way(
+    upstream: UNetModel, unet: UNetModel, x: Tensor, context: Tensor
+) -> Iterator[Step]:
+    """A step as upstream computes it: in float32, and each block of memory new from the system.
+
+    Then one of ours, so that the next setting finds memory kept as ever.
+    """
+    latents, text = x.float(), context.float()
+    with returned_memory():
+        yield lambda timesteps: upstream(latents, timesteps, text)
+    unet(x, _timesteps(ToMeConfig(), x)[0], context)
+
+
+def _timesteps(config: ToMeConfig, x: Tensor) -> list[Tensor]:
+    """Timesteps that stand for a whole run: one, unless plans are kept or the ratio changes."""
+    has_schedule = any(c.steps for c in (config, *config.rules))
+    n_calls = max(config.reuse_steps, 10 if has_schedule else 1)
+    progress = [(i + 0.5) / n_calls for i in range(n_calls)]
+    return [torch.full((len(x),), N_TIMESTEPS * (1 - p), device=x.device) for p in progress]
+
+
+def _context_channels(unet: UNetModel) -> int:
+    """Channels of the text embedding that a U-Net takes."""
+    names = (name for name, _ in unet.named_parameters() if name.endswith("attn2.to_k.weight"))
+    return unet.get_parameter(next(names)).shape[1]
+
+
+@contextmanager
+def _failures_noted(row: Row) -> Iterator[None]:
+    """Note in the row that memory did not suffice, or that a peer failed, and go on."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
+            row.error = "out of memory"
+        elif row.kind == "peer":  # other people's packages, in whatever version
+            row.error = f"{type(error).__name__}: {text}"[:200]
+        else:
+            raise

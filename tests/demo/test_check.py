@@ -1,0 +1,49 @@
+import functools
+
+import pytest
+import torch
+
+from ldm.checkpoint.load import load_model
+from ldm.config import shipped
+from ldm.demo import check as demo
+from ldm.demo.classifier import load_classifier
+from ldm.demo.scenes import is_held_out
+
+
+def test_scenes_with_one_attribute():
+    scenes = demo.held_out_scenes(5, ("sky", "stars"))
+    assert [scene.sky for scene in scenes] == ["stars"] * 5
+    assert all(is_held_out(scene) for scene in scenes)
+    assert demo.held_out_scenes(3) == demo.held_out_scenes(5)[:3]
+
+
+def test_what_is_absent_or_plain_is_not_named():
+    (scene,) = demo.held_out_scenes(1, ("sky", "stars"))
+    named = demo.named_attributes(scene)
+    assert named["sky"] == "stars"
+    assert not {"none", "plain", "bare"} & set(named.values())
+
+
+def test_distances_between_pictures():
+    black, white = torch.full((1, 3, 32, 32), -1.0), torch.ones(1, 3, 32, 32)
+    assert demo.nearest(black, torch.cat([black, white])).tolist() == [0]
+    assert demo.nearest(black, white).tolist() == [pytest.approx(2)]
+    assert demo.spread(torch.cat([black, black])) == 0
+    assert demo.spread(torch.cat([black, white])) == pytest.approx(2)
+
+
+def test_a_check_of_the_shipped_model(monkeypatch):
+    few = functools.partial(demo.classifier_accuracy, n=32)
+    monkeypatch.setattr(demo, "classifier_accuracy", few)
+    model = load_model(shipped("models/demo"), dtype=torch.float32, device=torch.device("cpu"))
+    only = ("place", "sea")
+    report, pictures = demo.check(
+        model, load_classifier(), 2, steps=2, n_controls=1, n_training=4, only=only
+    )
+    assert pictures.shape == (2, 3, 128, 128)
+    assert report["only"] == only
+    assert "place=sea" in report["attributes"]
+    assert set(report["attention"]) == {*demo.BY_SIMILARITY, *demo.CONTROLS}
+    assert all(result["mean"] > 10 for result in report["attention"].values())
+    assert report["copies"]["closest_sample"] > 0
+    assert report["classifier"]["renders"]["place"] > 0.5

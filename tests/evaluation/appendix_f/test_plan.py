@@ -1,0 +1,91 @@
+import pytest
+
+from ldm.cli.flags import tome_arguments
+from ldm.config import preset_names
+from ldm.errors import InputError
+from ldm.evaluation.appendix_f.plan import (
+    CONTROLS,
+    Plan,
+    Setting,
+    amount,
+    control_setting,
+    flags_of,
+    preset_settings,
+    read_settings,
+    unique,
+)
+from ldm.modules.tome.config import ToMeConfig
+from ldm.settings import Settings
+from scripts import txt2img
+
+MINE = """
+plain: {ratio: 0.5}
+changed preset: {preset: tomesd, stride: [4, 4], ratio: 0.9, apply_to: [attn, mlp]}
+over the run: {steps: [[0.0, 0.6], [0.7, 0.0]], proportional: true}
+by size:
+  rules: [{min_tokens: 4096, method: kth, k: 8, apply_to: [kv]}, {min_tokens: 64, ratio: 0.25}]
+no window: {ratio: 0.5, window: null}
+random, much: {control: random, ratio: 0.75}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINE)
+    return path
+
+
+def test_flags_stand_for_the_configuration(mine):
+    settings = [*read_settings(mine), *preset_settings(preset_names(), [0.25, 0.5])]
+    assert len(settings) > len(preset_names()) + 5
+    for setting in settings:
+        if not setting.control:
+            args = txt2img.build_parser().parse_args(list(setting.flags))
+            assert ToMeConfig.from_mapping(tome_arguments(args) or {}) == setting.config
+
+
+def test_a_ratio_is_given_where_the_method_can_have_it():
+    assert amount({"method": "kth", "k": 8, "apply_to": ["kv"]}, 0.75) == {"k": 4}
+    assert amount({"method": "kth", "k": 8, "apply_to": ["kv"]}, 0.4) is None
+    assert amount({"method": "bipartite", "ratio": 0.3}, 0.5) == {"ratio": 0.5}
+    assert amount({"method": "bipartite", "ratio": 0.3}, 0.6) is None
+    assert amount({"method": "downsample", "stride": [2, 2]}, 0.5) is None
+    assert amount({"context": "trim"}, 0.5) is None
+
+
+def test_the_same_setting_is_drawn_once_and_names_are_unique():
+    twice = [Setting("a", ToMeConfig(ratio=0.5)), Setting("b", ToMeConfig(ratio=0.5))]
+    assert [s.name for s in unique(twice)] == ["unmerged", "a"]
+    other = [twice[0], Setting("a", ToMeConfig(ratio=0.25))]
+    with pytest.raises(InputError, match="setting 'a': two different ones"):
+        unique(other)
+    keys = {control_setting(name).key for name in CONTROLS}
+    assert len(keys) == len(CONTROLS)
+
+
+def test_picture_i_has_seed_plus_i_and_batches_are_cut_alike():
+    settings = (Setting("unmerged"),)
+    plan = Plan({64: settings, 128: settings}, ("a", "b", "c"), 2, Settings(seed=10, n_samples=4))
+    batches = plan.batches()
+    assert [(b.size, b.first, len(b.pictures)) for b in batches] == [
+        *((64, 0, 4), (64, 4, 2), (128, 0, 4), (128, 4, 2))
+    ]
+    assert batches[0].pictures == (("a", 10), ("a", 11), ("b", 12), ("b", 13))
+
+
+def test_what_is_wrong_in_a_file_is_said(tmp_path):
+    path = tmp_path / "mine.yaml"
+    for text, message in (
+        ("bad: {ratio: 2}", "mine.yaml: bad: ToMe ratio=2"),
+        ("bad: 3", "mine.yaml: bad: must be a mapping"),
+        ("bad: {control: magic}", "mine.yaml: bad: control 'magic': the controls are again"),
+        ("bad: {control: none, window: 3}", "mine.yaml: bad: a control takes no window"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_settings(path)
+
+
+def test_flags_of_nothing_are_none():
+    assert flags_of({}) == ()
