@@ -1,9 +1,63 @@
-"""The one error type that is meant for the user's eyes."""
+"""Errors that are meant for the user's eyes: one line, an exit code, no traceback."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# What torch, oneDNN, CUDA, numpy, safetensors and the C library say where memory runs out.
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|(can't|cannot|unable to|failed to) (allocate|mmap)"
+    r"|could not (create|execute) a primitive|bad_alloc|_ALLOC_FAILED|can't start new thread",
+    re.IGNORECASE,
+)
+LESS_TO_DRAW = "try n_samples 1, a smaller H and W, or merging tokens (--tome-ratio 0.5)"
 
 
 class InputError(ValueError):
     """The user's input cannot be used.
 
     The message is one line that names the value and the way out; command-line programs print it
-    and exit with code 2, without a traceback.
+    and exit with its code, without a traceback.
     """
+
+    exit_code = 2
+
+
+class OutOfMemory(InputError):
+    """What was asked for does not fit into the memory of this machine; the message says what does.
+
+    Args:
+        way_out: what to lower.
+    """
+
+    exit_code = 3
+
+    def __init__(self, way_out: str = LESS_TO_DRAW) -> None:
+        super().__init__(f"there is not enough memory: {way_out}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of any library means that memory ran out, in main memory or on a device."""
+    if isinstance(error, InputError):
+        return isinstance(error, OutOfMemory)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, Exception) and _NO_MEMORY.search(str(error)) is not None
+
+
+@contextmanager
+def memory_advice(way_out: str = LESS_TO_DRAW) -> Iterator[None]:
+    """Turn every complaint of too little memory inside into one that says what to lower.
+
+    Raises:
+        OutOfMemory: memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(way_out) from None

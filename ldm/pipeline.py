@@ -34,7 +34,7 @@ from ldm.checkpoint.load import (
 from ldm.checkpoint.lora import Lora, WeightChanges, read_lora
 from ldm.device import choose_device, choose_dtype
 from ldm.distributed import ALONE, Process
-from ldm.errors import InputError
+from ldm.errors import InputError, memory_advice
 from ldm.images import Mask, Picture, Pixels
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import truncated_words
@@ -252,7 +252,7 @@ class Pipeline:
         self._check_prompts(settings)
         has_strength = init is not None and mask is None
         name = self.info.path
-        with _memory_advice():
+        with memory_advice():
             second = None  # made first: making the other starts the noise of rng upstream
             if settings.hires_scale > 1:
                 again = settings.second_pass()
@@ -422,20 +422,6 @@ def _report_tome(tally: Tally, config: ToMeConfig, where: str = "") -> None:
 
 def _pixels(picture: str | Path | Pixels) -> Pixels:
     return picture if isinstance(picture, np.ndarray) else images.load_rgb(picture)
-
-
-@contextmanager
-def _memory_advice() -> Iterator[None]:
-    """Turn torch's complaint of too little memory into advice."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE):
-            raise
-        raise InputError(
-            "there is not enough memory: try n_samples 1, a smaller H and W, or merging tokens "
-            "(--tome-ratio 0.5)"
-        ) from None
 
 
 def unknown_words(prompt: str, vocabulary: Container[str]) -> list[str]:

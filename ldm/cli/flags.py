@@ -595,7 +595,7 @@ class Messages(logging.Handler):
 def run(main: Callable[[], None]) -> None:
     """Run a program: show what it logs, and end with one clear line where the input is bad.
 
-    The exit code is 2 for bad input and 130 where the user interrupts.
+    The exit code is 2 for bad input, 3 for too little memory and 130 where the user interrupts.
     """
     logger = logging.getLogger("ldm")
     logger.setLevel(logging.INFO)
@@ -605,7 +605,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
