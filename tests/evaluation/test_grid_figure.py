@@ -13,7 +13,9 @@ def test_half_of_the_tokens_go_and_groups_get_their_means():
     flat, shown = picture.reshape(-1, 3), merged.reshape(-1, 3)
     for group in np.unique(groups):
         np.testing.assert_allclose(
-            shown[groups == group], np.broadcast_to(flat[groups == group].mean(0), (sum(groups == group), 3)), atol=1e-5
+            shown[groups == group],
+            np.broadcast_to(flat[groups == group].mean(0), (sum(groups == group), 3)),
+            atol=1e-5,
         )
 
 
