@@ -93,6 +93,6 @@ def _arrows(ax: Axes, groups: np.ndarray, destinations: np.ndarray) -> None:
     for token, group in enumerate(groups):
         goal = target.get(group, token)
         if goal != token:
-            ends = [(n % W, n // W) for n in (goal, token)]
             style = {"arrowstyle": "-|>", "color": "black", "shrinkB": 4, "linewidth": 0.9}
-            ax.annotate("", *ends, arrowprops=style)
+            head, tail = ((n % W, n // W) for n in (goal, token))
+            ax.annotate("", head, xytext=tail, arrowprops=style)
