@@ -1,9 +1,10 @@
-"""Errors that are meant for the user's eyes: one line, an exit code, no traceback."""
+"""Errors that are meant for the user's eyes, and how values look in them: one line each."""
 
 from __future__ import annotations
 
 import errno
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,10 @@ _NO_MEMORY = re.compile(
     r"|could not (create|execute) a primitive|bad_alloc|_ALLOC_FAILED|can't start new thread",
     re.IGNORECASE,
 )
+_short = reprlib.Repr()
+_short.maxlevel = 3
+_short.maxlist = _short.maxtuple = _short.maxset = _short.maxdict = 6
+_short.maxlong = _short.maxstring = _short.maxother = 200
 LESS_TO_DRAW = "try n_samples 1, a smaller H and W, or merging tokens (--tome-ratio 0.5)"
 
 
@@ -61,3 +66,33 @@ def memory_advice(way_out: str = LESS_TO_DRAW) -> Iterator[None]:
         if isinstance(error, InputError) or not is_out_of_memory(error):
             raise
         raise OutOfMemory(way_out) from None
+
+
+def escaped(text: object, limit: int = 120) -> str:
+    """A name, path or text from outside, safe to print: one line, no control characters, short.
+
+    Args:
+        text: anything; its ``str``.
+        limit: characters that the result may have; a longer text ends with ``...``.
+    """
+    whole = str(text)
+    cut = whole[: limit + 1]
+    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
+    is_long = len(whole) > limit or len(safe) > limit
+    return safe[: max(limit - 3, 0)] + "..." if is_long else safe
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Any value as a message shows it: as ``repr``, but always one short, printable line.
+
+    Args:
+        value: anything, of any size; texts appear in quotes.
+        limit: as for `escaped`.
+    """
+    if isinstance(value, str):
+        return f"'{escaped(value, limit)}'"
+    try:
+        text = _short.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"<a huge {type(value).__name__}...>"
+    return escaped(text, limit)

@@ -1,14 +1,29 @@
-"""Building objects from configuration: ``target`` is a dotted path, ``params`` its arguments."""
+"""What every part needs: building objects from configuration, and files that appear whole.
+
+A configuration's ``target`` is a dotted path to a class, ``params`` its arguments.
+"""
 
 from __future__ import annotations
 
+import errno
 import importlib
-from collections.abc import Mapping
-from typing import Any
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from ldm.errors import InputError
+from ldm.errors import InputError, escaped
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Upstream's configurations name classes of its main.py; ours live in a module of their own.
 ALIASES = {
@@ -68,3 +83,169 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     if not isinstance(config, Mapping) or "target" not in config:
         raise KeyError("Expected key `target` to instantiate.")
     return get_obj_from_str(config["target"])(**{**(config.get("params") or {}), **extra})
+
+
+# --- files that appear whole or not at all ------------------------------------------------------
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>part|old)", re.DOTALL)
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+@contextmanager
+def written_whole(
+    path: str | os.PathLike[str], mode: str = "wb", exclusive: bool = False
+) -> Iterator[IO[Any]]:
+    """A file to write to, which gets its name once the block has ended without an error.
+
+    Args:
+        path: the file to be. What was there before stays until the new one is complete.
+        mode: ``wb``, or ``w`` for UTF-8 text.
+        exclusive: never replace a file, also where two programs choose one name at one time.
+
+    Raises:
+        FileExistsError: with ``exclusive``, the name is taken; nothing has been written then.
+        InputError: the folder cannot be written to, or the disk is full.
+    """
+    with part_of(path, exclusive) as part:
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        with part.open(mode, **text) as file:  # type: ignore[call-overload]
+            yield file
+
+
+@contextmanager
+def part_of(path: str | os.PathLike[str], exclusive: bool = False) -> Iterator[Path]:
+    """Like `written_whole` for code that opens files itself: the path to write to."""
+    target = Path(path) if exclusive else Path(os.path.realpath(path))
+    with _beside(target, is_folder=False) as part:
+        yield part
+        with _said(target):
+            _sync(part)
+            if exclusive:
+                _link(part, target)
+            else:
+                os.replace(part, target)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty temporary folder, which replaces the folder ``path`` as a whole after the block.
+
+    Raises:
+        InputError: as for `written_whole`.
+    """
+    target = Path(os.path.realpath(path))
+    with _beside(target, is_folder=True) as part:
+        yield part
+        with _said(target):
+            for file in part.rglob("*"):
+                _sync(file)
+            before = part.with_suffix(".old")
+            if target.exists():
+                os.replace(target, before)
+            os.replace(part, target)
+            shutil.rmtree(before, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder; those at work keep theirs."""
+    for file in [Path(entry.path) for entry in os.scandir(folder)]:
+        match = _LEFTOVER.fullmatch(file.name)
+        if match is None or (match["kind"] == "old" and not (folder / match["name"]).exists()):
+            continue
+        try:
+            with _locked(file, wait=False):
+                if file.is_dir():
+                    shutil.rmtree(file)
+                else:
+                    file.unlink()
+        except OSError:  # a live writer's, or not ours to remove
+            continue
+
+
+@contextmanager
+def _beside(target: Path, is_folder: bool) -> Iterator[Path]:
+    """A temporary file or folder beside the target, locked as long as its writer lives."""
+    with _said(target):
+        remove_leftovers(target.parent)
+    while True:
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        with ExitStack() as stack:
+            with _said(target):
+                if is_folder:
+                    part.mkdir()
+                else:
+                    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                handle = stack.enter_context(_locked(part, wait=True))
+                # between the two lines above another writer may have taken it for a leftover
+                if handle is not None and not _is_open_as(handle, part):
+                    continue
+            try:
+                yield part
+            except OSError as error:
+                if error.errno in _DISK_FAULTS:
+                    raise _cannot_write(target, error) from error
+                raise
+            finally:
+                if is_folder:
+                    shutil.rmtree(part, ignore_errors=True)
+                else:
+                    part.unlink(missing_ok=True)
+            return
+
+
+@contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[int | None]:
+    """Hold the lock of a file or folder, which ends with the process; OSError where it is held.
+
+    Windows has no such lock, and does not remove a file that is open.
+    """
+    if fcntl is None:
+        yield None
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        with suppress(*(() if not wait else (OSError,))):  # some network disks have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _is_open_as(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _said(target: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into one line."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+
+
+def _cannot_write(target: Path, error: OSError) -> InputError:
+    return InputError(f"{escaped(target)} cannot be written: {error.strerror or error}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _link(part: Path, target: Path) -> None:
+    """Give a finished file its name, unless another has it."""
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links: claim the name, then fill it
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        os.replace(part, target)

@@ -3,7 +3,7 @@ import errno
 import numpy as np
 import pytest
 
-from ldm.errors import InputError, OutOfMemory, is_out_of_memory, memory_advice
+from ldm.errors import InputError, OutOfMemory, escaped, is_out_of_memory, memory_advice, shown
 
 
 def numpy_error():
@@ -50,3 +50,47 @@ def test_other_errors_stay_what_they_are(error):
     with pytest.raises(type(error)) as caught, memory_advice():
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a b", "'a b'"),
+        ("häuser 家", "'häuser 家'"),
+        ("two\nlines", r"'two\nlines'"),
+        ("\x1b[31mred\x07", r"'\x1b[31mred\x07'"),
+        ("gpj.\u202eexe", r"'gpj.\u202eexe'"),
+        ("\ud800", r"'\ud800'"),
+        (1.5, "1.5"),
+        (None, "None"),
+        ([1, 2], "[1, 2]"),
+    ],
+)
+def test_a_value_is_one_printable_line(value, text):
+    assert shown(value) == text
+
+
+LONG = ["x" * 10**6, "\x00" * 10**6, [list(range(10**5))] * 9, 10**5000]
+
+
+@pytest.mark.parametrize("value", LONG, ids=["text", "zeros", "lists", "number"])
+def test_a_long_value_is_cut(value):
+    assert len(shown(value)) <= 82
+    assert shown(value).rstrip("'").endswith("...") or "..." in shown(value)
+
+
+def test_a_list_that_holds_itself_and_a_broken_repr():
+    loop = []
+    loop.append(loop)
+    assert "..." in shown(loop)
+
+    class Broken:
+        def __repr__(self):
+            raise RuntimeError
+
+    assert "Broken" in shown(Broken())
+
+
+def test_a_name_has_no_quotes():
+    assert escaped("a/b\tc") == r"a/b\tc"
+    assert escaped("abcdefgh", limit=6) == "abc..."
