@@ -31,7 +31,7 @@ def numpy_error():
 )
 def test_too_little_memory_is_recognised_however_it_is_said(error):
     assert is_out_of_memory(error)
-    expected = pytest.raises(OutOfMemory, match="^there is not enough memory: lower it$")
+    expected = pytest.raises(OutOfMemory, match=r"^there is not enough memory: lower it$")
     with expected as caught, memory_advice("lower it"):
         raise error
     assert (caught.value.exit_code, InputError("x").exit_code) == (3, 2)
