@@ -25,12 +25,18 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# Upstream's configurations name classes of its main.py; ours live in a module of their own.
+# Upstream's configurations name classes of its main.py; earlier ones of ours, other modules.
+_TRAINING = {
+    "DataModuleFromConfig": "ldm.training.data.DataModuleFromConfig",
+    "ImageLogger": "ldm.training.images.ImageLogger",
+    "SetupCallback": "ldm.training.callbacks.SetupCallback",
+    "CUDACallback": "ldm.training.callbacks.CUDACallback",
+}
 ALIASES = {
-    "main.DataModuleFromConfig": "ldm.training.lightning.DataModuleFromConfig",
-    "main.ImageLogger": "ldm.training.lightning.ImageLogger",
-    "main.SetupCallback": "ldm.training.lightning.SetupCallback",
-    "main.CUDACallback": "ldm.training.lightning.CUDACallback",
+    f"{module}.{name}": path
+    for name, path in _TRAINING.items()
+    for module in ("main", "ldm.training", "ldm.training.lightning")
+} | {
     "main.LearningRateMonitor": "pytorch_lightning.callbacks.LearningRateMonitor",
     "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": (
         "ldm.models.diffusion.ddpm.LatentDiffusion"

@@ -22,8 +22,9 @@ LAYERS = [
         "ldm.models.diffusion.euler",
     ],
     ["ldm.models", "ldm.models.diffusion.ddpm", "ldm.data"],
-    ["ldm.config", "ldm.checkpoint", "ldm.cli.flags", "ldm.training"],
+    ["ldm.config", "ldm.checkpoint", "ldm.cli.flags"],
     ["ldm.cli"],
+    ["ldm.training"],
     ["ldm.sampling"],
     ["ldm.pipeline"],
     ["ldm.demo"],
@@ -32,9 +33,19 @@ LAYERS = [
 ]
 # library -> the modules that may import it
 DOORS = {
-    "omegaconf": {"ldm.config", "ldm.util", "ldm.training.lightning"},
+    "omegaconf": {"ldm.config", "ldm.util"},
+    "pytorch_lightning": {
+        "ldm.training.autoencoder",
+        "ldm.training.callbacks",
+        "ldm.training.data",
+        "ldm.training.diffusion",
+        "ldm.training.images",
+        "ldm.training.module",
+        "ldm.training.run",
+        "ldm.training.wrap",
+    },
     "PIL": {"ldm.images"},
-    "argparse": {"ldm.cli.flags"},
+    "argparse": {"ldm.cli.flags", "ldm.training.run"},
     "gradio": {"ldm.web.page"},
     "starlette": {"ldm.web.page"},
     "transformers": {"ldm.modules.encoders.modules"},

@@ -47,7 +47,7 @@ def test_bad_targets(path, message):
 
 
 def test_upstreams_names_resolve():
-    assert get_obj_from_str("main.DataModuleFromConfig").__module__ == "ldm.training.lightning"
+    assert get_obj_from_str("main.DataModuleFromConfig").__module__ == "ldm.training.data"
     inpainting = get_obj_from_str("ldm.models.diffusion.ddpm.LatentInpaintDiffusion")
     assert inpainting.__name__ == "LatentDiffusion"
 

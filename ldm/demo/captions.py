@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from ldm.checkpoint.files import open_state_dict
 from ldm.util import instantiate_from_config
 
 
-class CaptionReader(pl.LightningModule):
+class CaptionReader(nn.Module):
     """A text encoder with a linear head for each attribute, on the mean of its embeddings.
 
     The mean is what attention sees that does not know yet where to look. A batch has captions
@@ -32,9 +31,6 @@ class CaptionReader(pl.LightningModule):
         ckpt_path: weights to start from, as in LatentDiffusion.
         keep: weight of the distance to the embeddings that these weights gave, so that a denoiser
             trained with them still understands.
-
-    Attributes:
-        learning_rate: of AdamW; the training script sets it.
     """
 
     def __init__(
@@ -45,8 +41,6 @@ class CaptionReader(pl.LightningModule):
         keep: float = 0.0,
     ) -> None:
         super().__init__()
-        self.monitor = None
-        self.learning_rate = 1e-3
         self.keep = keep
         self.attributes = {name: list(values) for name, values in attributes.items()}
         self.cond_stage_model = instantiate_from_config(cond_stage_config)  # state-dict name
@@ -68,29 +62,28 @@ class CaptionReader(pl.LightningModule):
         state = {name.removeprefix(prefix): weights[name] for name in names}
         self.cond_stage_model.load_state_dict(state)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Returns the sum of the attributes' cross entropies, and what ``keep`` adds."""
+    def terms(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
+        """Returns the sum of the attributes' cross entropies and what ``keep`` adds as ``loss``,
+        and the attributes' accuracies."""
         embedding = self.cond_stage_model(batch["caption"])
-        loss = torch.zeros((), device=self.device)
+        terms = {"loss": torch.zeros((), device=embedding.device)}
         if self.before is not None:
-            loss = self.keep * F.mse_loss(embedding, self.before(batch["caption"]))
-            self.log("train/moved", loss / self.keep, batch_size=len(embedding), prog_bar=True)
+            terms["moved"] = F.mse_loss(embedding, self.before(batch["caption"]))
+            terms["loss"] = self.keep * terms["moved"]
         for name, head in self.heads.items():
             labels = [self.attributes[name].index(value) for value in batch["scene"][name]]
-            target = torch.tensor(labels, device=self.device)
+            target = torch.tensor(labels, device=embedding.device)
             scores = head(embedding.mean(1))
-            loss = loss + F.cross_entropy(scores, target)
-            correct = (scores.argmax(1) == target).float().mean()
-            self.log(f"train/{name}", correct, batch_size=len(embedding))
-        self.log("train/loss", loss, batch_size=len(embedding), prog_bar=True)
-        return loss
+            terms["loss"] = terms["loss"] + F.cross_entropy(scores, target)
+            terms[name] = (scores.argmax(1) == target).float().mean()
+        return terms
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def optimizer(self, learning_rate: float, n_steps: int) -> torch.optim.Optimizer:
         """AdamW; the decay of the heads' weights makes the encoder speak up."""
         return torch.optim.AdamW(
             [
                 {"params": self.cond_stage_model.parameters(), "weight_decay": 0.0},
                 {"params": self.heads.parameters(), "weight_decay": 0.3},
             ],
-            lr=self.learning_rate,
+            lr=learning_rate,
         )

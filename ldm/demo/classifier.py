@@ -10,13 +10,13 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from kornia.geometry.transform import resize
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from ldm.config import shipped
 from ldm.demo.scenes import ATTRIBUTES
@@ -25,7 +25,7 @@ from ldm.errors import InputError
 WEIGHTS = "models/demo/classifier/attributes.safetensors"
 
 
-class AttributeClassifier(pl.LightningModule):
+class AttributeClassifier(nn.Module):
     """Convolutions at a quarter of the size and below, pooled, with one head per attribute.
 
     Pictures are (B, 3, H, W) in [-1, 1]; those of another size than `size` are resized first.
@@ -47,7 +47,6 @@ class AttributeClassifier(pl.LightningModule):
         super().__init__()
         self.size = size
         self.first_stage_key = first_stage_key
-        self.learning_rate = 2e-3
         self.monitor = "val/loss"
         # two more inputs say where a pixel is: pooling would forget on which side the light stands
         self.trunk = nn.Sequential(
@@ -88,42 +87,26 @@ class AttributeClassifier(pl.LightningModule):
             for i in range(len(pictures))
         ]
 
-    def _judge(self, batch: dict[str, Any], split: str) -> Tensor:
+    def terms(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
+        """Returns the sum of the attributes' cross entropies as ``loss``, and their accuracies.
+
+        In training the pictures are disturbed.
+        """
         pictures = batch[self.first_stage_key].movedim(-1, 1)
         if split == "train":
             pictures = disturb(pictures)
-        loss = torch.zeros((), device=self.device)
+        terms = {"loss": torch.zeros((), device=pictures.device)}
         for name, scores in self(pictures).items():
             labels = [ATTRIBUTES[name].index(value) for value in batch["scene"][name]]
-            target = torch.tensor(labels, device=self.device)
-            loss = loss + F.cross_entropy(scores, target)
-            correct = (scores.argmax(dim=1) == target).float().mean()
-            self.log(f"{split}/{name}", correct, batch_size=len(pictures), on_epoch=True)
-        self.log(f"{split}/loss", loss, batch_size=len(pictures), on_epoch=True, prog_bar=True)
-        return loss
+            target = torch.tensor(labels, device=pictures.device)
+            terms["loss"] = terms["loss"] + F.cross_entropy(scores, target)
+            terms[name] = (scores.argmax(dim=1) == target).float().mean()
+        return terms
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Returns the sum of the attributes' cross entropies on disturbed pictures."""
-        return self._judge(batch, "train")
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Logs the accuracy of every attribute."""
-        self._judge(batch, "val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Logs the accuracy of every attribute."""
-        self._judge(batch, "test")
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def optimizer(self, learning_rate: float, n_steps: int) -> tuple[Optimizer, LRScheduler]:
         """Returns AdamW with one rise and fall of the learning rate over the whole run."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, int(self.trainer.estimated_stepping_batches)
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        optimizer = torch.optim.AdamW(self.parameters(), lr=learning_rate, weight_decay=1e-2)
+        return optimizer, OneCycleLR(optimizer, learning_rate, n_steps)
 
 
 def _convolution(n_in: int, n_out: int, kernel: int, stride: int) -> nn.Sequential:

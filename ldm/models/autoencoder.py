@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
@@ -47,7 +45,7 @@ class ReconstructionLoss(nn.Module):
         return {"loss": loss, "rec_loss": rec_loss.detach(), "kl_loss": kl.detach()}
 
 
-class AutoencoderKL(pl.LightningModule):
+class AutoencoderKL(nn.Module):
     """Pictures <-> latents; ``f`` pixels a side make one latent.
 
     Args:
@@ -64,8 +62,6 @@ class AutoencoderKL(pl.LightningModule):
 
     Source: CompVis ldm/models/autoencoder.py.
     """
-
-    learning_rate = 1e-3  # set by the training script
 
     def __init__(
         self,
@@ -101,43 +97,6 @@ class AutoencoderKL(pl.LightningModule):
         """Reconstruct pictures from a sample of their posterior."""
         posterior = self.encode(x)
         return self.decode(posterior.sample(torch.randn_like(posterior.mean))), posterior
-
-    def get_input(self, batch: dict[str, Any]) -> Tensor:
-        """The batch's pictures, (B, 3, H, W) in [-1, 1]."""
-        return rearrange(batch[self.image_key], "b h w c -> b c h w").contiguous()
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Loss of one batch."""
-        return self._step(batch, "train")
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the loss of one batch as ``val/rec_loss`` and its companions."""
-        self._step(batch, "val")
-
-    def _step(self, batch: dict[str, Any], split: str) -> Tensor:
-        x = self.get_input(batch)
-        reconstruction, posterior = self(x)
-        terms = self.loss(x, reconstruction, posterior)
-        mse = F.mse_loss(reconstruction.float().clamp(-1, 1), x)
-        terms["psnr"] = 10 * torch.log10(4 / mse.detach())  # dB; the pixels' range is 2
-        named = {f"{split}/{name}": value for name, value in terms.items()}
-        self.log_dict(named, prog_bar=True, batch_size=len(x), on_epoch=split == "val")
-        return terms["loss"]
-
-    def configure_optimizers(self) -> Any:
-        """AdamW over all parameters, with the schedule if there is one."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=1e-4)
-        if self.scheduler_config is None:
-            return optimizer
-        schedule = instantiate_from_config(self.scheduler_config).schedule
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-    @torch.no_grad()
-    def log_images(self, batch: dict[str, Any], n_pictures: int = 4) -> dict[str, Tensor]:
-        """Pictures for the image logger: inputs and their reconstructions."""
-        x = self.get_input(batch)[:n_pictures]
-        return {"inputs": x, "reconstructions": self.decode(self.encode(x).mode())}
 
 
 class IdentityFirstStage(nn.Module):

@@ -1,1 +1,1 @@
-"""What a training run needs around a model."""
+"""Lightning around the models: what a training run adds to them."""

@@ -10,7 +10,7 @@ import torch
 
 from ldm.data.buckets import ResolutionBuckets
 from ldm.errors import InputError
-from ldm.training.lightning import DataModuleFromConfig
+from ldm.training.data import DataModuleFromConfig
 
 
 def scenes(n: int, size: int) -> dict[str, Any]:

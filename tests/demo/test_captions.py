@@ -10,25 +10,25 @@ from torch.utils.data import DataLoader
 from ldm.demo.captions import CaptionReader
 from ldm.demo.rendered import SceneCaptions
 from ldm.demo.scenes import ATTRIBUTES
+from ldm.training.module import Training
 from tests.tiny_models import CLIP, quiet_trainer
 
 ENCODER = {**CLIP, "params": {**CLIP["params"], "freeze": False}}
 
 
-def train(model, n_steps):
+def train(model, n_steps, learning_rate=1e-3):
     loader = DataLoader(SceneCaptions(64 * n_steps, seed=1), batch_size=64)
     trainer = quiet_trainer(n_steps)
-    trainer.fit(model, loader)
+    trainer.fit(Training(model, learning_rate), loader)
     return trainer.callback_metrics
 
 
 def test_it_learns_what_captions_say():
     torch.manual_seed(0)
     model = CaptionReader(ENCODER, ATTRIBUTES)
-    model.learning_rate = 1e-2
     captions = ["the sea at noon, a clear sky", "the sea at night, a clear sky"]
     before = model.cond_stage_model(captions).detach()
-    metrics = train(model, 150)
+    metrics = train(model, 150, 1e-2)
     assert metrics["train/time"] > 0.7  # chance is about 0.2
     after = model.cond_stage_model(captions).detach()
     apart = [(pair[0] - pair[1]).mean(0).norm() for pair in (before, after)]

@@ -1,7 +1,6 @@
 """The training script on a first stage of a few thousand parameters."""
 
 import argparse
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,9 @@ import torch
 import yaml
 
 from ldm.errors import InputError
+from ldm.training.run import as_bool, main
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
-train = runpy.run_path(str(SCRIPT))
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def run_of(folder):
 def test_trains_logs_and_resumes(config, tmp_path, capsys):
     logs = tmp_path / "logs"
     arguments = ["--base", str(config), "--logdir", str(logs)]
-    train["main"]([*arguments, "--train", "--name", "tiny", "--scale_lr", "false"])
+    main([*arguments, "--train", "--name", "tiny", "--scale_lr", "false"])
     run = run_of(logs)
     assert run.name.endswith("_tiny")
     assert "Learning rate: 1.00e-04" in capsys.readouterr().out
@@ -56,7 +55,7 @@ def test_trains_logs_and_resumes(config, tmp_path, capsys):
 
     # four steps are an epoch: the run goes on in the middle of one and ends in the next
     change = "model.base_learning_rate=0.002"
-    train["main"](["--resume", str(run), "--train", "--max_steps", "5", change])
+    main(["--resume", str(run), "--train", "--max_steps", "5", change])
     second = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert second["global_step"] == 5
     changed = [
@@ -69,7 +68,7 @@ def test_trains_logs_and_resumes(config, tmp_path, capsys):
 
 
 def test_without_train_the_configuration_is_shown(config, tmp_path, capsys):
-    train["main"](["--base", str(config), "--logdir", str(tmp_path / "logs"), "model.params.x=7"])
+    main(["--base", str(config), "--logdir", str(tmp_path / "logs"), "model.params.x=7"])
     shown = capsys.readouterr().out
     assert "x: 7" in shown
     assert "add --train to train" in shown
@@ -87,24 +86,24 @@ def test_without_train_the_configuration_is_shown(config, tmp_path, capsys):
 )
 def test_bad_input(arguments, message):
     with pytest.raises(InputError, match=message):
-        train["main"](arguments)
+        main(arguments)
 
 
 def test_a_missing_section_is_named(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("model: {target: torch.nn.Identity}\n")
     with pytest.raises(InputError, match="no section 'data'"):
-        train["main"](["--base", str(path), "--train"])
+        main(["--base", str(path), "--train"])
 
 
 @pytest.mark.parametrize(("text", "value"), [("yes", True), ("T", True), ("0", False)])
 def test_upstreams_spellings_of_truth(text, value):
-    assert train["as_bool"](text) is value
+    assert as_bool(text) is value
 
 
 def test_other_spellings_are_refused():
     with pytest.raises(argparse.ArgumentTypeError, match="'maybe'"):
-        train["as_bool"]("maybe")
+        as_bool("maybe")
 
 
 def test_help_needs_no_torch():

@@ -8,20 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.checkpoint.files import open_state_dict
 from ldm.errors import InputError
-from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.denoiser import DiffusionWrapper
 from ldm.models.diffusion.guidance import PARAMETERIZATIONS, Conditioning
-from ldm.models.diffusion.schedule import (
-    make_beta_schedule,
-    schedule_buffers,
-    variational_weights,
-)
+from ldm.models.diffusion.schedule import make_beta_schedule, schedule_buffers, variational_weights
 from ldm.modules.attention import remember_context
 from ldm.modules.ema import LitEma
 from ldm.modules.tome.merger import TokenMerger
@@ -29,7 +23,6 @@ from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
-CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
 # Arguments of upstream's configurations that select something which is not included. The values
 # are the ones that mean "without it"; None allows every value, as the argument changes nothing.
 INERT_ARGUMENTS: dict[str, tuple[Any, ...] | None] = {
@@ -45,78 +38,11 @@ INERT_ARGUMENTS: dict[str, tuple[Any, ...] | None] = {
 }
 
 
-class DiffusionWrapper(nn.Module):
-    """The denoising network, and how a conditioning reaches it.
-
-    Args:
-        diff_model_config: ``target`` and ``params`` of the network.
-        conditioning_key: ``concat`` joins it to the input's channels, ``crossattn`` makes it the
-            attention's context, ``adm`` a class embedding; ``hybrid`` is concat and crossattn,
-            ``hybrid-adm`` and ``crossattn-adm`` likewise; None is without.
-
-    Raises:
-        InputError: the key is none of these.
-    """
-
-    def __init__(self, diff_model_config: Mapping[str, Any], conditioning_key: str | None) -> None:
-        super().__init__()
-        if conditioning_key not in CONDITIONING_KEYS:
-            names = ", ".join(str(key) for key in CONDITIONING_KEYS)
-            raise InputError(f"conditioning_key {conditioning_key!r}: choose from {names}")
-        self.conditioning_key = conditioning_key
-        self.diffusion_model = instantiate_from_config(diff_model_config)  # state-dict name
-
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Sequence[Tensor] | None = None,
-        c_crossattn: Sequence[Tensor] | None = None,
-        c_adm: Tensor | None = None,
-    ) -> Tensor:
-        """Output of the network.
-
-        Args:
-            x: noisy latents, (B, C, h, w).
-            t: steps, (B,).
-            c_concat: further channels, each (B, *, h, w).
-            c_crossattn: contexts, each (B, L, width), joined along L; for ``adm`` the first one
-                is the class.
-            c_adm: class or vector, for the keys that end in -adm.
-
-        Raises:
-            ValueError: a part that the conditioning key needs is missing.
-        """
-        key = self.conditioning_key
-        if key is None:
-            return self.diffusion_model(x, t)
-        if "concat" in key or "hybrid" in key:
-            x = torch.cat([x, *_given("c_concat", c_concat, key)], dim=1)
-        if key == "concat":
-            return self.diffusion_model(x, t)
-        crossattn = _given("c_crossattn", c_crossattn, key)
-        if key == "adm":
-            return self.diffusion_model(x, t, y=crossattn[0])
-        # One context stays the tensor that it is, so that the network can know it again.
-        context = crossattn[0] if len(crossattn) == 1 else torch.cat(list(crossattn), dim=1)
-        if key.endswith("-adm"):
-            return self.diffusion_model(x, t, context=context, y=_given("c_adm", c_adm, key))
-        return self.diffusion_model(x, t, context=context)
-
-
-def _given(name: str, value: Any, key: str) -> Any:
-    if value is None:
-        raise ValueError(f"conditioning_key {key!r} needs {name}")
-    return value
-
-
-class LatentDiffusion(pl.LightningModule):
+class LatentDiffusion(nn.Module):
     """A diffusion model in the latent space of a first stage.
 
-    Every argument has upstream's name. A training batch holds pictures under ``first_stage_key``,
-    (B, H, W, C) in [-1, 1], and a list of B captions under ``cond_stage_key``. Where it has a key
-    ``latent``, (B, C, h, w) and already multiplied by the scale factor, the pictures are not
-    encoded.
+    Every argument has upstream's name. ``ldm.training.diffusion`` trains it; what only that needs
+    is kept here as it was given.
 
     Args:
         first_stage_config: the autoencoder; frozen.
@@ -160,7 +86,6 @@ class LatentDiffusion(pl.LightningModule):
         **inert: upstream's arguments that select nothing here; see INERT_ARGUMENTS.
 
     Attributes:
-        learning_rate: of the optimiser; the training script sets it.
         model: the DiffusionWrapper.
 
     Raises:
@@ -243,20 +168,18 @@ class LatentDiffusion(pl.LightningModule):
         self.channels = channels
         self.monitor = monitor
         self.scheduler_config = scheduler_config
-        self.ucg_training = _check_ucg_training(ucg_training or {})
-        self.learning_rate = 1e-4
+        self.ucg_training = ucg_training or {}
 
         # Upstream's order of construction: with a seed, it decides the initial weights.
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         if use_ema:
             self.model_ema = LitEma(self.model)
         self.v_posterior = v_posterior
-        if given_betas is None:
-            self.given_betas = make_beta_schedule(
-                beta_schedule, timesteps, linear_start, linear_end, cosine_s
-            )
-        else:
-            self.given_betas = np.asarray(given_betas, dtype=np.float64)
+        self.given_betas = (
+            make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+            if given_betas is None
+            else np.asarray(given_betas, dtype=np.float64)
+        )
         self.num_timesteps = len(self.given_betas)
         self.logvar_init = float(logvar_init)
         if learn_logvar:
@@ -279,11 +202,9 @@ class LatentDiffusion(pl.LightningModule):
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
 
-    # --- schedule -------------------------------------------------------------------------------
-
     @property
     def device(self) -> torch.device:
-        """Where the schedule is; unlike Lightning's it follows a module built on ``meta``."""
+        """Where the schedule is, also of a module built on ``meta``."""
         return self.betas.device
 
     def _schedule(self) -> dict[str, Tensor]:
@@ -339,8 +260,6 @@ class LatentDiffusion(pl.LightningModule):
     def _at(self, name: str, t: Tensor) -> Tensor:
         """A buffer's values at steps t, (B, 1, 1, 1)."""
         return getattr(self, name)[t].reshape(-1, 1, 1, 1)
-
-    # --- stages ---------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         """Set the mode of what is trained; frozen stages stay in evaluation mode."""
@@ -422,8 +341,6 @@ class LatentDiffusion(pl.LightningModule):
         """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W), about [-1, 1]."""
         return self.first_stage_model.decode(z / self.scale_factor)
 
-    # --- weights --------------------------------------------------------------------------------
-
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
         """Use the averaged weights inside; without an average, nothing changes.
@@ -461,191 +378,6 @@ class LatentDiffusion(pl.LightningModule):
         counts = len(state), len(missing), len(unexpected)
         logger.info("%s: %d tensors, %d missing, %d without a place", path, *counts)
 
-    # --- training -------------------------------------------------------------------------------
-
-    def get_input(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
-        """Latents (B, C, h, w), scaled, and conditioning of a training batch.
-
-        Raises:
-            InputError: the conditioning key is one that only sampling supports.
-        """
-        if "latent" in batch:
-            z = batch["latent"].float()
-        else:
-            x = rearrange(batch[self.first_stage_key], "b h w c -> b c h w").float()
-            z = self.get_first_stage_encoding(self.encode_first_stage(x.contiguous()))
-        key = self.model.conditioning_key
-        if key is None:
-            return z, None
-        if key != "crossattn":
-            raise InputError(f"conditioning_key {key!r} cannot be trained, only 'crossattn' can")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.cond_stage_trainable):
-            return z, self.get_learned_conditioning(batch[self.cond_stage_key])
-
-    def p_losses(
-        self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Training loss of latents (B, C, h, w) at steps (B,), and what to log of it.
-
-        Args:
-            x_start: latents, scaled.
-            cond: as apply_model takes it.
-            t: steps.
-            noise: unit normal of the latents' shape; drawn by default.
-        """
-        noise = torch.randn_like(x_start) if noise is None else noise
-        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond).float()
-        if self.parameterization == "eps":
-            target = noise
-        elif self.parameterization == "v":
-            target = self.get_v(x_start, noise, t)
-        else:
-            target = x_start
-        error = output - target
-        error = error.abs() if self.loss_type == "l1" else error.square()
-        error = error.mean(dim=(1, 2, 3)) * self._snr_weight(t)
-        logvar = self.logvar[t]
-        loss_simple = (error / logvar.exp() + logvar).mean()
-        loss_vlb = (self.lvlb_weights[t] * error).mean()
-        loss = self.l_simple_weight * loss_simple + self.original_elbo_weight * loss_vlb
-        terms = {"loss_simple": error.mean(), "loss_vlb": loss_vlb, "loss": loss}
-        return loss, {name: value.detach() for name, value in terms.items()}
-
-    def _snr_weight(self, t: Tensor) -> Tensor:
-        """min(SNR, gamma) over the SNR weight that the prediction's kind implies, (B,)."""
-        if self.min_snr_gamma is None:
-            return torch.ones_like(self.betas[t])
-        snr = self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t])
-        implied = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[self.parameterization]
-        return snr.clamp(max=self.min_snr_gamma) / implied
-
-    def forward(
-        self, x: Tensor, c: Conditioning, noise: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Training loss of latents (B, C, h, w) at random steps, and what to log of it."""
-        share = torch.rand(x.shape[0], device=self.device) ** self.timestep_power
-        return self.p_losses(x, c, (share * self.num_timesteps).long(), noise)
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Loss of one batch, some of whose captions ``ucg_training`` has blanked."""
-        z, c = self.get_input(self._drop_captions(batch))
-        loss, terms = self(z, c)
-        self.log_dict(
-            {f"train/{name}": value for name, value in terms.items()},
-            prog_bar=True,
-            batch_size=len(z),
-        )
-        if self.scheduler_config is not None:
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            self.log("lr_abs", rate, prog_bar=True, batch_size=len(z))
-        return loss
-
-    def _drop_captions(self, batch: dict[str, Any]) -> dict[str, Any]:
-        dropped = dict(batch)
-        for key, (probability, value) in self.ucg_training.items():
-            is_dropped = torch.rand(len(batch[key])) < probability
-            dropped[key] = [
-                value if drop else entry
-                for entry, drop in zip(batch[key], is_dropped.tolist(), strict=True)
-            ]
-        return dropped
-
-    @torch.no_grad()
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the loss of one batch, with the averaged weights under names that end in ``_ema``.
-
-        Steps and noise depend on the number of the batch alone: losses of different epochs can
-        be compared (upstream draws them anew each time).
-        """
-        z, c = self.get_input(batch)
-        generator = torch.Generator().manual_seed(batch_idx)
-        t = torch.randint(0, self.num_timesteps, (len(z),), generator=generator).to(z.device)
-        noise = torch.randn(z.shape, generator=generator).to(z)
-        _, terms = self.p_losses(z, c, t, noise)
-        with self.ema_scope():
-            averaged = self.p_losses(z, c, t, noise)[1] if self.use_ema else terms
-        named = {f"val/{name}": value for name, value in terms.items()}
-        named |= {f"val/{name}_ema": value for name, value in averaged.items()}
-        self.log_dict(named, on_step=False, on_epoch=True, batch_size=len(z))
-
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """With ``scale_by_std``, set the scale factor from the first batch of a new run."""
-        if self.scale_by_std and self.global_step == 0 and batch_idx == 0:
-            if self.scale_factor != 1.0:
-                raise InputError("scale_by_std measures the scale factor: leave scale_factor at 1")
-            x = rearrange(batch[self.first_stage_key], "b h w c -> b c h w").float()
-            z = self.get_first_stage_encoding(self.encode_first_stage(x))
-            self.scale_factor = 1.0 / z.flatten().std().detach()
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Update the averaged weights."""
-        if self.use_ema:
-            self.model_ema(self.model)
-
-    def configure_optimizers(self) -> Any:
-        """AdamW over the network, the text encoder if it is trained, and a learned logvar."""
-        parameters = list(self.model.parameters())
-        if self.cond_stage_trainable:
-            parameters += list(self.cond_stage_model.parameters())
-        if isinstance(self.logvar, nn.Parameter):
-            parameters.append(self.logvar)
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate)
-        if self.scheduler_config is None:
-            return optimizer
-        schedule = instantiate_from_config(self.scheduler_config).schedule
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
-
-    @torch.no_grad()
-    def log_images(
-        self,
-        batch: dict[str, Any],
-        n_pictures: int = 4,
-        sample: bool = True,
-        ddim_steps: int = 50,
-        ddim_eta: float = 0.0,
-        unconditional_guidance_scale: float = 5.0,
-        unconditional_guidance_label: str = "",
-    ) -> dict[str, Tensor]:
-        """Pictures for the image logger, each (B, 3, H, W), about [-1, 1].
-
-        Args:
-            batch: a training batch.
-            n_pictures: how many of it to use, at most.
-            sample: whether to draw samples for its captions, with the averaged weights.
-            ddim_steps: steps of sampling.
-            ddim_eta: 0 is deterministic.
-            unconditional_guidance_scale: above 1 there are guided samples also.
-            unconditional_guidance_label: the caption that says nothing.
-
-        Returns: ``inputs`` (unless the batch has latents alone), ``reconstruction``, ``samples``
-            and ``samples_cfg_scale_X``.
-        """
-        keys = {"latent", self.first_stage_key, self.cond_stage_key} & set(batch)
-        batch = {key: batch[key][:n_pictures] for key in keys}
-        z, c = self.get_input(batch)
-        pictures = {}
-        if self.first_stage_key in batch:
-            pictures["inputs"] = rearrange(batch[self.first_stage_key], "b h w c -> b c h w")
-        pictures["reconstruction"] = self.decode_first_stage(z)
-        if not sample:
-            return pictures
-        runs: dict[str, dict[str, Any]] = {"samples": {}}
-        if c is not None and unconditional_guidance_scale > 1:
-            runs[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = {
-                "unconditional_guidance_scale": unconditional_guidance_scale,
-                "unconditional_conditioning": self.get_unconditional_conditioning(
-                    len(z), unconditional_guidance_label
-                ),
-            }
-        with self.ema_scope("log_images"):
-            for name, guidance in runs.items():
-                latents, _ = DDIMSampler(self).sample(
-                    ddim_steps, len(z), z.shape[1:], c, eta=ddim_eta, verbose=False, **guidance
-                )
-                pictures[name] = self.decode_first_stage(latents)
-        return pictures
-
 
 def _frozen(module: nn.Module) -> nn.Module:
     """The module, in evaluation mode and without gradients."""
@@ -664,18 +396,3 @@ def _check_inert(arguments: Mapping[str, Any]) -> None:
         allowed = INERT_ARGUMENTS[name]
         if allowed is not None and value not in allowed:
             raise InputError(f"LatentDiffusion: {name}={value!r} is not supported, leave it out")
-
-
-def _check_ucg_training(
-    config: Mapping[str, Mapping[str, Any]],
-) -> dict[str, tuple[float, str]]:
-    """Batch key -> (probability, replacement)."""
-    rules = {}
-    for key, rule in config.items():
-        probability = rule.get("p")
-        if rule.keys() - {"p", "val"} or probability is None or not 0 <= probability <= 1:
-            raise InputError(
-                f"ucg_training.{key} is {dict(rule)}: it needs p, from 0 to 1, and may have val"
-            )
-        rules[key] = (float(probability), rule.get("val") or "")
-    return rules

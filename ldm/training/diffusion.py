@@ -1,0 +1,254 @@
+"""Training of the denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.errors import InputError
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.guidance import Conditioning
+from ldm.training.module import Training
+
+
+class DiffusionTraining(Training):
+    """A LatentDiffusion model that learns to predict noise, pictures or v.
+
+    A batch holds pictures under the model's ``first_stage_key``, (B, H, W, C) in [-1, 1], and a
+    list of B captions under its ``cond_stage_key``. Where it has a key ``latent``, (B, C, h, w)
+    and already multiplied by the scale factor, the pictures are not encoded.
+
+    Args:
+        model: to be trained.
+        learning_rate: of AdamW.
+
+    Raises:
+        InputError: the model's ``ucg_training`` or its conditioning cannot be trained.
+    """
+
+    net: LatentDiffusion
+
+    def __init__(self, model: LatentDiffusion, learning_rate: float = 1e-4) -> None:
+        super().__init__(model, learning_rate)
+        self.blanks = _blanks(model.ucg_training)
+        key = model.model.conditioning_key
+        if key not in (None, "crossattn"):
+            raise InputError(f"conditioning_key {key!r} cannot be trained, only 'crossattn' can")
+
+    # --- loss -----------------------------------------------------------------------------------
+
+    def get_input(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
+        """Latents (B, C, h, w), scaled, and conditioning of a batch."""
+        net = self.net
+        if "latent" in batch:
+            z = batch["latent"].float()
+        else:
+            z = net.get_first_stage_encoding(net.encode_first_stage(self.pictures(batch)))
+        if net.model.conditioning_key is None:
+            return z, None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and net.cond_stage_trainable):
+            return z, net.get_learned_conditioning(batch[net.cond_stage_key])
+
+    def pictures(self, batch: Mapping[str, Any]) -> Tensor:
+        """The batch's pictures, (B, 3, H, W) in [-1, 1]."""
+        x = rearrange(batch[self.net.first_stage_key], "b h w c -> b c h w")
+        return x.float().contiguous()
+
+    def forward(self, x: Tensor, c: Conditioning) -> tuple[Tensor, dict[str, Tensor]]:
+        """Training loss of latents (B, C, h, w) at random steps, and what to log of it."""
+        share = torch.rand(x.shape[0], device=x.device) ** self.net.timestep_power
+        return self.p_losses(x, c, (share * self.net.num_timesteps).long())
+
+    def p_losses(
+        self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Training loss of latents (B, C, h, w) at steps (B,), and what to log of it.
+
+        Args:
+            x_start: latents, scaled.
+            cond: as apply_model takes it.
+            t: steps.
+            noise: unit normal of the latents' shape; drawn by default.
+        """
+        net = self.net
+        noise = torch.randn_like(x_start) if noise is None else noise
+        output = net.apply_model(net.q_sample(x_start, t, noise), t, cond).float()
+        if net.parameterization == "eps":
+            target = noise
+        elif net.parameterization == "v":
+            target = net.get_v(x_start, noise, t)
+        else:
+            target = x_start
+        error = output - target
+        error = error.abs() if net.loss_type == "l1" else error.square()
+        error = error.mean(dim=(1, 2, 3)) * self._snr_weight(t)
+        logvar = net.logvar[t]
+        loss_simple = (error / logvar.exp() + logvar).mean()
+        loss_vlb = (net.lvlb_weights[t] * error).mean()
+        loss = net.l_simple_weight * loss_simple + net.original_elbo_weight * loss_vlb
+        terms = {"loss_simple": error.mean(), "loss_vlb": loss_vlb, "loss": loss}
+        return loss, {name: value.detach() for name, value in terms.items()}
+
+    def _snr_weight(self, t: Tensor) -> Tensor:
+        """min(SNR, gamma) over the SNR weight that the prediction's kind implies, (B,)."""
+        net = self.net
+        if net.min_snr_gamma is None:
+            return torch.ones_like(net.betas[t])
+        snr = net.alphas_cumprod[t] / (1 - net.alphas_cumprod[t])
+        implied = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[net.parameterization]
+        return snr.clamp(max=net.min_snr_gamma) / implied
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of one batch, some of whose captions ``ucg_training`` has blanked."""
+        z, c = self.get_input(self._drop_captions(batch))
+        self._begin_merging(self.trainer.fit_loop.total_batch_idx)
+        loss, terms = self(z, c)
+        self.log_terms(terms, "train", batch)
+        if self.net.scheduler_config is not None:
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log("lr_abs", rate, prog_bar=True, batch_size=len(z))
+        return loss
+
+    def _begin_merging(self, number: int) -> None:
+        """Token merging keeps nothing of another batch, and draws by this one's number."""
+        merger = getattr(self.net.model.diffusion_model, "tome", None)
+        if merger is not None:
+            merger.begin_run(merger.config.seed + number)
+
+    def _drop_captions(self, batch: dict[str, Any]) -> dict[str, Any]:
+        dropped = dict(batch)
+        for key, (probability, value) in self.blanks.items():
+            is_dropped = torch.rand(len(batch[key])) < probability
+            dropped[key] = [
+                value if drop else entry
+                for entry, drop in zip(batch[key], is_dropped.tolist(), strict=True)
+            ]
+        return dropped
+
+    @torch.no_grad()
+    def terms(self, batch: dict[str, Any], split: str, index: int) -> dict[str, Tensor]:
+        """Terms of the loss, with the averaged weights under names that end in ``_ema``.
+
+        Steps and noise depend on the number of the batch alone: losses of different epochs can
+        be compared (upstream draws them anew each time).
+        """
+        z, c = self.get_input(batch)
+        generator = torch.Generator().manual_seed(index)
+        t = torch.randint(0, self.net.num_timesteps, (len(z),), generator=generator).to(z.device)
+        noise = torch.randn(z.shape, generator=generator).to(z)
+        self._begin_merging(index)
+        _, terms = self.p_losses(z, c, t, noise)
+        if not self.net.use_ema:
+            return terms | {f"{name}_ema": value for name, value in terms.items()}
+        with self.net.ema_scope():
+            self._begin_merging(index)
+            _, averaged = self.p_losses(z, c, t, noise)
+        return terms | {f"{name}_ema": value for name, value in averaged.items()}
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """With ``scale_by_std``, set the scale factor from the first batch of a new run."""
+        net = self.net
+        if net.scale_by_std and self.global_step == 0 and batch_idx == 0:
+            if net.scale_factor != 1.0:
+                raise InputError("scale_by_std measures the scale factor: leave scale_factor at 1")
+            z = net.get_first_stage_encoding(net.encode_first_stage(self.pictures(batch)))
+            net.scale_factor = 1.0 / z.flatten().std().detach()
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The average follows each step before a checkpoint of it is written."""
+        return [AverageWeights()] if self.net.use_ema else []
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the network, the text encoder if it is trained, and a learned logvar."""
+        net = self.net
+        parameters = list(net.model.parameters())
+        if net.cond_stage_trainable:
+            parameters += list(net.cond_stage_model.parameters())
+        if isinstance(net.logvar, nn.Parameter):
+            parameters.append(net.logvar)
+        return self.scheduled(torch.optim.AdamW(parameters, lr=self.learning_rate))
+
+    # --- pictures -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def log_images(
+        self,
+        batch: dict[str, Any],
+        N: int = 4,
+        sample: bool = True,
+        ddim_steps: int = 50,
+        ddim_eta: float = 0.0,
+        unconditional_guidance_scale: float = 5.0,
+        unconditional_guidance_label: str = "",
+    ) -> dict[str, Tensor]:
+        """Pictures for the image logger, each (B, 3, H, W), about [-1, 1].
+
+        Args:
+            batch: a training batch.
+            N: how many of it to use, at most.
+            sample: whether to draw samples for its captions, with the averaged weights.
+            ddim_steps: steps of sampling.
+            ddim_eta: 0 is deterministic.
+            unconditional_guidance_scale: above 1 there are guided samples also.
+            unconditional_guidance_label: the caption that says nothing.
+
+        Returns: ``inputs`` (unless the batch has latents alone), ``reconstruction``, ``samples``
+            and ``samples_cfg_scale_X``.
+        """
+        net = self.net
+        keys = {"latent", net.first_stage_key, net.cond_stage_key} & set(batch)
+        batch = {key: batch[key][:N] for key in keys}
+        z, c = self.get_input(batch)
+        pictures = {}
+        if net.first_stage_key in batch:
+            pictures["inputs"] = self.pictures(batch)
+        pictures["reconstruction"] = net.decode_first_stage(z)
+        if not sample:
+            return pictures
+        runs: dict[str, dict[str, Any]] = {"samples": {}}
+        if c is not None and unconditional_guidance_scale > 1:
+            runs[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = {
+                "unconditional_guidance_scale": unconditional_guidance_scale,
+                "unconditional_conditioning": net.get_unconditional_conditioning(
+                    len(z), unconditional_guidance_label
+                ),
+            }
+        with net.ema_scope("log_images"):
+            for name, guidance in runs.items():
+                latents, _ = DDIMSampler(net).sample(
+                    ddim_steps, len(z), z.shape[1:], c, eta=ddim_eta, verbose=False, **guidance
+                )
+                pictures[name] = net.decode_first_stage(latents)
+        return pictures
+
+
+class AverageWeights(pl.Callback):
+    """Moves the average of a diffusion model's weights after each batch."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Move it by one step."""
+        assert isinstance(pl_module, DiffusionTraining)
+        pl_module.net.model_ema(pl_module.net.model)
+
+
+def _blanks(config: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
+    """Of ``ucg_training``: batch key -> (probability, replacement)."""
+    rules = {}
+    for key, rule in config.items():
+        probability = rule.get("p")
+        if rule.keys() - {"p", "val"} or probability is None or not 0 <= probability <= 1:
+            raise InputError(
+                f"ucg_training.{key} is {dict(rule)}: it needs p, from 0 to 1, and may have val"
+            )
+        rules[key] = (float(probability), rule.get("val") or "")
+    return rules

@@ -1,0 +1,200 @@
+"""Loss, steps and logged pictures of a diffusion model in training."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.errors import InputError
+from ldm.training.diffusion import DiffusionTraining
+from tests.tiny_diffusion import CAPTIONS, WIDTH
+from tests.tiny_diffusion import build as build_model
+from tests.tiny_models import quiet_trainer
+
+
+def build(**changes):
+    return DiffusionTraining(build_model(**changes))
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return {"image": torch.rand(4, 8, 8, 3, generator=generator) * 2 - 1, "caption": CAPTIONS}
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
+def test_a_perfect_network_has_no_loss(parameterization, monkeypatch):
+    model = build(parameterization=parameterization)
+    z, noise = torch.randn(2, 3, 4, 4, 4)
+    t = torch.tensor([0, 400, 999])
+    perfect = {"eps": noise, "v": model.net.get_v(z, noise, t), "x0": z}[parameterization]
+    monkeypatch.setattr(model.net, "apply_model", lambda x, t, c: perfect)
+    assert model.p_losses(z, None, t, noise)[0] == 0
+    monkeypatch.setattr(model.net, "apply_model", lambda x, t, c: perfect + 1)
+    loss, terms = model.p_losses(z, None, t, noise)
+    assert loss == pytest.approx(1, abs=1e-6)
+    assert set(terms) == {"loss", "loss_simple", "loss_vlb"}
+
+
+def test_min_snr_weights_steps_alike_in_terms_of_x0():
+    t = torch.tensor([1, 300, 990])
+    snr = build().net.alphas_cumprod[t] / (1 - build().net.alphas_cumprod[t])
+    assert snr[0] > 5 > snr[-1]
+    for parameterization, implied in {"eps": snr, "v": snr + 1, "x0": torch.ones(3)}.items():
+        weights = build(parameterization=parameterization, min_snr_gamma=5.0)._snr_weight(t)
+        torch.testing.assert_close(weights * implied, snr.clamp(max=5))
+    torch.testing.assert_close(build()._snr_weight(t), torch.ones(3))
+
+
+def test_the_steps_of_training_follow_their_power(monkeypatch):
+    z = torch.zeros(4000, 4, 1, 1)
+    for power in (1.0, 0.5):
+        drawn = []
+        model = build(timestep_power=power)
+        monkeypatch.setattr(model, "p_losses", lambda x, c, t, drawn=drawn: drawn.append(t))
+        torch.manual_seed(0)
+        model(z, None)
+        assert 0 <= drawn[0].min() <= drawn[0].max() <= 999
+        assert drawn[0].float().mean() == pytest.approx(1000 / (1 + power), rel=0.03)
+
+
+def test_logvar_and_bound_enter_the_loss(monkeypatch):
+    z, noise = torch.zeros(2, 3, 4, 4, 4)
+    t = torch.tensor([0, 400, 999])
+    model = build(logvar_init=1.0, original_elbo_weight=2.0, l_simple_weight=3.0, loss_type="l1")
+    monkeypatch.setattr(model.net, "apply_model", lambda x, t, c: noise + 0.5)
+    expected = 3 * (0.5 / math.e + 1) + 2 * 0.5 * model.net.lvlb_weights[t].mean()
+    assert model.p_losses(z, None, t, noise)[0] == pytest.approx(expected.item())
+    learned = build(learn_logvar=True)
+    assert isinstance(learned.net.logvar, nn.Parameter)
+    assert "logvar" in learned.state_dict()
+
+
+def test_latents_in_the_batch_are_used_as_they_are(batch):
+    model = build()
+    latent = torch.randn(4, 4, 4, 4)
+    z, c = model.get_input({**batch, "latent": latent})
+    assert torch.equal(z, latent)
+    assert c.shape == (4, 1, WIDTH)
+    torch.manual_seed(3)
+    z, _ = model.get_input(batch)
+    torch.manual_seed(3)
+    pictures = batch["image"].permute(0, 3, 1, 2)
+    expected = model.net.encode_first_stage(pictures).sample() * 0.5
+    torch.testing.assert_close(z, expected)
+
+
+def test_text_encoder_gets_a_gradient_only_if_trainable(batch):
+    for trainable in (False, True):
+        model = build(cond_stage_trainable=trainable)
+        _, c = model.get_input(batch)
+        assert c.requires_grad == trainable
+
+
+def test_what_cannot_be_trained_is_refused():
+    with pytest.raises(InputError, match="'hybrid' cannot be trained"):
+        build(conditioning_key="hybrid")
+    with pytest.raises(InputError, match=r"ucg_training\.caption"):
+        build(ucg_training={"caption": {"p": 1.5}})
+
+
+def test_captions_are_dropped_at_the_given_rate(batch):
+    model = build(ucg_training={"caption": {"p": 0.25, "val": None}})
+    torch.manual_seed(0)
+    n_dropped = sum(model._drop_captions(batch)["caption"].count("") for _ in range(500))
+    assert 400 < n_dropped < 600  # of 2000
+    assert batch["caption"] == CAPTIONS
+    assert build()._drop_captions(batch)["caption"] == CAPTIONS
+
+
+def fit(model, batch, n_steps, **kwargs):
+    loader = torch.utils.data.DataLoader([batch] * n_steps, batch_size=None)
+    trainer = quiet_trainer(n_steps, **kwargs)
+    trainer.fit(model, loader, loader)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_training_lowers_the_loss_and_moves_the_average(batch, parameterization):
+    model = build(
+        parameterization=parameterization,
+        cond_stage_trainable=True,
+        min_snr_gamma=5.0,
+        ucg_training={"caption": {"p": 0.1}},
+        scheduler_config={
+            "target": "ldm.lr_scheduler.LambdaLinearScheduler",
+            "params": {
+                "warm_up_steps": [5],
+                "cycle_lengths": [1000],
+                "f_start": [0.1],
+                "f_max": [1.0],
+                "f_min": [1.0],
+            },
+        },
+    )
+    model.learning_rate = 1e-2
+    batch = {**batch, "latent": torch.randn(4, 4, 4, 4)}
+    first = copy.deepcopy(model)
+    trainer = fit(model, batch, 40, limit_val_batches=1, num_sanity_val_steps=0)
+    logged = trainer.callback_metrics
+    assert {"train/loss", "train/loss_simple", "val/loss", "val/loss_simple_ema"} <= set(logged)
+    assert logged["lr_abs"] == pytest.approx(1e-2)
+    assert model.net.model_ema.num_updates == 40
+
+    def loss(m):
+        torch.manual_seed(5)
+        z, c = m.get_input(batch)
+        return m(z.repeat(64, 1, 1, 1), c.repeat(64, 1, 1))[0].item()
+
+    before, after = loss(first), loss(model)
+    assert after < 0.8 * before
+    live = copy.deepcopy(model.net.model.state_dict())
+    with model.net.ema_scope():
+        assert not torch.equal(
+            model.net.model.diffusion_model.conv_in.weight, live[next(iter(live))]
+        )
+        assert loss(model) < before
+    assert all(
+        torch.equal(value, live[name]) for name, value in model.net.model.state_dict().items()
+    )
+    for name, value in first.net.first_stage_model.state_dict().items():
+        assert torch.equal(value, model.net.first_stage_model.state_dict()[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_scale_by_std_gives_latents_unit_variance(batch):
+    model = build(scale_by_std=True, scale_factor=1.0)
+    fit(model, batch, 1, limit_val_batches=0)
+    assert model.net.scale_factor != 1
+    z, _ = model.get_input(batch)
+    assert z.std() == pytest.approx(1, abs=0.2)
+
+
+def test_log_images_draws_pictures(batch):
+    model = build()
+    noted = {**batch, "scene": {"place": ["sea"] * 4}}  # whatever else a data set has to say
+    pictures = model.log_images(noted, N=2, ddim_steps=2)
+    assert set(pictures) == {"inputs", "reconstruction", "samples", "samples_cfg_scale_5.00"}
+    assert all(value.shape == (2, 3, 8, 8) for value in pictures.values())
+    assert torch.equal(pictures["inputs"], batch["image"][:2].permute(0, 3, 1, 2))
+    latents_only = {"latent": torch.randn(4, 4, 4, 4), "caption": CAPTIONS}
+    pictures = model.log_images(latents_only, sample=False)
+    assert set(pictures) == {"reconstruction"}
+
+
+def test_a_trained_text_encoder_is_optimised():
+    model = build(cond_stage_trainable=True)
+    optimized = model.configure_optimizers().param_groups[0]["params"]
+    assert any(p is model.net.cond_stage_model.embedding.weight for p in optimized)
+
+
+def test_the_state_dict_is_the_models_own():
+    model = build()
+    assert list(model.state_dict()) == list(model.net.state_dict())
+    other = build_model()
+    nn.init.constant_(other.model.diffusion_model.conv_in.weight, 7.0)
+    model.load_state_dict(other.state_dict())
+    assert (model.net.model.diffusion_model.conv_in.weight == 7).all()
