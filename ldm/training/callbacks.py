@@ -52,7 +52,7 @@ class CUDACallback(pl.Callback):
         """Stop it and say what it showed."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-            peak = torch.cuda.max_memory_allocated(pl_module.device)
+            peak: int | None = torch.cuda.max_memory_allocated(pl_module.device)
         else:
             peak = peak_memory()
         seconds = time.perf_counter() - self.start

@@ -25,6 +25,8 @@ class Training(pl.LightningModule):
         learning_rate: of the optimiser.
     """
 
+    net: Any
+
     def __init__(self, model: nn.Module, learning_rate: float = 1e-4) -> None:
         super().__init__()
         self.net = model
@@ -39,7 +41,7 @@ class Training(pl.LightningModule):
         """The model's own."""
         return self.net.state_dict(*args, **kwargs)
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Into the model."""

@@ -147,9 +147,8 @@ def fit(
     data = instantiate_from_config(config["data"])
 
     keep: dict[str, Any] = {"filename": "{epoch:06}-{step:09}", "save_last": True}
-    training = in_training(model)
-    if training.monitor:
-        keep |= {"monitor": training.monitor, "save_top_k": 1}
+    if getattr(model, "monitor", None):
+        keep |= {"monitor": model.monitor, "save_top_k": 1}
     keep |= lightning.get("modelcheckpoint", {}).get("params", {})
     callbacks = [
         SetupCallback(logdir, now, config, {"lightning": lightning}),
@@ -168,8 +167,9 @@ def fit(
         callbacks=callbacks,
         **settings,
     )
-    training.learning_rate = learning_rate(config, trainer, options.scale_lr)
-    print(f"Learning rate: {training.learning_rate:.2e}. Run: {logdir}")
+    rate = learning_rate(config, trainer, options.scale_lr)
+    training = in_training(model, rate)
+    print(f"Learning rate: {rate:.2e}. Run: {logdir}")
     if hasattr(signal, "SIGUSR1"):  # a cluster's warning before it stops a job; Unix only
         last = logdir / "checkpoints" / "last.ckpt"
         signal.signal(signal.SIGUSR1, lambda *_: trainer.save_checkpoint(last))

@@ -26,7 +26,7 @@ def in_training(model: Any, learning_rate: float = 1e-4) -> pl.LightningModule:
         InputError: nothing here can train it.
     """
     if isinstance(model, pl.LightningModule):
-        model.learning_rate = learning_rate
+        model.learning_rate = learning_rate  # type: ignore[assignment]
         return model
     if isinstance(model, LatentDiffusion):
         return DiffusionTraining(model, learning_rate)
