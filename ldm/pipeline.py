@@ -40,7 +40,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import truncated_words
 from ldm.modules.encoders.prompts import plain_text
 from ldm.modules.tome.config import ToMeConfig, overlay
-from ldm.modules.tome.report import Tally
+from ldm.modules.tome.merger import Tally
 from ldm.sampling import OnStep, Run
 from ldm.settings import SIZE_STEP, Settings
 from ldm.util import get_obj_from_str

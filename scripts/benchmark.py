@@ -16,9 +16,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.cli.flags import DTYPES, Parser, at_least, choices, numbers, run, words
+from ldm.cli.tome_flags import parse_flag
 from ldm.config import load_config, load_preset, model_defaults
 from ldm.errors import InputError
-from ldm.modules.tome.config import ToMeConfig, parse_flag
+from ldm.modules.tome.config import ToMeConfig
 from ldm.settings import SIZE_STEP
 
 MODELS = {

@@ -12,6 +12,9 @@ import torch
 from pytorch_lightning import Trainer
 from safetensors.torch import save_file
 
+from ldm.modules.tome.merge import plan_block
+from ldm.modules.tome.merger import Decision
+from ldm.modules.tome.plan import BlockPlans
 from ldm.util import instantiate_from_config
 from tests.golden_util import fill_parameters
 
@@ -148,6 +151,11 @@ def quiet_trainer(n_steps: int, **kwargs: Any) -> Trainer:
     )
 
 
-def compared(tokens: torch.Tensor, kind: str) -> torch.Tensor:
-    """What a block's plans ask for: the tokens, or the tokens in the form of logits of one head."""
-    return tokens[:, :, None] if kind.endswith("_logits") else tokens
+def planned(decision: Decision, tokens: torch.Tensor) -> BlockPlans:
+    """Plans by comparing the tokens themselves; as logits of one head where those are wanted."""
+    if decision.removed and decision.plan is None:
+        metrics = [
+            tokens[:, :, None] if kind.endswith("_logits") else tokens for kind in decision.metrics
+        ]
+        decision.plan, decision.query_plan = plan_block(decision, metrics)
+    return decision.places

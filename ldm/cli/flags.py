@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias
 
+from ldm.cli.tome_flags import parse_flag
 from ldm.config import find_config, load_preset
 from ldm.errors import InputError
 from ldm.images import Gallery
-from ldm.modules.tome.config import KEYS, overlay, parse_flag
+from ldm.modules.tome.config import KEYS, overlay
 from ldm.settings import NOISE_ORDERS, SAMPLERS, SCHEDULES, UPSCALERS, Settings
 
 # keys whose flags take several words, and what these are called

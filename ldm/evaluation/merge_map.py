@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from ldm import images
 from ldm.images import Pixels
-from ldm.modules.tome.block import BlockMerge
 from ldm.modules.tome.config import cells
-from ldm.modules.tome.merger import TokenMerger
+from ldm.modules.tome.merger import Decision, TokenMerger
 
 MAP_SIDE = 512  # pixels that the longer side of a map has at least
 TOKEN_SIDE = 16  # likewise of a token of square ones
@@ -94,10 +93,10 @@ class Recorder:
 
     def __init__(self, merger: TokenMerger) -> None:
         self._merger = merger
-        self._calls: list[list[tuple[BlockMerge, Integers, Integers]]] = []
+        self._calls: list[list[tuple[Decision, Integers, Integers]]] = []
         merger.observer = self._observe
 
-    def _observe(self, call: int, blocks: list[BlockMerge]) -> None:
+    def _observe(self, call: int, blocks: list[Decision]) -> None:
         if call == 0:  # another run
             self._calls = []
         self._calls.append([(block, _groups(block), destinations(block)) for block in blocks])
@@ -111,7 +110,6 @@ class Recorder:
             picture: which one of the batch.
             n_pictures: how many the batch has.
         """
-        self._merger.report()  # ends the last call, so that it is observed
         return [
             [
                 MergeMap(
@@ -126,17 +124,20 @@ class Recorder:
         ]
 
 
-def _groups(block: BlockMerge) -> Integers:
+def _groups(block: Decision) -> Integers:
     """Groups of a block's tokens, (B, N); with nothing merged one row does for all."""
     plan = block.plan
     if plan is None or plan.groups is None or plan.sizes is None:
         return np.arange(block.n_tokens)[None]
     rows = plan.groups.view(len(plan.sizes), -1)
     first = torch.arange(len(rows), device=rows.device)[:, None] * plan.n_kept
-    return (rows - first).cpu().numpy()
+    groups = (rows - first).cpu().numpy()
+    if plan.has_gaps:  # then rows have different numbers of groups
+        groups = np.stack([np.unique(row, return_inverse=True)[1] for row in groups])
+    return groups
 
 
-def destinations(block: BlockMerge) -> Integers:
+def destinations(block: Decision) -> Integers:
     """The tokens into which a block's method merges others, rising, (n,); empty without a plan."""
     config, plan, n = block.config, block.plan, block.n_tokens
     if plan is None or plan.is_identity:
@@ -148,7 +149,7 @@ def destinations(block: BlockMerge) -> Integers:
     if config.method == "kth":
         k = min(config.group(n), n)
         return np.arange(k - 1, n - n % k, k)
-    draw = None if block._draw is None else block._draw.cpu()
+    draw = None if block.draw is None else block.draw.cpu()
     if config.method == "random":
         assert draw is not None
         return draw[0].argsort()[block.removed :].sort().values.numpy()

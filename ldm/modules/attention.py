@@ -7,7 +7,6 @@ Stability-AI/stablediffusion.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import InputError
-from ldm.modules.tome.block import BlockMerge, BlockPlans, tokens_to_compare
-from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merger import TokenMerger
-from ldm.modules.tome.plan import MergePlan
+from ldm.modules.tome.match import metric_of
+from ldm.modules.tome.merge import plan_block
+from ldm.modules.tome.merger import Decision, TokenMerger
+from ldm.modules.tome.plan import NOTHING, BlockPlans, MergePlan
 
 BACKENDS = ("sdpa", "einsum")
-NO_MERGING = BlockMerge(ToMeConfig(), (1, 1), removed=0)
 
 
 class GEGLU(nn.Module):
@@ -116,13 +114,18 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
             x: (B, N, C) queries.
             context: (B, L, D) keys and values; None: x.
+            mask: (B, ...) of L booleans for each row: False keeps a key from being attended to.
             bias: added to the logits, broadcast to (B, heads, N, L).
         """
         context = x if context is None else context
@@ -130,6 +133,10 @@ class CrossAttention(nn.Module):
             rearrange(t, "b n (h d) -> b h n d", h=self.heads)
             for t in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
+        if mask is not None:
+            barred = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+            barred = barred.masked_fill(~mask.bool(), -torch.finfo(q.dtype).max).flatten(1)
+            bias = barred[:, None, None] if bias is None else bias + barred[:, None, None]
         attend = F.scaled_dot_product_attention if self.backend == "sdpa" else einsum_attention
         out = attend(q, k, v, None if bias is None else bias.to(q.dtype))
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
@@ -203,7 +210,7 @@ class BasicTransformerBlock(nn.Module):
         self.checkpoint = checkpoint
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, merging: BlockMerge = NO_MERGING
+        self, x: Tensor, context: Tensor | None = None, merging: Decision | None = None
     ) -> Tensor:
         """Transform tokens.
 
@@ -212,22 +219,41 @@ class BasicTransformerBlock(nn.Module):
             context: (B, L, D); None: attn2 attends to the tokens themselves.
             merging: what is merged here.
         """
+        # Others' code may replace _forward by a function of upstream's two arguments.
+        inputs = (x, context) if merging is None or not merging.removed else (x, context, merging)
         if not (self.checkpoint and torch.is_grad_enabled()):
-            return self._forward(x, context, merging)
-        # Made outside, so that the recomputation in the backward pass meets the same plan; and
-        # detached, or the compiler takes this norm and the recomputed one for the same.
-        merging.plans(partial(tokens_to_compare, self, x.detach(), None, merging.size))
-        return checkpoint(self._forward, x, context, merging, use_reentrant=False)
+            return self._forward(*inputs)
+        if merging is not None:
+            # Made outside, so that the recomputation in the backward pass meets the same plan; and
+            # detached, or the compiler takes this norm and the recomputed one for the same.
+            self._plans(x.detach(), None, merging)
+        return checkpoint(self._forward, *inputs, use_reentrant=False)
 
-    def _forward(self, x: Tensor, context: Tensor | None, merging: BlockMerge) -> Tensor:
-        if merging.is_whole_block:
-            plans = merging.plans(partial(tokens_to_compare, self, x, None, merging.size))
-            merged = plans.block.merge(x)
-            out = self._sublayers(merged, self.norm1(merged), context, plans)
-            return x + plans.block.unmerge(out - merged)
-        normed = self.norm1(x)
-        plans = merging.plans(partial(tokens_to_compare, self, x, normed, merging.size))
-        return self._sublayers(x, normed, context, plans)
+    def _forward(
+        self, x: Tensor, context: Tensor | None = None, merging: Decision | None = None
+    ) -> Tensor:
+        if merging is None:
+            return self._sublayers(x, self.norm1(x), context, NOTHING)
+        if not merging.is_whole_block:
+            normed = self.norm1(x)
+            return self._sublayers(x, normed, context, self._plans(x, normed, merging))
+        plans = self._plans(x, None, merging)
+        merged = plans.block.merge(x)
+        out = self._sublayers(merged, self.norm1(merged), context, plans)
+        return x + plans.block.unmerge(out - merged)
+
+    @torch.no_grad()
+    def _plans(self, x: Tensor, normed: Tensor | None, merging: Decision) -> BlockPlans:
+        """The plans for the places of the block; those that are there already, or else new ones."""
+        if merging.removed and merging.plan is None:
+            if normed is None:
+                normed = x if merging.metrics == ("hidden",) else self.norm1(x)
+            metrics = [
+                metric_of(self.attn1, kind, x, normed, merging.size) for kind in merging.metrics
+            ]
+            planner = merging.planner or plan_block
+            merging.plan, merging.query_plan = planner(merging, metrics)
+        return merging.places
 
     def _sublayers(
         self, x: Tensor, normed: Tensor, context: Tensor | None, plans: BlockPlans
@@ -251,7 +277,7 @@ def _attend(
 ) -> Tensor:
     """Attention with merged queries and, where it is self-attention, merged keys and values."""
     merged, context, bias = plans.for_attention(x, context, queries, keys)
-    return queries.unmerge(attention(merged, context, bias))
+    return queries.unmerge(attention(merged, context, bias=bias))
 
 
 class SpatialTransformer(nn.Module):

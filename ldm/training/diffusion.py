@@ -78,6 +78,7 @@ class DiffusionTraining(Training):
         """
         net = self.net
         noise = torch.randn_like(x_start) if noise is None else noise
+        net.begin_batch()
         output = net.apply_model(net.q_sample(x_start, t, noise), t, cond).float()
         if net.parameterization == "eps":
             target = noise

@@ -19,7 +19,7 @@ from ldm.cli.jobs import Job
 from ldm.errors import InputError
 from ldm.images import Gallery, Picture, Pixels, load_rgb
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.report import describe
+from ldm.modules.tome.merger import describe
 from ldm.pipeline import Pipeline
 from ldm.web.preview import Preview
 

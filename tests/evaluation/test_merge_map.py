@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from ldm.evaluation.merge_map import (
 from ldm.evaluation.merge_page import merge_page
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
-from tests.tiny_models import compared
+from tests.tiny_models import planned
 
 CONFIGS = [
     {"ratio": 0.5},
@@ -47,7 +46,8 @@ def recorded(config, size=(6, 7), n_rows=4, n_calls=2):
         merger.begin_call(*size, torch.tensor([900 - call]))
         tokens = torch.randn(n_rows, size[0] * size[1], 8)
         block = merger.block(tokens, size, 1)
-        block.plans(partial(compared, tokens))
+        planned(block, tokens)
+        merger.end_call()
         plans.append(block.plan)
     return recorder, plans
 
@@ -77,7 +77,8 @@ def test_a_merged_token_is_nearest_to_the_destination_that_took_it():
     recorder = Recorder(merger)
     merger.begin_call(4, 4, torch.tensor([5]))
     tokens = torch.randn(1, 16, 8)
-    merger.block(tokens, (4, 4), 1).plans(partial(compared, tokens))
+    planned(merger.block(tokens, (4, 4), 1), tokens)
+    merger.end_call()
     ((one,),) = recorder.maps()
     similarity = F.normalize(tokens[0], dim=-1) @ F.normalize(tokens[0], dim=-1).T
     heads = np.arange(3, 16, 4)
@@ -91,6 +92,7 @@ def test_another_run_starts_anew_and_nothing_merged_is_a_map_too():
     merger.configure(ToMeConfig())
     merger.begin_call(4, 5, torch.tensor([5]))
     merger.block(torch.randn(2, 20, 8), (4, 5), 1)
+    merger.end_call()
     ((one,),) = recorder.maps()
     assert (one.n_tokens, one.n_kept, len(one.destinations)) == (20, 20, 0)
     assert one.describe() == "20 tokens, none merged"

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.errors import InputError
+from ldm.modules import attention
 from ldm.modules.attention import (
     BasicTransformerBlock,
     ContextLinear,
@@ -24,9 +25,9 @@ from ldm.modules.attention import (
     remember_context,
     set_attention_backend,
 )
-from ldm.modules.tome.block import BlockMerge, tokens_to_compare
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merger import TokenMerger
+from ldm.modules.tome.match import metric_of
+from ldm.modules.tome.merger import Decision, TokenMerger
 from ldm.modules.tome.plan import MergePlan
 from tests.golden_util import fill_parameters, load_golden_keys
 
@@ -59,7 +60,7 @@ def inputs(n_rows: int = 2) -> tuple[Tensor, Tensor]:
     return x, torch.randn(n_rows, 7, 5, generator=generator)
 
 
-def merging(config: dict[str, Any], x: Tensor) -> BlockMerge:
+def merging(config: dict[str, Any], x: Tensor) -> Decision:
     return TokenMerger(ToMeConfig.from_mapping(config)).block(x, (H, W), 1)
 
 
@@ -260,7 +261,7 @@ def test_block_with_merging_is_its_equations(config: dict[str, Any]) -> None:
 
     def sublayers(x: Tensor, q: tuple, kv: tuple, cross: tuple, mlp: tuple, bias: Any) -> Tensor:
         normed = module.norm1(x)
-        x = x + q[1] @ module.attn1(q[0] @ normed, kv[0] @ normed, bias)
+        x = x + q[1] @ module.attn1(q[0] @ normed, kv[0] @ normed, bias=bias)
         x = x + cross[1] @ module.attn2(cross[0] @ module.norm2(x), context)
         return x + mlp[1] @ module.ff(mlp[0] @ module.norm3(x))
 
@@ -294,8 +295,8 @@ def test_metrics() -> None:
     }.items():
         expected[kind] = rearrange(logits - logits.mean(2, keepdim=True), "b h n r -> b n h r")
     for kind, metric in expected.items():
-        torch.testing.assert_close(tokens_to_compare(module, x, None, (H, W), kind), metric)
-        torch.testing.assert_close(tokens_to_compare(module, x, normed, (H, W), kind), metric)
+        found = metric_of(module.attn1, kind, x, normed, (H, W))
+        torch.testing.assert_close(found, metric)
 
 
 def spread_out(n: int) -> list[int]:
@@ -312,7 +313,7 @@ def test_self_attention_of_a_block_without_context() -> None:
     plan = merge.plan
     expected = x + module.attn1(module.norm1(x))
     small = plan.merge(module.norm2(expected))
-    expected = expected + plan.unmerge(module.attn2(small, bias=plan.log_size))
+    expected = expected + plan.unmerge(module.attn2(small, bias=plan.log_size()))
     expected = expected + module.ff(module.norm3(expected))
     torch.testing.assert_close(found, expected)
 
@@ -346,11 +347,11 @@ def test_gradients_with_checkpointing_are_those_without(config: dict[str, Any]) 
 
 def test_the_recomputation_makes_no_plan_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    make = BlockMerge._make_plan
-    monkeypatch.setattr(BlockMerge, "_make_plan", lambda *args: made.append(1) or make(*args))
+    make = attention.plan_block
+    monkeypatch.setattr(attention, "plan_block", lambda *args: made.append(1) or make(*args))
     module, (x, context) = block(checkpoint=True), inputs()
     module(x, context, merging({"ratio": 0.5, "random": True}, x)).sum().backward()
-    assert len(made) == 2  # for keys and values, and for queries
+    assert len(made) == 1
 
 
 class _ForbidOnMps(TorchDispatchMode):
@@ -375,7 +376,7 @@ def test_operators_that_fail_on_mps_are_not_used(config: dict[str, Any]) -> None
         merger = TokenMerger(ToMeConfig.from_mapping(config))
         merger.begin_call(H, W, torch.tensor([500, 500]))
         module(x, context, merger.block(x, (H, W), 1)).sum().backward()
-        merger.report()
+        merger.end_call()
 
 
 def test_the_guard_against_those_operators_works() -> None:

@@ -7,7 +7,7 @@ tokens out and gives them no output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
-from ldm.modules.tome.block import BlockMerge
 from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.merger import Decision
 from ldm.modules.tome.plan import MergePlan
 
 CONTROLS = ("none", "random", "drop")
@@ -68,22 +68,29 @@ def control(unet: Any, name: str, ratio: float = 0.5, seed: int = 0) -> Iterator
                 hook.remove()
         return
     generator = torch.Generator().manual_seed(seed)
+    make = _random_pairs if name == "random" else _dropped
 
-    def block(x: Tensor, size: tuple[int, int], downsample: int, *_: Any) -> BlockMerge:
-        n = size[0] * size[1]
-        removed = int(n * ratio) if downsample == 1 else 0
-        config = ToMeConfig(ratio=ratio, apply_to=("attn",), proportional=False)
-        merging = BlockMerge(config, size, removed)
-        if removed:
-            make = _random_pairs if name == "random" else _dropped
-            merging.plan = make(len(x), n, removed, generator, x.device)
-        return merging
+    def planner(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan, MergePlan]:
+        x = metrics[0]
+        plan = make(len(x), decision.n_tokens, decision.removed, generator, x.device)
+        return plan, plan
 
-    unet.tome.block = block  # hides the method of its class
+    before = unet.tome.config
+    plain = ToMeConfig(
+        method="random",
+        ratio=ratio,
+        metric="hidden",
+        window=None,
+        weighted=False,
+        proportional=False,
+    )
+    unet.tome.configure(plain)
+    unet.tome.planner = planner
     try:
         yield
     finally:
-        del unet.tome.block
+        unet.tome.planner = None
+        unet.tome.configure(before)
 
 
 def _random_pairs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from time import perf_counter
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.modules.tome.block import BlockMerge, BlockPlans
-from ldm.modules.tome.merger import TokenMerger
+from ldm.modules.tome.merge import plan_block
+from ldm.modules.tome.merger import Decision
 from ldm.modules.tome.plan import MergePlan
 
 PARTS = ("match", "merge", "unmerge")
@@ -73,7 +73,7 @@ class TimedPlan(MergePlan):
 def breakdown(unet: Any, device: torch.device) -> Iterator[dict[str, float]]:
     """Measure the parts of merging in a U-Net, as long as the context lasts.
 
-    Matching includes making the plan, and the metric (where that is the keys, a projection).
+    Matching includes making the plan, but not what is compared: that is the block's own work.
 
     Args:
         unet: a UNetModel.
@@ -83,25 +83,19 @@ def breakdown(unet: Any, device: torch.device) -> Iterator[dict[str, float]]:
         Seconds for each of `PARTS`, growing as the model is called.
     """
     watch = Stopwatch(device)
+    before = unet.tome.planner
+    make = before or plan_block
 
-    def block(*args: Any) -> BlockMerge:
-        merging: Any = TokenMerger.block(unet.tome, *args)
+    def planner(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan, MergePlan]:
+        with watch.part("match"):
+            plan, queries = make(decision, metrics)
+        if plan.is_identity:
+            return plan, queries
+        timed = TimedPlan.of(plan, watch)
+        return timed, timed if queries is plan else TimedPlan.of(queries, watch)
 
-        def plans(metric: Callable[[str], Tensor]) -> BlockPlans:
-            if merging.removed and merging.plan is None:
-                with watch.part("match"):
-                    BlockMerge.plans(merging, metric)
-                for name in ("plan", "query_plan"):
-                    plan = getattr(merging, name)
-                    if plan is not None and not plan.is_identity:
-                        setattr(merging, name, TimedPlan.of(plan, watch))
-            return BlockMerge.plans(merging, metric)
-
-        merging.plans = plans  # hides the method of its class
-        return merging
-
-    unet.tome.block = block
+    unet.tome.planner = planner
     try:
         yield watch.seconds
     finally:
-        del unet.tome.block
+        unet.tome.planner = before

@@ -5,7 +5,7 @@ It tells what a perfect implementation of the setting would reach. The pictures 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.modules.tome.block import BlockMerge
-from ldm.modules.tome.merger import TokenMerger
+from ldm.modules.tome.merger import Decision
 from ldm.modules.tome.plan import MergePlan
 
 
@@ -43,16 +42,16 @@ def oracle(unet: Any) -> Iterator[None]:
             With a ``similarity`` these are as many as ``ratio`` alone would leave.
     """
 
-    def block(*args: Any) -> BlockMerge:
-        merging = TokenMerger.block(unet.tome, *args)
-        if merging.removed and merging.plan is None:
-            kept = merging.n_tokens - merging.removed
-            # groups without content: a plan that has none counts as the identity
-            merging.plan = FreePlan(merging.n_tokens, kept, groups=torch.empty(0))
-        return merging
-
-    unet.tome.block = block  # hides the method of its class
+    before = unet.tome.planner
+    unet.tome.planner = _free
     try:
         yield
     finally:
-        del unet.tome.block
+        unet.tome.planner = before
+
+
+def _free(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan, MergePlan]:
+    # groups without content: a plan that has none counts as the identity
+    kept = decision.n_tokens - decision.removed
+    plan = FreePlan(decision.n_tokens, kept, groups=torch.empty(0))
+    return plan, plan

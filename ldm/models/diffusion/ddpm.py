@@ -286,6 +286,11 @@ class LatentDiffusion(nn.Module):
             self._tome.is_guided = False
         remember_context(self.model, False)
 
+    def begin_batch(self) -> None:
+        """Start the loss of another batch: token merging keeps no plan of the one before."""
+        if self._tome is not None:
+            self._tome.begin_batch()
+
     @property
     def _tome(self) -> TokenMerger | None:
         """Token merging in the network, if it has that."""

@@ -366,6 +366,8 @@ class UNetModel(nn.Module):
                 f"y is {'missing' if y is None else 'given'}, but num_classes is "
                 f"{self.num_classes!r}"
             )
+        if self.training and torch.is_grad_enabled():
+            self.tome.begin_batch()
         self.tome.begin_call(x.shape[-2], x.shape[-1], timesteps)
         dtype = self.dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
@@ -383,6 +385,7 @@ class UNetModel(nn.Module):
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             h = block(h, emb, context, size=skips[-1].shape[-2:] if skips else None)
+        self.tome.end_call()
         return self.out(h).to(x.dtype)
 
 

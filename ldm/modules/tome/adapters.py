@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import InputError
-from ldm.modules.tome.block import BlockMerge, BlockPlans, tokens_to_compare
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merger import TokenMerger
-from ldm.modules.tome.plan import MergePlan
+from ldm.modules.tome.match import metric_of
+from ldm.modules.tome.merge import plan_block
+from ldm.modules.tome.merger import Decision, TokenMerger
+from ldm.modules.tome.plan import BlockPlans, MergePlan
 
 HANDLES = "_tome_handles"  # of a U-Net: what takes the hooks off again
 
@@ -62,7 +63,10 @@ def apply(pipe_or_unet: Any, **settings: Any) -> TokenMerger:
     scheduler = getattr(pipe_or_unet, "scheduler", None)
     n_timesteps = 1000 if scheduler is None else scheduler.config.num_train_timesteps
     merger = TokenMerger(config, n_timesteps)
-    handles = [unet.register_forward_pre_hook(_Calls(merger, pipe_or_unet).begin, with_kwargs=True)]
+    handles = [
+        unet.register_forward_pre_hook(_Calls(merger, pipe_or_unet).begin, with_kwargs=True),
+        unet.register_forward_hook(partial(_end_call, merger)),
+    ]
     for transformer, downsample in transformers:
         blocks = [_Block(block, merger, downsample) for block in transformer.transformer_blocks]
         enter = partial(_enter_transformer, blocks)
@@ -148,8 +152,14 @@ class _Calls:
         self.last = now
         is_guided = getattr(self.pipe, "do_classifier_free_guidance", False)  # not before a run
         self.merger.is_guided = bool(is_guided)
+        if unet.training and torch.is_grad_enabled():
+            self.merger.begin_batch()
         h, w = latents.shape[-2:]
         self.merger.begin_call(h, w, timesteps)
+
+
+def _end_call(merger: TokenMerger, *_: Any) -> None:
+    merger.end_call()
 
 
 # --- its blocks ---------------------------------------------------------------------------------
@@ -178,7 +188,7 @@ class _Block:
         self.merger = merger
         self.downsample = downsample
         self.size = (0, 0)
-        self.merging: BlockMerge | None = None
+        self.merging: Decision | None = None
         self.plans: BlockPlans | None = None  # from here on: while the block runs
         self.x: Tensor | None = None
         self.merged: Tensor | None = None
@@ -210,21 +220,28 @@ class _Block:
             self.merging = self.merger.block(x, self.size, self.downsample, has_self_attention)
         if not self.merging.is_whole_block:
             return None
-        self.plans = self.merging.plans(
-            partial(tokens_to_compare, block, x, None, self.merging.size)
-        )
+        self.plans = self._made(x, None)
         self.merged = self.plans.block.merge(x)
         return _put(args, kwargs, 0, "hidden_states", self.merged)
 
     def _make_plans(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Make the plans where norm1 of the input is there to be compared."""
         if self.merged is None:
-            assert self.merging is not None
             assert self.x is not None
-            normed = _get(args, kwargs, 0, "hidden_states")
-            size = self.merging.size
-            compare = partial(tokens_to_compare, self.block, self.x, normed, size)
-            self.plans = self.merging.plans(compare)
+            self.plans = self._made(self.x, _get(args, kwargs, 0, "hidden_states"))
+
+    @torch.no_grad()
+    def _made(self, x: Tensor, normed: Tensor | None) -> BlockPlans:
+        """The plans for the places of the block; those that are there already, or else new ones."""
+        merging = self.merging
+        assert merging is not None
+        if merging.removed and merging.plan is None:
+            if normed is None:
+                normed = x if merging.metrics == ("hidden",) else self.block.norm1(x)
+            attention, size = self.block.attn1, merging.size
+            metrics = [metric_of(attention, kind, x, normed, size) for kind in merging.metrics]
+            merging.plan, merging.query_plan = (merging.planner or plan_block)(merging, metrics)
+        return merging.places
 
     def _before_attention(
         self, queries: str, keys: str, attention: nn.Module, args: Args, kwargs: Kwargs

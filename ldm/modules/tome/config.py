@@ -5,15 +5,16 @@ Pure Python, so that ``--help`` and configuration errors need no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ldm.errors import InputError
-from ldm.modules.tome.keys import KEYS, parse_flag
 
-__all__ = ["AMOUNTS", "KEYS", "ToMeConfig", "cells", "overlay", "parse_flag"]
-
+METHODS = ("bipartite", "kth", "random", "grid", "downsample")
+PLACES = ("kv", "q", "attn", "crossattn", "mlp", "block")
+METRICS = ("hidden", "normed", "keys", "keys_mean", "logits")
 # The keys that say how much is removed: one of them at a time (for downsample, the stride).
 AMOUNTS = ("ratio", "r", "k", "max_tokens", "steps")
 # Keys that mean something to some methods only.
@@ -31,7 +32,180 @@ _METHOD_KEYS = {
     "similarity": ("bipartite", "kth", "random", "grid"),
 }
 _TOMESD_PLACES = {"merge_attn": "attn", "merge_crossattn": "crossattn", "merge_mlp": "mlp"}
+_LARGEST = 2**31 - 1
 _ROUNDING = 1e-4  # a ratio written with four digits may stand for a fraction such as 8/9
+
+
+# --- the keys ------------------------------------------------------------------------------------
+
+
+def _one_of(*allowed: Any) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or value not in allowed:
+            raise ValueError(f"must be one of {', '.join(map(str, allowed))}")
+        return value
+
+    return check
+
+
+def _integer(low: int, also_none: bool = False) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if value is None and also_none:
+            return None
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not is_whole or not low <= value <= _LARGEST:
+            raise ValueError(f"must be a whole number of at least {low}, and at most {_LARGEST}")
+        return value
+
+    return check
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def _ratio(value: Any) -> float | str | None:
+    if value is None or value == "auto":
+        return value
+    if not _is_number(value, 0, 1) or value == 1:
+        raise ValueError("must be auto or a number from 0 to below 1")
+    return float(value)
+
+
+def _k(value: Any) -> int | str | None:
+    if isinstance(value, str):
+        if not re.fullmatch(r"tokens//[1-9]\d{0,8}", value, re.ASCII):
+            raise ValueError("must be a whole number of at least 1, or tokens//N")
+        return value
+    return _integer(1, also_none=True)(value)
+
+
+def _stride(value: Any) -> tuple[int, int]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError("must be two whole numbers, [rows, columns]")
+    return _integer(1)(value[0]), _integer(1)(value[1])
+
+
+def _apply_to(value: Any) -> tuple[str, ...]:
+    places = (value,) if isinstance(value, str) else value
+    is_list = isinstance(places, (list, tuple)) and len(places) > 0
+    if not is_list or any(place not in PLACES for place in places):
+        raise ValueError(f"must be one or more of {', '.join(PLACES)}")
+    if "block" in places and len(places) > 1:
+        raise ValueError("block wraps the whole block, so it stands alone")
+    return tuple(places)
+
+
+def _window(value: Any) -> int | None:
+    if _integer(1, also_none=True)(value) is not None and value % 2 == 0:
+        raise ValueError("must be an odd number of cells, or null for no limit")
+    return value
+
+
+def _similarity(value: Any) -> float | None:
+    if value is not None and not _is_number(value, -1, 1):
+        raise ValueError("is a cosine, from -1 to 1")
+    return None if value is None else float(value)
+
+
+def _metric(value: Any) -> str | None:
+    return None if value is None else _one_of(*METRICS)(value)
+
+
+def _rules(value: Any) -> tuple[Mapping[str, Any], ...]:
+    entries = () if value is None else value
+    if not isinstance(entries, (list, tuple)) or any(not isinstance(e, Mapping) for e in entries):
+        raise ValueError("must be a list of mappings, each with min_tokens")
+    return tuple(entries)
+
+
+def _keys(value: Any) -> Mapping[str, Any] | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError("must be a mapping of other keys")
+    return value
+
+
+def _steps(value: Any) -> tuple[tuple[float, float], ...]:
+    points = () if value is None else value
+    is_list = isinstance(points, (list, tuple))
+    if not is_list or any(not isinstance(p, (list, tuple)) or len(p) != 2 for p in points):
+        raise ValueError("must be a list of [progress, ratio]")
+    progress = [point[0] for point in points]
+    if any(not _is_number(p, 0, 1) for p in progress) or progress != sorted(set(progress)):
+        raise ValueError("progress must rise from 0 to 1")
+    if any(not _is_number(ratio, 0, 1) or ratio == 1 for _, ratio in points):
+        raise ValueError("each ratio must be a number from 0 to below 1")
+    return tuple((float(p), float(ratio)) for p, ratio in points)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: what its value may be, and what it means."""
+
+    check: Callable[[Any], Any]
+    values: str
+    help: str
+    in_rules: bool = True
+
+
+KEYS: dict[str, Key] = {
+    "method": Key(_one_of(*METHODS), "|".join(METHODS), "how destinations are chosen"),
+    "ratio": Key(_ratio, "RATIO|auto", "share of tokens removed; 0 is off"),
+    "r": Key(_integer(0, also_none=True), "N", "number of tokens removed, instead of a ratio"),
+    "k": Key(_k, "K|tokens//N", "kth: one token in k survives"),
+    "stride": Key(_stride, "ROWS COLUMNS", "grid, downsample: size of a cell"),
+    "random": Key(_boolean, "BOOL", "grid: a random destination in each cell"),
+    "apply_to": Key(
+        _apply_to,
+        "PLACE,...",
+        f"where tokens are merged: {', '.join(PLACES[:-1])}, or block alone",
+    ),
+    "metric": Key(_metric, "|".join(METRICS), "what is compared to find similar tokens"),
+    "weighted": Key(
+        _boolean, "BOOL", "kv by logits: in a group's mean, count tokens by the attention they get"
+    ),
+    "protect": Key(_one_of(0, 1, 2), "0|1|2", "bipartite: first tokens never merged away"),
+    "window": Key(_window, "CELLS|none", "grid: match only within so many cells a side (odd)"),
+    "max_downsample": Key(_one_of(1, 2, 4, 8), "1|2|4|8", "act at up to this downsampling"),
+    "min_tokens": Key(_integer(0), "N", "leave blocks with fewer tokens alone"),
+    "max_tokens": Key(
+        _integer(1, also_none=True), "N", "keep at most so many tokens, instead of a ratio"
+    ),
+    "similarity": Key(_similarity, "COSINE|none", "merge only pairs at least this similar"),
+    "rules": Key(
+        _rules,
+        "N:KEY=VALUE,...;...",
+        "other keys by number of tokens: the first entry that fits wins",
+        in_rules=False,
+    ),
+    "steps": Key(_steps, "PROGRESS:RATIO,...", "ratio over progress, 0 to 1", in_rules=False),
+    "hires": Key(
+        _keys,
+        "KEY=VALUE,...",
+        "other keys for the second pass of --hires_scale",
+        in_rules=False,
+    ),
+    "reuse_steps": Key(_integer(1), "N", "keep a plan for so many model calls", in_rules=False),
+    "reuse_layers": Key(
+        _boolean, "BOOL", "share a plan among the blocks of a resolution", in_rules=False
+    ),
+    "proportional": Key(
+        _boolean, "BOOL", "count a merged token as many in attention", in_rules=False
+    ),
+    "context": Key(
+        _one_of("full", "trim"), "full|trim", "trim: drop the prompt's padding", in_rules=False
+    ),
+    "seed": Key(_integer(0), "N", "seed of the merging's own generator", in_rules=False),
+}
+
+
+# --- the configuration ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -88,7 +262,7 @@ class ToMeConfig:
         _refuse_contradictions(values)
         values.setdefault("window", 3 if values["method"] == "grid" else None)
         _set_metric(values)
-        rules = tuple(_rule(entry, given) for entry in values.pop("rules", ()))
+        rules = tuple(_rule(_spell_out(entry), given) for entry in values.pop("rules", ()))
         if values.get("hires") is not None:
             values["hires"] = _second_pass(values["hires"], given)
         return cls(**values, rules=rules)
@@ -192,9 +366,9 @@ def overlay(base: Mapping[str, Any] | None, override: Mapping[str, Any] | None) 
     if method is not None and method != below.get("method", "grid"):
         drops |= {key for key, methods in _METHOD_KEYS.items() if method not in methods}
     kept = {key: value for key, value in below.items() if key not in drops}
-    if isinstance(kept.get("rules"), Sequence):
+    if isinstance(kept.get("rules"), (list, tuple)):
         kept["rules"] = [
-            {k: v for k, v in entry.items() if k == "min_tokens" or k not in drops}
+            {k: v for k, v in _spell_out(entry).items() if k == "min_tokens" or k not in drops}
             for entry in kept["rules"]
         ]
     if isinstance(below.get("hires"), Mapping) and isinstance(above.get("hires"), Mapping):
@@ -279,8 +453,23 @@ def _rule(entry: Mapping[str, Any], base: Mapping[str, Any]) -> ToMeConfig:
     if "min_tokens" not in entry:
         raise InputError(f"ToMe rules: the entry {dict(entry)!r} has no min_tokens")
     beside = {key: value for key, value in base.items() if key not in ("rules", "hires")}
+    where = f"ToMe rules: the entry from {entry['min_tokens']!r} tokens"
+    own = [key for key in AMOUNTS if entry.get(key) is not None]
+    if own and beside.get("steps"):
+        raise InputError(
+            f"{where} sets {own[0]}={entry[own[0]]!r}, so the 'steps' beside it would do nothing "
+            "there; leave one of them out"
+        )
     # Where nothing else is said, min_tokens alone decides where a rule acts.
-    return ToMeConfig.from_mapping({"max_downsample": 8, **overlay(beside, _spell_out(entry))})
+    keys = {"max_downsample": 8, **overlay(beside, entry)}
+    config = ToMeConfig.from_mapping(keys)
+    lost = [key for key in AMOUNTS if beside.get(key) and keys.get(key) is None]
+    if lost and not own and not config._has_amount:
+        raise InputError(
+            f"{where} has method {config.method}, to which {lost[0]}={beside[lost[0]]!r} means "
+            f"nothing; give the entry another method or an amount of its own"
+        )
+    return config
 
 
 def _second_pass(entry: Mapping[str, Any], base: Mapping[str, Any]) -> ToMeConfig:
@@ -289,3 +478,32 @@ def _second_pass(entry: Mapping[str, Any], base: Mapping[str, Any]) -> ToMeConfi
         raise InputError("ToMe hires: it cannot hold another 'hires'")
     beside = {key: value for key, value in base.items() if key != "hires"}
     return ToMeConfig.from_mapping(overlay(beside, entry))
+
+
+# --- ratio: auto --------------------------------------------------------------------------------
+
+# From how many tokens on merging pays for its matching, by device and by whether types are half.
+# On a fast device attention is so cheap that few tokens are not worth any further operation.
+PAYS_FROM = {
+    ("cpu", False): 1024,
+    ("cpu", True): 1024,
+    ("cuda", False): 4096,
+    ("cuda", True): 16384,
+    ("mps", False): 4096,
+    ("mps", True): 4096,
+}
+
+
+def pays_from(device_type: str, is_half: bool) -> int:
+    """The number of tokens from which merging is expected to save time."""
+    return PAYS_FROM.get((device_type, is_half), 16384)
+
+
+def auto_ratio(config: ToMeConfig) -> float:
+    """The ratio that ``auto`` stands for in a block where merging pays.
+
+    Keys and values may be reduced as far as the grid goes; where queries are merged too, half of
+    the tokens is as far as pictures stay close to unmerged ones.
+    """
+    is_kv_grid = config.apply_to == ("kv",) and config.method == "grid"
+    return config.max_ratio if is_kv_grid else min(config.max_ratio, 0.5)

@@ -1,18 +1,100 @@
-"""Token merging in a U-Net: one object that its transformer blocks share."""
+"""The merger: what a sampling run keeps, decides and reports, for all blocks of one U-Net."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ldm.modules.tome.auto import auto_ratio, pays_from
-from ldm.modules.tome.block import BlockMerge
-from ldm.modules.tome.config import ToMeConfig, cells
-from ldm.modules.tome.report import Tally
+from ldm.modules.tome.config import ToMeConfig, auto_ratio, cells, pays_from
+from ldm.modules.tome.plan import NOTHING, BlockPlans, MergePlan
 
 SELF_PLACES = {"kv", "q", "attn"}  # what exists in self-attention only
+
+
+class Decision:
+    """What is merged in one block, and the plans, once they are made.
+
+    Whoever comes later finds them there: the recomputation of gradient checkpointing, the next
+    model calls with ``reuse_steps``, the next blocks with ``reuse_layers``.
+
+    Attributes:
+        config: the configuration in force, without rules.
+        size: h, w of the block's tokens.
+        removed: tokens to remove; 0 merges nothing.
+        n_channels: channels of the block's tokens.
+        draw: the random numbers of the plan, where the method has any.
+        pays: whether merging is expected to save time here.
+        is_guided: whether the batch has two halves whose difference guidance takes.
+        planner: makes the plans; None: `merge.plan_block`.
+        plan, query_plan: the plan, and the one for queries; None until they are made.
+    """
+
+    def __init__(
+        self,
+        config: ToMeConfig,
+        size: tuple[int, int],
+        removed: int,
+        n_channels: int = 1,
+        draw: Tensor | None = None,
+        pays: bool = True,
+        is_guided: bool = False,
+        planner: Planner | None = None,
+    ) -> None:
+        self.config = config
+        self.size = size
+        self.removed = removed
+        self.n_channels = n_channels
+        self.draw = draw
+        self.pays = pays
+        self.is_guided = is_guided
+        self.planner = planner
+        self.plan: MergePlan | None = None
+        self.query_plan: MergePlan | None = None
+
+    @property
+    def is_whole_block(self) -> bool:
+        """Whether one merge and one unmerge enclose the block."""
+        return self.removed > 0 and "block" in self.config.apply_to
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens before merging."""
+        return self.size[0] * self.size[1]
+
+    @property
+    def n_kept(self) -> int:
+        """Tokens after merging; what the plan says once it is made."""
+        if self.plan is None:
+            return self.n_tokens - self.removed
+        return self.n_tokens if self.plan.is_identity else self.plan.n_kept
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What has to be compared for the plans; see `match.metric_of`."""
+        if self.config.method == "downsample":
+            return ("hidden",)  # which costs nothing
+        if self.config.metric != "logits":
+            return (self.config.metric,)
+        places = {*self.config.apply_to}
+        queries = ("query_logits",) if places & {"q", "attn"} else ()
+        return (*queries, "key_logits") if places & {"kv", "attn"} else queries
+
+    @property
+    def places(self) -> BlockPlans:
+        """The plan for each place of the block; they have to be made before, if any is needed."""
+        if self.removed == 0:
+            return NOTHING
+        assert self.plan is not None
+        assert self.query_plan is not None
+        config = self.config
+        return BlockPlans.at(config.apply_to, self.plan, self.query_plan, config.proportional)
+
+
+Planner = Callable[[Decision, Sequence[Tensor]], tuple[MergePlan, MergePlan]]
+"""(decision, its metrics) -> the plan, and the one for queries."""
 
 
 class TokenMerger:
@@ -26,6 +108,7 @@ class TokenMerger:
         config: what the user asked for.
         n_timesteps: T of the model, to which the timesteps of ``begin_call`` relate.
         is_guided: whether the rows of each call are two halves whose difference guidance takes.
+        planner: makes the plans instead of `merge.plan_block`, for those who measure.
         observer: called with the number of the model call and its blocks after each call, for
             those who want to see the plans.
     """
@@ -33,7 +116,8 @@ class TokenMerger:
     def __init__(self, config: ToMeConfig | None = None, n_timesteps: int = 1000) -> None:
         self.n_timesteps = n_timesteps
         self.is_guided = False
-        self.observer: Callable[[int, list[BlockMerge]], None] | None = None
+        self.planner: Planner | None = None
+        self.observer: Callable[[int, list[Decision]], None] | None = None
         self.configure(config or ToMeConfig())
 
     def configure(self, config: ToMeConfig) -> None:
@@ -46,9 +130,13 @@ class TokenMerger:
         self._generator = torch.Generator().manual_seed(self.config.seed if seed is None else seed)
         self._call = -1
         self._progress = 0.0
-        self._blocks: list[BlockMerge] = []
-        self._kept: dict[tuple[object, ...], tuple[int, BlockMerge]] = {}
+        self._blocks: list[Decision] = []
+        self._kept: dict[tuple[object, ...], tuple[int, Decision]] = {}
         self._tally = Tally()
+
+    def begin_batch(self) -> None:
+        """Keep no plan: what comes next, in training, is another batch."""
+        self._kept = {}
 
     def begin_call(self, h: int, w: int, timesteps: Tensor) -> None:
         """Note that the U-Net is called.
@@ -57,14 +145,22 @@ class TokenMerger:
             h, w: size of the latents.
             timesteps: (B,) of the model, 0 to T - 1; where they differ their mean counts.
         """
-        self._end_call()
         self._call += 1
+        self._blocks = []
         if any(config.steps for config in (self.config, *self.config.rules)):
             self._progress = 1 - float(timesteps.float().mean()) / self.n_timesteps
 
+    def end_call(self) -> None:
+        """Count what the call has merged, now that it is over."""
+        if self._blocks:
+            self._tally.add_call(self._blocks)
+            if self.observer is not None:
+                self.observer(self._call, self._blocks)
+            self._blocks = []
+
     def block(
         self, x: Tensor, size: tuple[int, int], downsample: int, has_self_attention: bool = True
-    ) -> BlockMerge:
+    ) -> Decision:
         """Decide about the next block of the model.
 
         Args:
@@ -88,7 +184,7 @@ class TokenMerger:
             draw = self._draw(config, size) if removed else None
             pays = size[0] * size[1] >= pays_at
             is_guided = self.is_guided and len(x) % 2 == 0
-            block = BlockMerge(config, size, removed, x.shape[2], draw, pays, is_guided)
+            block = Decision(config, size, removed, x.shape[2], draw, pays, is_guided, self.planner)
             self._kept[key] = (self._call, block)
         if self._call >= 0:
             self._blocks.append(block)
@@ -97,7 +193,6 @@ class TokenMerger:
     @property
     def tally(self) -> Tally:
         """What was merged since the run began, counted."""
-        self._end_call()
         return self._tally
 
     def report(self) -> str:
@@ -106,7 +201,6 @@ class TokenMerger:
 
     def saved_work(self) -> float:
         """Share of the work of self-attention that was saved since the run began, 0 to 1."""
-        self._end_call()
         return self._tally.saved_work
 
     def warnings(self) -> list[str]:
@@ -126,7 +220,7 @@ class TokenMerger:
             ratio = auto_ratio(config) if n >= pays_at else 0.0
         return config.removed(*size, ratio)
 
-    def _kept_block(self, key: tuple[object, ...], reuse_steps: int) -> BlockMerge | None:
+    def _kept_block(self, key: tuple[object, ...], reuse_steps: int) -> Decision | None:
         """The block's plan from an earlier call, or another block's, if it may still be used."""
         born, block = self._kept.get(key, (0, None))
         is_fresh = self._call >= 0 and self._call - born < reuse_steps
@@ -135,17 +229,146 @@ class TokenMerger:
     def _draw(self, config: ToMeConfig, size: tuple[int, int]) -> Tensor | None:
         """Random numbers for one plan, drawn on the CPU so that every device sees the same."""
         if config.method == "random":
-            return torch.rand(1, size[0] * size[1], generator=self._generator)
+            n = size[0] * size[1]
+            return torch.rand(1, n, generator=self._generator, dtype=torch.float32)
         if config.method == "grid" and config.random:
             n_choices = min(config.stride[0], size[0]) * min(config.stride[1], size[1])
             shape = cells(*size, config.stride)
             return torch.randint(n_choices, shape, generator=self._generator)
         return None
 
-    def _end_call(self) -> None:
-        """Count the call that has ended, if one has."""
-        if self._blocks:
-            self._tally.add_call(self._blocks)
-            if self.observer is not None:
-                self.observer(self._call, self._blocks)
-            self._blocks = []
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Level:
+    """The merged blocks of one number of tokens."""
+
+    n_blocks: int = 0
+    kept: set[int] = field(default_factory=set)
+    missed: set[str] = field(default_factory=set)
+    pays: bool = True
+
+    def add(self, other: _Level) -> None:
+        self.n_blocks += other.n_blocks
+        self.kept |= other.kept
+        self.missed |= other.missed
+        self.pays &= other.pays
+
+    def describe(self, n_tokens: int) -> str:
+        kept = "-".join(str(n) for n in sorted({min(self.kept), max(self.kept)}))
+        missed = f" ({', '.join(sorted(self.missed))})" if self.missed else ""
+        return f"{n_tokens} -> {kept} tokens{missed}"
+
+
+class Tally:
+    """Counts over the blocks and model calls of a run, or of several.
+
+    Attributes:
+        note: a remark for the report.
+    """
+
+    def __init__(self) -> None:
+        self.note = ""
+        self._n_calls = 0
+        self._n_blocks = 0  # of all calls together
+        self._work = 0.0  # of self-attention, as it would be without merging
+        self._work_left = 0.0
+        self._levels: dict[int, _Level] = {}  # by number of tokens
+
+    def add_call(self, blocks: list[Decision]) -> None:
+        """Count the blocks of one model call."""
+        self._n_calls += 1
+        self._n_blocks += len(blocks)
+        for block in blocks:
+            n, kept, places = block.n_tokens, block.n_kept, {*block.config.apply_to}
+            n_queries = kept if places & {"q", "attn", "block"} else n
+            n_keys = kept if places & {"kv", "attn", "block"} else n
+            self._work += n * n * block.n_channels
+            self._work_left += n_queries * n_keys * block.n_channels
+            if kept < n:
+                self._add_merged(block)
+
+    def add(self, other: Tally) -> None:
+        """Count what another tally has counted."""
+        self.note = other.note or self.note
+        self._n_calls += other._n_calls
+        self._n_blocks += other._n_blocks
+        self._work += other._work
+        self._work_left += other._work_left
+        for n_tokens, level in other._levels.items():
+            self._levels.setdefault(n_tokens, _Level()).add(level)
+
+    def _add_merged(self, block: Decision) -> None:
+        level = self._levels.setdefault(block.n_tokens, _Level())
+        level.n_blocks += 1
+        level.kept.add(block.n_kept)
+        level.pays &= block.pays
+        r, max_tokens = block.config.r, block.config.max_tokens
+        if r is not None and block.removed < r:
+            level.missed.add(f"no more can go than {block.removed} of r={r}")
+        if max_tokens is not None and block.n_tokens - block.removed > max_tokens:
+            level.missed.add(f"no more can go than {block.removed}")
+
+    @property
+    def saved_work(self) -> float:
+        """Share of the work of self-attention that merging saved, 0 to 1."""
+        return 1 - self._work_left / self._work if self._work else 0.0
+
+    def describe(self, config: ToMeConfig) -> str:
+        """The line that begins ``ToMe:``."""
+        if config.is_off:
+            return "ToMe: off"
+        note = f" ({self.note})" if self.note else ""
+        if not self._levels:
+            return f"ToMe: {describe(config)}{note}: nothing merged"
+        levels = [level.describe(n) for n, level in sorted(self._levels.items(), reverse=True)]
+        n_merged = sum(level.n_blocks for level in self._levels.values())
+        return (
+            f"ToMe: {describe(config)}{note}: {', '.join(levels)} in "
+            f"{n_merged / self._n_calls:.3g} of {self._n_blocks / self._n_calls:.3g} blocks, "
+            f"{self.saved_work:.0%} of the self-attention work saved"
+        )
+
+    def warnings(self, config: ToMeConfig) -> list[str]:
+        """Where nothing was merged though something was asked for, and where it does not pay."""
+        if config.is_off:
+            is_default = config == ToMeConfig(
+                seed=config.seed, context=config.context, hires=config.hires
+            )
+            is_zero = config.ratio == 0 or config.r == 0 or bool(config.steps)
+            if is_default or is_zero:
+                return []
+            return ["ToMe merges nothing: no amount is given; set ratio, r, k or max_tokens"]
+        if not self._n_calls:
+            return []
+        if not self._levels:
+            return [
+                "ToMe merged nothing: no block of this model, at this size, is within "
+                "max_downsample and min_tokens or has tokens to spare"
+            ]
+        slow = [n for n, level in self._levels.items() if not level.pays]
+        if not slow:
+            return []
+        counts = " and ".join(map(str, sorted(slow)))
+        return [
+            f"ToMe: merging of {counts} tokens is likely to take longer than it saves here; "
+            "ratio: auto leaves such blocks alone"
+        ]
+
+
+def describe(config: ToMeConfig) -> str:
+    """A configuration in a few words."""
+    if config.rules:
+        return "; ".join(f"from {rule.min_tokens} tokens {describe(rule)}" for rule in config.rules)
+    words = [config.method]
+    if config.method in ("grid", "downsample"):
+        words.append("x".join(map(str, config.stride)))
+    for key in ("ratio", "r", "k", "max_tokens", "similarity", "window"):
+        value = getattr(config, key)
+        if value is not None:
+            words.append(f"{key}={value}")
+    if config.steps:
+        words.append("ratio=" + ",".join(f"{p:g}:{ratio:g}" for p, ratio in config.steps))
+    return " ".join(words) + " on " + "+".join(config.apply_to)

@@ -1,4 +1,4 @@
-"""The merge plan: which token goes into which group."""
+"""The plan: which token goes into which group; and the plans of one transformer block."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class MergePlan:
         chosen: the one token that speaks for its group, (B * n_kept,); None takes the mean.
         shares: what each token counts in its group's mean, (B * N,), summing to 1 in each group;
             None counts all alike.
+        has_gaps: some rows have fewer than n_kept groups.
     """
 
     n_tokens: int = -1
@@ -36,19 +37,18 @@ class MergePlan:
     starts: Tensor | None = None
     chosen: Tensor | None = None
     shares: Tensor | None = None
+    has_gaps: bool = False
 
     @classmethod
-    def identity(cls, sizes: Tensor | None = None) -> MergePlan:
-        """The plan that returns its argument.
-
-        Args:
-            sizes: (B, N) what each token stands for, where they were merged before.
-        """
-        return cls(sizes=sizes)
+    def identity(cls, after: MergePlan | None = None) -> MergePlan:
+        """The plan that returns its argument; ``after`` another one, it knows that one's sizes."""
+        return cls() if after is None else cls(sizes=after.sizes, has_gaps=after.has_gaps)
 
     @classmethod
     @torch.no_grad()
-    def from_groups(cls, groups: Tensor, n_kept: int, chosen: Tensor | None = None) -> MergePlan:
+    def from_groups(
+        cls, groups: Tensor, n_kept: int, chosen: Tensor | None = None, has_gaps: bool = False
+    ) -> MergePlan:
         """Build a plan from group numbers.
 
         Args:
@@ -56,12 +56,16 @@ class MergePlan:
             n_kept: number of groups.
             chosen: (n_kept,) token of each group that stands for it as it is, in all rows;
                 None takes the group's mean.
+            has_gaps: some rows have fewer groups; the tokens of those that do not occur are zeros,
+                to which nothing attends.
         """
         n_rows, n_tokens = groups.shape
         row = torch.arange(n_rows, device=groups.device)[:, None]
         flat = (groups + row * n_kept).flatten()
-        ones = torch.ones(flat.shape, device=flat.device)
-        sizes = torch.zeros(n_rows * n_kept, device=flat.device).index_add_(0, flat, ones)
+        # Counts have a type of their own: the default may be one that cannot count to 257.
+        ones = torch.ones(flat.shape, dtype=torch.float32, device=flat.device)
+        sizes = torch.zeros(n_rows * n_kept, dtype=torch.float32, device=flat.device)
+        sizes.index_add_(0, flat, ones)  # whole numbers: in any order the same
         # MPS learnt embedding_bag late; there, and where nothing is added up, no order is needed.
         is_ordered = chosen is None and groups.device.type != "mps"
         return cls(
@@ -72,6 +76,7 @@ class MergePlan:
             members=flat.argsort(stable=True) if is_ordered else None,
             starts=(sizes.long().cumsum(0) - sizes.long()) if is_ordered else None,
             chosen=None if chosen is None else (chosen + row * n_tokens).flatten(),
+            has_gaps=has_gaps,
         )
 
     def weighted(self, weights: Tensor) -> MergePlan:
@@ -102,20 +107,26 @@ class MergePlan:
         """Whether merging returns its argument."""
         return self.groups is None
 
-    @property
-    def log_size(self) -> Tensor | None:
+    def log_size(self, is_proportional: bool = True) -> Tensor | None:
         """Bias for attention logits, (B, 1, 1, n_kept): a token that stands for s counts s times.
+
+        Args:
+            is_proportional: False lets all count alike, but for groups without any token.
 
         Source: proportional attention, Bolya et al. 2023 (arXiv 2210.09461) eq. 1.
         """
-        return None if self.sizes is None else self.sizes.log()[:, None, None, :]
+        if self.sizes is None or not (is_proportional or self.has_gaps):
+            return None
+        sizes = self.sizes if is_proportional else self.sizes.clamp(max=1)
+        return sizes.log()[:, None, None, :]
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
         """Reduce each group to one token: (B, N, C) -> (B, n_kept, C), of x's type.
 
         Args:
             x: any channels, but the plan's batch and tokens.
-            mode: mean or sum, in float32 for half types; or amax, amin, prod.
+            mode: mean or sum, in float32 for half types (the mean of whole numbers is rounded
+                down, as ToMe has it); or amax, amin, prod.
         """
         if self.groups is None:
             return x
@@ -147,7 +158,17 @@ class MergePlan:
         return x.reshape(-1, x.shape[2])
 
     def _reduce(self, rows: Tensor, mode: str) -> Tensor:
-        """Mean or sum of each group's rows, added up in float32."""
+        """Mean or sum of each group's rows, added up in float32 or in whole numbers."""
+        assert self.groups is not None
+        assert self.sizes is not None
+        if not rows.is_floating_point():
+            whole = rows.new_zeros(self.sizes.numel(), rows.shape[1]).index_add(
+                0, self.groups, rows
+            )
+            if mode == "sum":
+                return whole
+            counts = self.sizes.flatten().to(whole.dtype)[:, None].clamp(min=1)
+            return whole.div(counts, rounding_mode="floor")
         shares = self.shares if mode == "mean" else None
         if self.members is not None:
             # In a fixed order, so the same on every run, and without a copy of the rows.
@@ -156,10 +177,69 @@ class MergePlan:
             return F.embedding_bag(
                 self.members, rows, self.starts, mode=mode, per_sample_weights=shares
             )
-        assert self.groups is not None
-        assert self.sizes is not None
         if shares is None and mode == "mean":
             shares = 1 / self.sizes.flatten().index_select(0, self.groups)
         added = rows.float() if shares is None else rows.float() * shares[:, None]
         total = rows.new_zeros(self.sizes.numel(), rows.shape[1], dtype=torch.float32)
         return total.index_add(0, self.groups, added).to(rows.dtype)
+
+
+IDENTITY = MergePlan.identity()
+
+
+@dataclass(frozen=True)
+class BlockPlans:
+    """The plan for each place of a block; the identity where nothing is merged."""
+
+    block: MergePlan
+    q: MergePlan
+    kv: MergePlan
+    crossattn: MergePlan
+    mlp: MergePlan
+    is_proportional: bool
+
+    @classmethod
+    def at(
+        cls,
+        places: tuple[str, ...],
+        plan: MergePlan,
+        query_plan: MergePlan,
+        is_proportional: bool,
+    ) -> BlockPlans:
+        """Use a plan in the places of ``apply_to``, and another one for queries."""
+        if "block" in places:
+            inside = MergePlan.identity(plan)
+            return cls(plan, inside, inside, inside, inside, is_proportional)
+        return cls(
+            block=IDENTITY,
+            q=query_plan if "q" in places or "attn" in places else IDENTITY,
+            kv=plan if "kv" in places or "attn" in places else IDENTITY,
+            crossattn=plan if "crossattn" in places else IDENTITY,
+            mlp=plan if "mlp" in places else IDENTITY,
+            is_proportional=is_proportional,
+        )
+
+    def for_attention(
+        self, x: Tensor, context: Tensor | None, queries: MergePlan, keys: MergePlan
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What an attention layer gets instead of tokens and context; its result is unmerged.
+
+        Merging comes before the projections: as they have no bias, it is the same after them.
+
+        Args:
+            x: (B, N, C).
+            context: (B, L, D); None where the tokens attend to themselves.
+            queries, keys: two of these plans; the latter counts without a context only.
+
+        Returns:
+            The queries' tokens, the context of the keys and values (None: the queries' tokens),
+            and a bias for the logits, (B, 1, 1, L'), or None.
+        """
+        merged = queries.merge(x)
+        if context is not None:
+            return merged, context, None
+        bias = keys.log_size(self.is_proportional)
+        return merged, None if keys is queries else keys.merge(x), bias
+
+
+NOTHING = BlockPlans(IDENTITY, IDENTITY, IDENTITY, IDENTITY, IDENTITY, False)

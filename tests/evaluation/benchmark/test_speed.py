@@ -66,7 +66,7 @@ def test_a_free_plan_moves_nothing():
     assert merged.data_ptr() == x.data_ptr()
     assert plan.unmerge(merged).shape == x.shape
     assert plan.unmerge(merged).data_ptr() == x.data_ptr()
-    assert plan.log_size is None
+    assert plan.log_size() is None
 
 
 @pytest.mark.parametrize("preset", MERGING)
@@ -74,7 +74,7 @@ def test_the_oracle_attends_to_as_many_tokens_and_matches_none(unet, preset, mon
     unet.tome.configure(from_preset(preset))
     real = attended(unet)
     with oracle(unet), monkeypatch.context() as patch:
-        patch.setattr("ldm.modules.tome.block.BlockMerge._make_plan", None)
+        patch.setattr("ldm.modules.attention.plan_block", None)
         free = attended(unet)
     unet.tome.configure(ToMeConfig())
     plain = attended(unet)
@@ -121,7 +121,7 @@ def test_breakdown_counts_each_part_and_changes_nothing(unet, settings, parts, m
         with breakdown(unet, CPU) as seconds:
             assert torch.equal(unet(*INPUTS), plain)
     assert seconds == parts
-    assert "block" not in vars(unet.tome)
+    assert unet.tome.planner is None
     unet.tome.configure(ToMeConfig())
 
 

@@ -16,8 +16,8 @@ from ldm.config import load_preset, preset_names
 from ldm.errors import InputError
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome import adapters
-from ldm.modules.tome.block import BlockMerge
 from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.merger import Decision
 from tests.golden_util import fill_parameters
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install -e .[test]")
@@ -301,7 +301,7 @@ def test_a_pipeline_tells_of_guidance(pairs: Callable[[str], Pair]) -> None:
     pipe, arguments = whole_pipeline(pairs("sd1"))
     groups: list[Tensor] = []  # of the queries of each block, (rows, N)
 
-    def observe(_: int, blocks: list[BlockMerge]) -> None:
+    def observe(_: int, blocks: list[Decision]) -> None:
         plans = [block.query_plan for block in blocks if block.query_plan is not None]
         groups.extend(p.groups.view(-1, p.n_tokens) % p.n_kept for p in plans)
 
@@ -314,7 +314,6 @@ def test_a_pipeline_tells_of_guidance(pairs: Callable[[str], Pair]) -> None:
         merger = adapters.apply(place, ratio=0.5)
         merger.observer = observe
         pipe(**arguments, guidance_scale=guidance_scale)
-        merger.report()  # ends the last call
         assert len(groups) == 3 * 3
         assert all(len(rows) == n_rows for rows in groups)
         assert all(torch.equal(rows[0], rows[-1]) for rows in groups) == are_alike

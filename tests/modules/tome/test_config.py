@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ldm.cli.tome_flags import parse_flag
 from ldm.errors import InputError
-from ldm.modules.tome.config import KEYS, ToMeConfig, overlay, parse_flag
+from ldm.modules.tome.config import KEYS, ToMeConfig, overlay
 
 PRESETS = Path(__file__).parents[3] / "configs" / "tome"
 SIZES = {512: 64, 768: 96, 1024: 128, 1536: 192, 2048: 256}  # pixels -> latents

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ldm.errors import InputError
-from ldm.modules.tome.block import BlockMerge
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.matching import pieces, similarity
+from ldm.modules.tome.match import pieces, similarity
 from ldm.modules.tome.merge import (
     bipartite_soft_matching,
     bipartite_soft_matching_random2d,
@@ -24,13 +22,14 @@ from ldm.modules.tome.merge import (
     kth_bipartite_soft_matching,
     merge_source,
     merge_wavg,
+    plan_block,
+    plan_grid,
     random_bipartite_soft_matching,
 )
-from ldm.modules.tome.merger import TokenMerger
+from ldm.modules.tome.merger import Decision, TokenMerger
 from ldm.modules.tome.plan import MergePlan
-from ldm.modules.tome.planning import plan_grid
 from tests.golden_util import load_golden
-from tests.tiny_models import compared
+from tests.tiny_models import planned
 
 GOLDEN, METADATA = load_golden("merge")
 CASES = json.loads(METADATA["cases"])
@@ -330,7 +329,7 @@ def test_matching_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
         return [plan_grid(metric, (18, 20), (2, 2), r, None, w) for w in windows for r in (99, 270)]
 
     whole = plans()
-    monkeypatch.setattr("ldm.modules.tome.matching._PIECE", 5000)
+    monkeypatch.setattr("ldm.modules.tome.match._PIECE", 5000)
     for a, b in zip(whole, plans(), strict=True):
         assert torch.equal(a.groups, b.groups)
 
@@ -383,11 +382,11 @@ def tokens(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> 
     return x.to(dtype)
 
 
-def plan_of(config: dict, metric: Tensor, size: tuple[int, int]) -> tuple[MergePlan, BlockMerge]:
+def plan_of(config: dict, metric: Tensor, size: tuple[int, int]) -> tuple[MergePlan, Decision]:
     """The plan for keys and values, and the block, whose ``query_plan`` may be another one."""
     merger = TokenMerger(ToMeConfig.from_mapping({**config, "apply_to": ["attn"]}))
     block = merger.block(metric, size, downsample=1)
-    return block.plans(partial(compared, metric)).kv, block
+    return planned(block, metric).kv, block
 
 
 @settings(max_examples=60, deadline=None)
@@ -425,7 +424,7 @@ def test_properties(
     assert (sizes >= 1).all()  # so every token is in a group, and every group has one
     assert torch.equal(sizes.float(), plan.sizes)
     assert (sizes.sum(1) == n).all()
-    assert torch.equal(plan.log_size, sizes.float().log()[:, None, None])
+    assert torch.equal(plan.log_size(), sizes.float().log()[:, None, None])
 
     if config["method"] != "downsample":
         alone = sizes.gather(1, groups) == 1
@@ -449,7 +448,7 @@ def test_properties(
 
     again, block_again = plan_of(config, metric, size)
     assert torch.equal(again.groups, plan.groups)
-    if block.query_plan is not None:  # the same groups where the same is compared, all alike
+    if block.query_plan is not block.plan:  # the same groups where the same is compared, all alike
         assert torch.equal(block.query_plan.groups, plan.groups)
         assert block.query_plan.shares is None
         assert torch.equal(block_again.query_plan.groups, plan.groups)
@@ -477,13 +476,10 @@ def test_gradients_flow_through() -> None:
 
 def test_downsampling_compares_nothing() -> None:
     config = ToMeConfig.from_mapping({"method": "downsample", "apply_to": ["kv"]})
-    block = BlockMerge(config, (4, 6), removed=18)
+    block = Decision(config, (4, 6), removed=18)
 
-    def metric(kind: str) -> Tensor:
-        assert kind == "hidden"  # there already
-        return torch.randn(1, 24, 4)
-
-    assert block.plans(metric).kv.n_kept == 6
+    assert block.metrics == ("hidden",)  # there already
+    assert plan_block(block, [torch.randn(1, 24, 4)])[0].n_kept == 6
 
 
 def test_similarity_merges_nothing_less_similar() -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ldm.modules.tome.auto import PAYS_FROM
-from ldm.modules.tome.block import BlockMerge
-from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merger import TokenMerger
-from ldm.modules.tome.report import Tally
-from tests.tiny_models import compared
+from ldm.modules.tome.config import PAYS_FROM, ToMeConfig
+from ldm.modules.tome.merge import plan_block
+from ldm.modules.tome.merger import Decision, Tally, TokenMerger
+from tests.tiny_models import planned
 
 SIDE = 16
 LEVELS = [(1, 16), (1, 16), (2, 32), (1, 16)]  # downsampling and channels of the blocks, in order
@@ -27,7 +24,7 @@ def merger(**config: Any) -> TokenMerger:
 
 def call(
     tome: TokenMerger, t: int = 500, side: int = SIDE, n_rows: int = 2, seed: int = 0
-) -> list[BlockMerge]:
+) -> list[Decision]:
     """One call of a U-Net, with new tokens in each call."""
     generator = torch.Generator().manual_seed(1000 * seed + t)
     tome.begin_call(side, side, torch.full((n_rows,), t))
@@ -36,12 +33,13 @@ def call(
         size = (side // downsample, side // downsample)
         x = torch.randn(n_rows, size[0] * size[1], channels, generator=generator)
         block = tome.block(x, size, downsample)
-        block.plans(partial(compared, x))
+        planned(block, x)
         blocks.append(block)
+    tome.end_call()
     return blocks
 
 
-def groups(blocks: list[BlockMerge]) -> list[Tensor | None]:
+def groups(blocks: list[Decision]) -> list[Tensor | None]:
     return [None if block.plan is None else block.plan.groups for block in blocks]
 
 
@@ -49,7 +47,7 @@ def same(a: list[Tensor | None], b: list[Tensor | None]) -> list[bool]:
     return [x is y or (x is not None and torch.equal(x, y)) for x, y in zip(a, b, strict=True)]
 
 
-def kept(blocks: list[BlockMerge]) -> list[int]:
+def kept(blocks: list[Decision]) -> list[int]:
     return [block.n_kept for block in blocks]
 
 
@@ -180,7 +178,7 @@ def test_rows_of_a_batch_share_the_partition(config: dict[str, Any]) -> None:
     tome.begin_call(SIDE, SIDE, torch.tensor([500]))
     x = torch.randn(1, 256, 4).repeat(2, 1, 1)
     block = tome.block(x, (16, 16), 1)
-    plan = block.plans(partial(compared, x)).q
+    plan = planned(block, x).q
     first, second = plan.groups.view(2, -1)
     assert torch.equal(first, second - plan.n_kept)
 
@@ -195,10 +193,10 @@ def test_guidance_merges_queries_alike_in_both_halves() -> None:
         tome.is_guided = is_guided
         tome.begin_call(SIDE, SIDE, torch.tensor([500]))
         block = tome.block(torch.randn(len(logits), 256, 8), (16, 16), 1)
-        found = block.plans(lambda kind: logits)
+        keys, queries = found = plan_block(block, [logits, logits])
         rows = torch.arange(len(logits))[:, None] * 128
-        queries, keys = (plan.groups.view(-1, 256) - rows for plan in (found.q, found.kv))
-        assert found.q.sizes.sum(1).tolist() == [256] * len(logits)
+        queries, keys = (plan.groups.view(-1, 256) - rows for plan in (queries, keys))
+        assert found[1].sizes.sum(1).tolist() == [256] * len(logits)
         return queries, keys
 
     queries, keys = plans(logits, is_guided=True)
@@ -325,10 +323,9 @@ def test_warnings(config: dict[str, Any], words: str) -> None:
 
 def test_observer_sees_the_blocks_of_each_call() -> None:
     tome = merger(ratio=0.5)
-    seen: list[tuple[int, list[BlockMerge]]] = []
+    seen: list[tuple[int, list[Decision]]] = []
     tome.observer = lambda number, blocks: seen.append((number, blocks))
     first = call(tome, 900)
-    assert seen == []
+    assert seen == [(0, first)]
     second = call(tome, 800)
-    tome.report()
     assert seen == [(0, first), (1, second)]

@@ -145,7 +145,7 @@ def test_ours(block: BasicTransformerBlock, x: Tensor, name: str, stride: int, r
     groups = F.one_hot(best, len(dst)).float().mT
     small = groups * weight[:, None] @ normed / (groups @ weight[..., None])
     size = groups.sum(-1)
-    expected = rest(block, x, block.attn1(normed, small, size.log()[:, None, None]))
+    expected = rest(block, x, block.attn1(normed, small, bias=size.log()[:, None, None]))
     torch.testing.assert_close(found, expected)
 
 
@@ -153,16 +153,15 @@ MEMORY = """
 import resource, torch
 from ldm.config import load_preset
 from ldm.modules.attention import BasicTransformerBlock
-from ldm.modules.tome.block import BlockMerge, tokens_to_compare
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.planning import plan_grid, plan_kth
+from ldm.modules.tome.merge import plan_grid, plan_kth
+from ldm.modules.tome.merger import Decision
 
 block = BasicTransformerBlock(320, 8, 40, context_dim=768).bfloat16()
 
 def plans(h, w, **keys):
     x, config = metric[:, : h * w], ToMeConfig.from_mapping(keys)
-    merge = BlockMerge(config, (h, w), config.removed(h, w), 320)
-    return merge.plans(lambda kind: tokens_to_compare(block, x, x, (h, w), kind))
+    return block._plans(x, x, Decision(config, (h, w), config.removed(h, w), 320))
 
 metric = torch.empty(2, 256 * 256, 320, dtype=torch.bfloat16).normal_(1)
 plans(64, 64, ratio=0.5)  # libraries are loaded
