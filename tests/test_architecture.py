@@ -22,7 +22,7 @@ LAYERS = [
         "ldm.models.diffusion.euler",
     ],
     ["ldm.models", "ldm.models.diffusion.ddpm", "ldm.data"],
-    ["ldm.config", "ldm.checkpoint", "ldm.cli.flags"],
+    ["ldm.config", "ldm.checkpoint", "ldm.cli.flags", "ldm.cli.tome_flags"],
     ["ldm.cli"],
     ["ldm.training"],
     ["ldm.sampling"],
