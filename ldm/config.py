@@ -1,8 +1,4 @@
-"""Configuration files: where they are, how they merge, and their defaults.
-
-This is the only module, besides ``ldm.util``, that knows OmegaConf; everybody else gets plain
-dicts and lists.
-"""
+"""Configuration files: where they are, how they merge, and their defaults."""
 
 from __future__ import annotations
 
@@ -11,14 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from ldm.errors import InputError
+from ldm.errors import InputError, escaped, shown
+from ldm.plain_yaml import parse_yaml, resolved
+from ldm.text import read_text
 
 MODEL_FOLDERS = ("configs/stable-diffusion", "configs/demo")
 PRESET_FOLDER = "configs/tome"
+MAX_YAML_BYTES = 2**20
 DEFAULT_PROMPT = "a painting of a virus monster playing guitar"
 
 
@@ -66,41 +61,52 @@ def load_config(
         overrides: upstream's dotlist, such as ``["model.params.use_ema=True"]``.
 
     Returns:
-        Plain dicts and lists, interpolations resolved.
+        Plain dicts and lists; references such as ``${model.params.channels}`` are replaced by what
+        they name. Nothing else is looked up anywhere.
 
     Raises:
         InputError: a file is missing or is not a YAML mapping, or an item is malformed.
     """
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
-    merged: Any = OmegaConf.create({})
-    try:
-        for path in paths:
-            merged = OmegaConf.merge(merged, _read(find_config(path)))
-        for item in overrides:
-            if "=" not in item or item.startswith("="):
-                raise InputError(f"{item!r} is not of the form key.subkey=value")
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise InputError(f"configuration: {_one_line(error)}") from error
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    merged: dict[str, Any] = {}
+    for path in paths:
+        merged = _merge(merged, _read(find_config(path)))
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        if not (separator and all(key.split("."))):
+            raise InputError(f"{shown(item)} is not of the form key.subkey=value")
+        value = parse_yaml(text, escaped(key))
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        merged = _merge(merged, value)
+    return resolved(merged, "configuration")
 
 
-def _read(path: Path) -> Any:
-    """One YAML file as an OmegaConf mapping."""
-    try:
-        config = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"{path} is not valid YAML: {_one_line(error)}") from error
-    if not OmegaConf.is_dict(config):
-        raise InputError(f"{path} is not a configuration: its top level must be 'key: value'")
+def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read one YAML file as data.
+
+    Raises:
+        InputError: it cannot be read, is not a YAML mapping, or is beyond the limits.
+    """
+    return resolved(_read(Path(path)), escaped(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    where = escaped(path)
+    config = parse_yaml(read_text(path, MAX_YAML_BYTES), where)
+    if config is None:  # an empty file
+        return {}
+    if not isinstance(config, dict):
+        raise InputError(f"{where} is not a configuration: its top level must be 'key: value'")
     return config
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _merge(base: Any, over: Any) -> Any:
+    """Mappings are merged key by key; anything else replaces what was there."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return base | {key: _merge(base.get(key), value) for key, value in over.items()}
 
 
 def preset_names() -> list[str]:
@@ -108,28 +114,30 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in shipped(PRESET_FOLDER).glob("*.yaml"))
 
 
-def load_preset(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_preset(name: str | os.PathLike[str], may_be_path: bool = False) -> dict[str, Any]:
     """Read a Token Merging preset: the keys of ``tome_config`` in a file of their own.
 
     Args:
-        name_or_path: the name of a shipped preset, or a YAML file.
+        name: of a shipped preset.
+        may_be_path: it may also be a YAML file of the user's. Only for words from their own shell:
+            a page or a picture must not choose which files are read.
 
     Raises:
         InputError: there is no such preset (the message lists the known ones) or file.
     """
-    return load_config(preset_file(name_or_path))
+    return load_config(preset_file(name, may_be_path))
 
 
-def preset_file(name_or_path: str | os.PathLike[str]) -> Path:
+def preset_file(name: str | os.PathLike[str], may_be_path: bool = False) -> Path:
     """The file of a Token Merging preset; see `load_preset`."""
-    text = str(name_or_path)
-    path = Path(name_or_path) if text.endswith((".yaml", ".yml")) else None
-    if path is None and text in preset_names():
-        path = shipped(PRESET_FOLDER) / f"{text}.yaml"
-    if path is None or not path.is_file():
-        known = ", ".join(preset_names()) or "none"
-        raise InputError(f"there is no ToMe preset {text!r}; known presets: {known}")
-    return path
+    text = str(name)
+    names = preset_names()
+    if text in names:
+        return shipped(PRESET_FOLDER) / f"{text}.yaml"
+    if may_be_path and text.endswith((".yaml", ".yml")) and Path(text).is_file():
+        return Path(text)
+    known = ", ".join(names) or "none"
+    raise InputError(f"there is no ToMe preset {shown(text)}; known presets: {known}")
 
 
 def model_defaults(config: dict[str, Any]) -> dict[str, Any]:

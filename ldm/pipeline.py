@@ -43,7 +43,7 @@ from ldm.modules.tome.config import ToMeConfig, overlay
 from ldm.modules.tome.merger import Tally
 from ldm.sampling import OnStep, Run
 from ldm.settings import SIZE_STEP, Settings
-from ldm.util import get_obj_from_str
+from ldm.util import word_list
 
 # A picture to start from is worked on at up to this multiple of the model's own size.
 SIZE_LIMIT = 1.5
@@ -307,7 +307,7 @@ class Pipeline:
     def _check_prompts(self, settings: Settings) -> None:
         """Warn of words that the model does not read, or does not know."""
         known = self.defaults.get("vocabulary")
-        vocabulary = get_obj_from_str(known) if known else None
+        vocabulary = word_list(known) if known else None
         words = self.model.cond_stage_model.words
         prompts = [prompt for batch in settings.batches() for prompt, _ in batch]
         for prompt in dict.fromkeys([*prompts, settings.negative_prompt]):

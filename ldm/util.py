@@ -7,25 +7,32 @@ from __future__ import annotations
 
 import errno
 import importlib
+import inspect
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from omegaconf import OmegaConf
-
-from ldm.errors import InputError, escaped
+from ldm.errors import InputError, escaped, shown
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# Upstream's configurations name classes of its main.py; earlier ones of ours, other modules.
+# Paths that published configurations name, and where their classes are now.
+_MODULES = {
+    "ldm.data.rendered": "ldm.demo.rendered",
+    "ldm.data.scenes": "ldm.demo.scenes",
+    "ldm.models.captions": "ldm.demo.captions",
+    "ldm.evaluation.attributes": "ldm.demo.classifier",
+    "ldm.evaluation.demo": "ldm.demo.check",
+}
 _TRAINING = {
     "DataModuleFromConfig": "ldm.training.data.DataModuleFromConfig",
     "ImageLogger": "ldm.training.images.ImageLogger",
@@ -42,53 +49,126 @@ ALIASES = {
         "ldm.models.diffusion.ddpm.LatentDiffusion"
     ),
 }
+WORD_LISTS = ("ldm.demo.scenes.VOCABULARY",)
+"""What ``defaults.vocabulary`` may name."""
 # Stand-ins for a configuration that mean "no model of its own".
 PLACEHOLDERS = ("__is_first_stage__", "__is_unconditional__")
+_PACKAGES = ["ldm", "torch.nn", "torch.optim", "pytorch_lightning"]
+_DOTTED = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
 
 
-def get_obj_from_str(path: str) -> Any:
-    """Import the object at a dotted path.
+def allow_module(name: str) -> None:
+    """Let configurations name classes of a further module or package; for the user's own shell.
 
     Raises:
-        InputError: no such module, or no such name in it.
+        InputError: it is no module's name.
     """
-    module_name, _, name = ALIASES.get(path, path).rpartition(".")
-    if not module_name:
-        raise InputError(f"target {path!r} is not a dotted path such as 'ldm.models.X'")
+    if not _DOTTED.fullmatch(f"{name}.X"):
+        raise InputError(f"{shown(name)} is not the name of a Python module")
+    _PACKAGES.append(name)
+
+
+def get_obj_from_str(path: str, expected: type | tuple[type, ...] = object) -> Any:
+    """Import the class at a dotted path; a configuration can name nothing else.
+
+    Args:
+        path: of a class that ldm, torch.nn, torch.optim, pytorch_lightning or a module opened by
+            `allow_module` defines, or a published alias of one. Functions, classes that a module
+            only imports, and everything else are refused.
+        expected: what it must be a subclass of.
+
+    Raises:
+        InputError: it is no such class.
+    """
+    where = f"target {shown(path)}"
+    if not isinstance(path, str) or len(path) > 200 or not _DOTTED.fullmatch(path):
+        raise InputError(f"{where} is not a dotted path such as 'ldm.models.X'")
+    module_name, name = _current(path).rsplit(".", 1)
+    if not _is_allowed(module_name):
+        raise InputError(
+            f"{where} is not in {', '.join(_PACKAGES)}; a configuration can name classes of these"
+        )
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists, but something that it needs does not
-        raise InputError(f"target {path!r}: there is no module {error.name!r}") from error
+    except ImportError as error:
+        is_missing = f"{module_name}.".startswith(f"{error.name}.")
+        reason = "there is no module" if is_missing else "it needs a module that is missing:"
+        raise InputError(f"{where}: {reason} {error.name!r}") from error
     if not hasattr(module, name):
-        raise InputError(f"target {path!r}: module {module_name!r} has no {name!r}")
-    return getattr(module, name)
+        raise InputError(f"{where}: module {module_name!r} has no {name!r}")
+    found = getattr(module, name)
+    if not isinstance(found, type) or not _is_allowed(found.__module__):
+        raise InputError(f"{where} is no class of {module_name}; only a class can be named here")
+    if not issubclass(found, expected):
+        kinds = expected if isinstance(expected, tuple) else (expected,)
+        needed = " or ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"{where} is no {needed}, which is needed here")
+    return found
+
+
+def word_list(path: str) -> Container[str]:
+    """The words that a model knows, where ``defaults.vocabulary`` names a published list.
+
+    Raises:
+        InputError: it names something else.
+    """
+    known = _current(path) if isinstance(path, str) else ""
+    if known not in WORD_LISTS:
+        raise InputError(f"defaults.vocabulary {shown(path)} is none of {', '.join(WORD_LISTS)}")
+    module_name, name = known.rsplit(".", 1)
+    return getattr(importlib.import_module(module_name), name)
+
+
+def _current(path: str) -> str:
+    """Where the object of a published path is today."""
+    path = ALIASES.get(path, path)
+    module, _, name = path.rpartition(".")
+    return f"{_MODULES.get(module, module)}.{name}"
+
+
+def _is_allowed(module: str) -> bool:
+    return any(f"{module}.".startswith(f"{package}.") for package in _PACKAGES)
 
 
 def to_plain(config: Any) -> Any:
     """Turn OmegaConf nodes into plain dicts and lists; anything else is returned as it is."""
+    if "omegaconf" not in sys.modules:  # then nobody has made one
+        return config
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
-def instantiate_from_config(config: Any, **extra: Any) -> Any:
+def instantiate_from_config(
+    config: Any, expected: type | tuple[type, ...] = object, **extra: Any
+) -> Any:
     """Build ``config.target(**config.params, **extra)``.
 
     Args:
         config: a mapping with ``target`` and optional ``params``, or one of upstream's two
             placeholder strings, for which the result is None.
+        expected: what the target must be a subclass of; see `get_obj_from_str`.
         extra: further keyword arguments, which win over ``params``.
 
     Raises:
         KeyError: there is no ``target``.
-        InputError: the target cannot be imported.
+        InputError: the target is no class that can be named here, or does not take the params.
     """
     if config in PLACEHOLDERS:
         return None
     config = to_plain(config)
     if not isinstance(config, Mapping) or "target" not in config:
         raise KeyError("Expected key `target` to instantiate.")
-    return get_obj_from_str(config["target"])(**{**(config.get("params") or {}), **extra})
+    found = get_obj_from_str(config["target"], expected)
+    given = config.get("params") or {}
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise InputError(f"the params of {config['target']} are no 'key: value'")
+    params = {**given, **extra}
+    try:
+        inspect.signature(found).bind(**params)
+    except TypeError as error:
+        raise InputError(f"{config['target']}: {escaped(error)}") from error
+    return found(**params)
 
 
 # --- files that appear whole or not at all ------------------------------------------------------

@@ -33,7 +33,7 @@ LAYERS = [
 ]
 # library -> the modules that may import it
 DOORS = {
-    "omegaconf": {"ldm.config", "ldm.util"},
+    "omegaconf": {"ldm.util"},
     "pytorch_lightning": {
         "ldm.training.autoencoder",
         "ldm.training.callbacks",

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import yaml
 
@@ -6,6 +8,7 @@ from ldm.config import (
     find_config,
     load_config,
     load_preset,
+    load_yaml,
     model_configs,
     model_defaults,
     shipped,
@@ -151,17 +154,79 @@ def test_files_merge_from_left_to_right_and_overrides_come_last(tmp_path):
     ("content", "message"),
     [
         (b"a: [1, 2", "not valid YAML"),
-        (b"\xff\xfe\x00binary", "not valid YAML"),
+        (b"\xff\xfe\x00binary", "UTF-16"),
         (b"- a\n- b", "top level must be"),
         (b"a: ${nowhere}", "configuration: .*nowhere"),
+        (b"a: ${oc.env:HOME}", "is no reference to a key"),
+        (b"a: x${oc.decode:'1'}y", "is no reference to a key"),
+        (b"a: ${${b}}\nb: a", "is no reference to a key"),
+        (b"a: ${.b}\nb: 1", "is no reference to a key"),
+        (b"a: ${b}\nb: ${a}", "leads back to itself"),
+        (b"a: {b: '${a}'}", "leads back to itself"),
+        (b"a: x${b}\nb: [1]", "too much to be a part of a text"),
+        (b"a: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        (b"a: 1\na: 2", "'a' is there twice"),
+        (b"a: !!binary aGk=", "neither text nor a number"),
+        (b"a: !!set {b}", "neither text nor a number"),
+        (b"a: .inf", "no finite number"),
+        (b"1: a", "the key 1 is not a text"),
+        (b"on: a", "the key True is not a text"),
+        (b'a: "\\ud800"', "lone surrogate"),
+        (b"a: &a [*a]", "holds itself"),
+        (b"a: " + b"[" * 10**5, "nested deeper"),
+        (b"a: " + b"[" * 40 + b"]" * 40, "nested deeper"),
+        (b"a: 1" + b":1" * 10**5, "too long for a number"),
+        (b"a: " + b"9" * 10**5, "too long for a number"),
+        (b"a: [" + b"1," * 30_000 + b"]", "more than 20000 values"),
+        (b"a: " + b" " * 2**21, "larger than 1048576 bytes"),
     ],
 )
-def test_bad_yaml_is_one_line(tmp_path, content, message):
+def test_yaml_is_bounded_data_or_one_line(tmp_path, content, message):
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
         load_config(path)
     assert "\n" not in str(caught.value)
+
+
+# the first level, and what each of nine others makes of the one below
+BOMBS = {
+    "aliases": ("&l0 [x]", "&l{n} [" + "*l{m}, " * 10 + "]"),
+    "merge keys": ("&l0 {{x: 1}}", "&l{n} {{<<: [" + "*l{m}, " * 10 + "]}}"),
+    "references": ("x", "[" + "'${{l{m}}}', " * 10 + "]"),
+    "texts": ("x" * 1000, "${{l{m}}}" * 10),
+    "depth": ("&l0 [x]", "&l{n} " + "[" * 9 + "*l{m}" + "]" * 9),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_small_file_does_not_become_a_large_configuration(tmp_path, kind):
+    lines = [f"l{n}: " + BOMBS[kind][n > 0].format(n=n, m=n - 1) for n in range(10)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"more than|deeper|too much"):
+        load_yaml(tmp_path / "bomb.yaml")
+
+
+def test_what_yaml_has_is_read(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "a: &a {x: 1e-4, y: yes, z: ~}\nb: {<<: *a, x: 2}\nc: 2024-01-31\nd: 'v${b.x} ${a.y}'\n"
+        "e: ${b}\nf: 1.5e3\ng: '$5 {ok}'"
+    )
+    assert load_yaml(tmp_path / "a.yaml") == {
+        "a": {"x": 1e-4, "y": True, "z": None},
+        "b": {"x": 2, "y": True, "z": None},
+        "c": "2024-01-31",
+        "d": "v2 True",
+        "e": {"x": 2, "y": True, "z": None},
+        "f": 1500.0,
+        "g": "$5 {ok}",
+    }
+
+
+def test_a_pipe_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(InputError, match="pipe"):
+        load_yaml(tmp_path / "pipe.yaml")
 
 
 def test_an_empty_file_changes_nothing(tmp_path):
@@ -226,7 +291,9 @@ def test_preset_by_name():
 
 def test_preset_by_path(tmp_path):
     (tmp_path / "mine.yaml").write_text("ratio: 0.3")
-    assert load_preset(tmp_path / "mine.yaml") == {"ratio": 0.3}
+    assert load_preset(tmp_path / "mine.yaml", may_be_path=True) == {"ratio": 0.3}
+    with pytest.raises(InputError, match="no ToMe preset"):  # not from a page or a picture
+        load_preset(tmp_path / "mine.yaml")
 
 
 @pytest.mark.usefixtures("presets")

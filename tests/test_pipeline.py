@@ -14,8 +14,6 @@ from ldm.pipeline import Pipeline, unknown_words
 from ldm.sampling import PictureNoise
 from ldm.settings import SAMPLERS, Settings
 
-VOCABULARY = {"a", "and"}  # of a model that knows few words
-
 
 @pytest.fixture
 def pipeline(tiny_checkpoint):
@@ -620,8 +618,9 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_loaded(
         pipeline.set_embeddings([embedding, embedding])
 
 
-def test_the_words_of_embeddings_are_known_and_counted(pipeline, extras, caplog):
-    pipeline.defaults["vocabulary"] = "tests.test_pipeline.VOCABULARY"
+def test_the_words_of_embeddings_are_known_and_counted(pipeline, extras, caplog, monkeypatch):
+    pipeline.defaults["vocabulary"] = "a model's that knows few words"
+    monkeypatch.setattr("ldm.pipeline.word_list", lambda path: {"a", "and"})
     pipeline.set_embeddings([extras[1]])
     pipeline.txt2img("a cat-toy and a horse")
     assert "never seen: horse" in caplog.text

@@ -6,23 +6,24 @@ from contextlib import contextmanager
 
 import pytest
 from omegaconf import OmegaConf
+from torch import nn
 
 from ldm.errors import InputError
 from ldm.util import (
+    allow_module,
     get_obj_from_str,
     instantiate_from_config,
     remove_leftovers,
     whole_folder,
+    word_list,
     written_whole,
 )
 
 
 def test_builds_with_plain_values():
-    config = OmegaConf.create({"target": "builtins.dict", "params": {"a": [1, 2], "b": {"c": 3}}})
-    built = instantiate_from_config(config, d=4)
-    assert built == {"a": [1, 2], "b": {"c": 3}, "d": 4}
-    assert type(built["a"]) is list
-    assert type(built["b"]) is dict
+    config = OmegaConf.create({"target": "torch.nn.Conv2d", "params": {"kernel_size": [3, 1]}})
+    built = instantiate_from_config(config, nn.Module, in_channels=4, out_channels=2)
+    assert built.weight.shape == (2, 4, 3, 1)
 
 
 def test_placeholders_and_missing_target():
@@ -37,13 +38,103 @@ def test_placeholders_and_missing_target():
     [
         ("plain", "not a dotted path"),
         ("ldm.models.nothing.X", r"no module 'ldm\.models\.nothing'"),
-        ("nowhere.X", "no module 'nowhere'"),
+        ("nowhere.X", "is not in ldm, torch.nn"),
         ("ldm.util.X", "has no 'X'"),
     ],
 )
 def test_bad_targets(path, message):
     with pytest.raises(InputError, match=message):
         get_obj_from_str(path)
+
+
+# Each of these ran what it names, or could have, when any importable object would do.
+HOSTILE = """
+os.system os.popen posix.system subprocess.getoutput subprocess.Popen subprocess.run builtins.exec
+builtins.eval builtins.dict builtins.__import__ runpy.run_path runpy.run_module code.interact
+importlib.import_module pickle.loads pickle.Unpickler ctypes.CDLL shutil.rmtree pathlib.Path
+socket.socket webbrowser.open urllib.request.urlopen tempfile.NamedTemporaryFile sys.exit
+numpy.load numpy.memmap torch.load torch.hub.load torch.save torch.Tensor torch.jit.load
+torch.utils.cpp_extension.load torch.utils.data.DataLoader yaml.unsafe_load omegaconf.OmegaConf
+ldm.util.importlib.import_module ldm.util.sys.exit ldm.util.os.system ldm.util.Path
+ldm.util.allow_module ldm.util.get_obj_from_str ldm.util.shutil ldm.distributed.os.kill
+ldm.checkpoint.files.torch.load ldm.checkpoint.files.zipfile ldm.checkpoint.files.open_state_dict
+ldm.checkpoint.files.Path ldm.images.Image ldm.config ldm.modules.attention.nn.Module.__init__
+torch.nn.functional.relu torch.nn.init.normal_ torch.nn.modules.module.torch.load
+torch.nn.utils.parametrize.copy torch.nn.Module.load_state_dict torch.nn.Module.__class__
+torch.optim.Optimizer.step torch.optim.optimizer.functools.partial torch.optim.lr_scheduler.types
+pytorch_lightning.Trainer.fit pytorch_lightning.seed_everything pytorch_lightning.os.system
+pytorch_lightning.core.saving.torch pytorch_lightning.core.saving.load_hparams_from_yaml
+pytorch_lightning.__main__.main ldm.__builtins__.eval ldm.util.__loader__.exec_module
+torch.nn.__builtins__ ldmx.a torch.nnx.A torch.nn. .torch.nn.ReLU torch..nn.ReLU torch.nn/ReLU
+__main__.X main.os main.Path ldm.data.rendered.os ldm.data.scenes.VOCABULARY
+ldm.evaluation.attributes.load_file ldm.evaluation.demo.Path
+""".split()  # noqa: SIM905 - one a line would be three pages
+
+
+@pytest.mark.parametrize("path", [*HOSTILE, "", "a b.c", "torch.nn.ReLU\n", "ldm." + "x" * 500])
+def test_a_configuration_names_nothing_but_classes_of_known_packages(path):
+    with pytest.raises(InputError, match=r"^target ") as caught:
+        instantiate_from_config({"target": path, "params": {}})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("path", [None, 3, ["torch.nn.ReLU"], {"a": 1}, True])
+def test_a_target_is_a_text(path):
+    with pytest.raises(InputError, match="not a dotted path"):
+        instantiate_from_config({"target": path})
+
+
+@pytest.mark.parametrize(
+    "path", ["pytorch_lightning.Trainer", "torch.optim.SGD", "torch.nn.Linear"]
+)
+def test_a_class_must_fit_its_place(path):
+    with pytest.raises(InputError, match="is no Dropout or ReLU, which is needed here"):
+        instantiate_from_config({"target": path}, (nn.Dropout, nn.ReLU))
+
+
+@pytest.mark.parametrize("params", [[1], "a", {1: 2}, {"depth": 3}, {"p": 1, "expected": 2}])
+def test_params_must_fit_the_class(params):
+    with pytest.raises(InputError, match=r"torch\.nn\.Dropout"):
+        instantiate_from_config({"target": "torch.nn.Dropout", "params": params})
+
+
+def test_a_module_can_be_opened_by_hand(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("class Model: pass\ndef run(): raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("ldm.util._PACKAGES", ["ldm"])
+    with pytest.raises(InputError, match="is not in ldm"):
+        get_obj_from_str("mine.Model")
+    allow_module("mine")
+    assert get_obj_from_str("mine.Model").__name__ == "Model"
+    with pytest.raises(InputError, match="is no class"):
+        get_obj_from_str("mine.run")
+    with pytest.raises(InputError, match="not the name of a Python module"):
+        allow_module("mine; x")
+
+
+def test_words_come_from_published_lists_alone():
+    assert "house" in word_list("ldm.demo.scenes.VOCABULARY")
+    assert word_list("ldm.data.scenes.VOCABULARY") is word_list("ldm.demo.scenes.VOCABULARY")
+    for path in ("os.environ", "ldm.util.ALIASES", 3, None):
+        with pytest.raises(InputError, match="is none of"):
+            word_list(path)
+
+
+PUBLISHED = """
+main.DataModuleFromConfig main.ImageLogger main.SetupCallback main.CUDACallback
+ldm.training.DataModuleFromConfig ldm.training.lightning.ImageLogger
+ldm.data.rendered.RenderedScenes
+ldm.models.captions.CaptionReader ldm.evaluation.attributes.AttributeClassifier
+ldm.data.latents.EncodedPictures ldm.data.buckets.ResolutionBuckets main.LearningRateMonitor
+ldm.models.diffusion.ddpm.LatentDiffusion ldm.models.autoencoder.AutoencoderKL torch.nn.Identity
+torch.optim.AdamW ldm.lr_scheduler.LambdaLinearScheduler
+""".split()  # noqa: SIM905 - likewise
+
+
+@pytest.mark.parametrize("path", PUBLISHED)
+def test_published_names_resolve(path):
+    assert get_obj_from_str(path).__name__ == path.rpartition(".")[2]
 
 
 def test_upstreams_names_resolve():

@@ -481,7 +481,7 @@ def tome_arguments(args: argparse.Namespace) -> dict[str, Any] | Literal[False] 
     if hires_ratio is not None:
         ratio = {"ratio": _tome_value("ratio", hires_ratio, "hires_ratio")}
         flags["hires"] = overlay(flags.get("hires"), ratio)
-    preset = None if args.tome_preset is None else load_preset(args.tome_preset)
+    preset = None if args.tome_preset is None else load_preset(args.tome_preset, may_be_path=True)
     return overlay(preset, flags) or None
 
 

@@ -151,7 +151,8 @@ def preset_settings(names: Sequence[str], ratios: Sequence[float]) -> Iterator[S
         InputError: there is no such preset, or it cannot be used.
     """
     for name in names:
-        preset, path = load_preset(name), preset_file(name)
+        path = preset_file(name, may_be_path=True)
+        preset = load_config(path)
         title, source = path.stem, f"{path.name} {file_hash(path)}"
         for ratio in (None, *ratios):
             change = {} if ratio is None else amount(preset, ratio)
