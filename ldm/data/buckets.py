@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset, Sampler
+from torch.utils.data import ConcatDataset, Dataset, Sampler
 
 from ldm.errors import InputError
 from ldm.util import instantiate_from_config
@@ -28,7 +28,7 @@ class ResolutionBuckets(ConcatDataset):
             raise InputError(
                 f"batch_sizes {list(batch_sizes)}: give one for each of the {len(buckets)} buckets"
             )
-        super().__init__([instantiate_from_config(bucket) for bucket in buckets])
+        super().__init__([instantiate_from_config(bucket, Dataset) for bucket in buckets])
         lengths = [len(dataset) for dataset in self.datasets]  # type: ignore[arg-type]
         for length, size in zip(lengths, batch_sizes, strict=True):
             if not 1 <= size <= length:

@@ -48,7 +48,7 @@ class EncodedPictures(Dataset):
     ) -> None:
         if not Path(weights).is_file():
             raise InputError(f"weights {weights!r}: no such file; train the first stage first")
-        self.pictures = instantiate_from_config(pictures)
+        self.pictures = instantiate_from_config(pictures, Dataset)
         self.scale_factor = scale_factor
         self.image_key = image_key
         version = getattr(self.pictures, "version", None)
@@ -63,7 +63,8 @@ class EncodedPictures(Dataset):
     def _encode(self, path: Path, config: dict[str, Any], weights: str, batch_size: int) -> None:
         from safetensors.torch import load_file
 
-        model = instantiate_from_config(config).eval().to(memory_format=torch.channels_last)
+        model = instantiate_from_config(config, torch.nn.Module).eval()
+        model = model.to(memory_format=torch.channels_last)
         prefix = "first_stage_model."
         state = {k.removeprefix(prefix): v.float() for k, v in load_file(weights).items()}
         model.load_state_dict(state)

@@ -43,12 +43,13 @@ class CaptionReader(nn.Module):
         super().__init__()
         self.keep = keep
         self.attributes = {name: list(values) for name, values in attributes.items()}
-        self.cond_stage_model = instantiate_from_config(cond_stage_config)  # state-dict name
+        # state-dict name
+        self.cond_stage_model = instantiate_from_config(cond_stage_config, nn.Module)
         self.before = None
         if ckpt_path is not None:
             self._load(ckpt_path)
         if keep:
-            self.before = instantiate_from_config(cond_stage_config)
+            self.before = instantiate_from_config(cond_stage_config, nn.Module)
             self.before.load_state_dict(self.cond_stage_model.state_dict())
             self.before.requires_grad_(False)
         width = cond_stage_config["params"]["text_config"]["hidden_size"]

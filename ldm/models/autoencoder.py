@@ -80,7 +80,7 @@ class AutoencoderKL(nn.Module):
         self.scheduler_config = scheduler_config
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
-        self.loss = instantiate_from_config(lossconfig)
+        self.loss = instantiate_from_config(lossconfig, nn.Module)
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         self.f = 2 ** (len(ddconfig["ch_mult"]) - 1)

@@ -55,7 +55,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         """Build the data sets that are configured."""
         for split, config in self.configs.items():
             if config is not None and split not in self.datasets:
-                self.datasets[split] = instantiate_from_config(config)
+                self.datasets[split] = instantiate_from_config(config, Dataset)
 
     def _loader(self, split: str, shuffle: bool) -> DataLoader:
         dataset = self.datasets[split]

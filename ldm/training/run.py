@@ -136,6 +136,7 @@ def fit(
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
     from pytorch_lightning.loggers import CSVLogger
+    from torch import nn
 
     from ldm.training.callbacks import CUDACallback, SetupCallback
     from ldm.training.wrap import in_training
@@ -143,8 +144,8 @@ def fit(
 
     pl.seed_everything(options.seed, workers=True)
     lightning = config.pop("lightning", {})
-    model = instantiate_from_config(config["model"])
-    data = instantiate_from_config(config["data"])
+    model = instantiate_from_config(config["model"], nn.Module)
+    data = instantiate_from_config(config["data"], pl.LightningDataModule)
 
     keep: dict[str, Any] = {"filename": "{epoch:06}-{step:09}", "save_last": True}
     if getattr(model, "monitor", None):
@@ -155,7 +156,7 @@ def fit(
         ModelCheckpoint(dirpath=logdir / "checkpoints", **keep),
         LearningRateMonitor(logging_interval="step"),
         CUDACallback(),
-        *(instantiate_from_config(c) for c in lightning.get("callbacks", {}).values()),
+        *(instantiate_from_config(c, pl.Callback) for c in lightning.get("callbacks", {}).values()),
     ]
     settings = dict(lightning.get("trainer", {}))
     for flag in ("max_steps", "max_epochs", "devices", "accelerator", "precision"):

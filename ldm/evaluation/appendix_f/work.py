@@ -22,7 +22,7 @@ def unet_outline(config: Mapping[str, Any]) -> UNetModel:
     unet_config = config["model"]["params"]["unet_config"]
     params = {**unet_config["params"], "tome_config": None}
     with torch.device("meta"):
-        return get_obj_from_str(unet_config["target"])(**params)
+        return get_obj_from_str(unet_config["target"], torch.nn.Module)(**params)
 
 
 def saved_work(unet: UNetModel, config: ToMeConfig, h: int, w: int) -> float:

@@ -69,5 +69,5 @@ def _without_weights(config: Mapping[str, Any]) -> UNetModel:
     unet_config = config["model"]["params"]["unet_config"]
     params = {**unet_config["params"], "tome_config": None}
     with torch.device("meta"):
-        unet = get_obj_from_str(unet_config["target"])(**params)
+        unet = get_obj_from_str(unet_config["target"], torch.nn.Module)(**params)
     return unet.eval().requires_grad_(False)

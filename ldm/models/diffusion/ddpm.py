@@ -192,11 +192,11 @@ class LatentDiffusion(nn.Module):
         else:
             self.scale_factor = scale_factor
 
-        self.first_stage_model = _frozen(instantiate_from_config(first_stage_config))
+        self.first_stage_model = _frozen(instantiate_from_config(first_stage_config, nn.Module))
         if cond_stage_config == "__is_first_stage__":
             self.cond_stage_model = self.first_stage_model
         else:
-            self.cond_stage_model = instantiate_from_config(cond_stage_config)
+            self.cond_stage_model = instantiate_from_config(cond_stage_config, nn.Module)
             if self.cond_stage_model is not None and not cond_stage_trainable:
                 _frozen(self.cond_stage_model)
         if ckpt_path is not None:

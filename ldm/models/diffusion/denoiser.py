@@ -33,7 +33,8 @@ class DiffusionWrapper(nn.Module):
             names = ", ".join(str(key) for key in CONDITIONING_KEYS)
             raise InputError(f"conditioning_key {conditioning_key!r}: choose from {names}")
         self.conditioning_key = conditioning_key
-        self.diffusion_model = instantiate_from_config(diff_model_config)  # state-dict name
+        # state-dict name
+        self.diffusion_model = instantiate_from_config(diff_model_config, nn.Module)
 
     def forward(
         self,
