@@ -5,7 +5,9 @@ from torch import nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import allow_module
 
+allow_module(__name__)
 WIDTH = 8
 CAPTIONS = ["red", "green", "blue", "red"]
 
