@@ -5,14 +5,17 @@
     print(merger.report())
     adapters.remove(pipe)
 
-All is done by forward hooks, so no method, class or weight of the U-Net changes, and whichever
-attention processor it has goes on working. diffusers itself is not imported: a U-Net is known by
-its blocks.
+All is done by forward hooks, so no method, class or weight of the U-Net changes. The hooks know
+what diffusers' plain attention processors do. Others, which may look at the tokens, or tell
+self-attention by its missing context, are refused by name: when merging is applied, and at each
+call. diffusers itself is not imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import weakref
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -27,6 +30,15 @@ from ldm.modules.tome.merger import Decision, TokenMerger
 from ldm.modules.tome.plan import BlockPlans, MergePlan
 
 HANDLES = "_tome_handles"  # of a U-Net: what takes the hooks off again
+UNET = "UNet2DConditionModel"  # the one class whose tokens are the positions of one picture
+# Processors that only compute attention: merged tokens are to them tokens like any others.
+PLAIN_PROCESSORS = {
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+}
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -35,9 +47,9 @@ Kwargs = dict[str, Any]
 def apply(pipe_or_unet: Any, **settings: Any) -> TokenMerger:
     """Merge tokens in a diffusers pipeline, or U-Net, from now on; replaces earlier settings.
 
-    A run begins, with the same random numbers as the last, where the timestep rises; or call
-    ``begin_run`` of the result. With gradient checkpointing, each forward pass is to be followed by
-    its backward pass.
+    A run begins, with the same random numbers as the last, where the U-Net gets another context, or
+    the timestep rises; or call ``begin_run`` of the result. With gradient checkpointing, each
+    forward pass is to be followed by its backward pass. A compiled U-Net is compiled anew.
 
     Args:
         pipe_or_unet: of Stable Diffusion 1, 2 or XL. Only a pipeline tells whether a batch has the
@@ -49,7 +61,8 @@ def apply(pipe_or_unet: Any, **settings: Any) -> TokenMerger:
         The merger, for its ``report`` and ``warnings``.
 
     Raises:
-        InputError: a setting cannot be used, or this is no such U-Net.
+        InputError: a setting cannot be used, or this is no such U-Net, or it has attention
+            processors that merging does not know.
     """
     config = ToMeConfig.from_mapping(settings)
     if config.context != "full":
@@ -73,14 +86,17 @@ def apply(pipe_or_unet: Any, **settings: Any) -> TokenMerger:
         handles.append(transformer.register_forward_pre_hook(enter, with_kwargs=True))
         handles += [handle for block in blocks for handle in block.hook()]
     setattr(unet, HANDLES, handles)
+    _forget_compiled()
     return merger
 
 
 def remove(pipe_or_unet: Any) -> None:
     """Merge nothing any more, and leave no trace; does nothing where nothing was applied."""
-    unet = _unet_of(pipe_or_unet)
-    for handle in unet.__dict__.pop(HANDLES, ()):
+    handles = _unet_of(pipe_or_unet).__dict__.pop(HANDLES, ())
+    for handle in handles:
         handle.remove()
+    if handles:
+        _forget_compiled()
 
 
 # --- the U-Net ----------------------------------------------------------------------------------
@@ -88,12 +104,19 @@ def remove(pipe_or_unet: Any) -> None:
 
 def _unet_of(pipe_or_unet: Any) -> Any:
     unet = getattr(pipe_or_unet, "unet", pipe_or_unet)
+    unet = getattr(unet, "_orig_mod", unet)  # inside of what torch.compile returns
     parts = ("down_blocks", "mid_block", "up_blocks")
     if not isinstance(unet, nn.Module) or not all(hasattr(unet, part) for part in parts):
         raise InputError(
             f"{type(pipe_or_unet).__name__} is neither a diffusers pipeline with a U-Net nor one"
         )
     return unet
+
+
+def _forget_compiled() -> None:
+    """Have everything compiled anew: code that is there already does not look for new hooks."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def _transformers(unet: Any) -> Iterator[tuple[Any, int]]:
@@ -114,6 +137,10 @@ def _refuse_misfits(unet: Any, transformers: list[tuple[Any, int]], config: ToMe
     name = type(unet).__name__
     if not transformers:
         raise InputError(f"{name} has no transformers, so there are no tokens to merge")
+    if UNET not in {kind.__name__ for kind in type(unet).__mro__}:
+        raise InputError(
+            f"{name}: merging knows {UNET} alone; tokens of others are not one picture"
+        )
     for block in (
         block for transformer, _ in transformers for block in transformer.transformer_blocks
     ):
@@ -123,8 +150,11 @@ def _refuse_misfits(unet: Any, transformers: list[tuple[Any, int]], config: ToMe
                 f"{name} has transformer blocks of the kind {kind!r}; merging knows those of "
                 "Stable Diffusion 1, 2 and XL"
             )
-        if "Fused" in type(getattr(block.attn1, "processor", None)).__name__:
-            raise InputError(f"{name} has fused projections: call unfuse_qkv_projections() first")
+        if getattr(block, "fuser", None) is not None:
+            raise InputError(f"{name} has gated attention (GLIGEN), which merging does not know")
+        for entry in (config, *config.rules):
+            for attention in _touched(block, entry.apply_to):
+                _refuse_processor(attention)
     first = min(downsample for _, downsample in transformers)
     reach = max(entry.max_downsample for entry in (config, *config.rules))
     if reach < first and not config.is_off:
@@ -134,28 +164,80 @@ def _refuse_misfits(unet: Any, transformers: list[tuple[Any, int]], config: ToMe
         )
 
 
+def _touched(block: Any, places: tuple[str, ...]) -> Iterator[Any]:
+    """The attention layers of a block that see merged tokens."""
+    if {"kv", "q", "attn", "block"} & {*places}:
+        yield block.attn1
+    if {"crossattn", "block"} & {*places} and block.attn2 is not None:
+        yield block.attn2
+
+
+def _refuse_processor(attention: Any) -> None:
+    processor = attention.processor
+    name = type(processor).__name__
+    if name not in PLAIN_PROCESSORS or type(processor).__module__.split(".")[0] != "diffusers":
+        way_out = "; call unfuse_qkv_projections() first" if "Fused" in name else ""
+        known = ", ".join(sorted(PLAIN_PROCESSORS))
+        raise InputError(
+            f"attention processor {name}: merging goes with {known} of diffusers alone{way_out}"
+        )
+
+
 class _Calls:
-    """Tells a merger of each call of the U-Net; a pipeline says whether there is guidance."""
+    """Tells a merger of each call of the U-Net, and which of them make up a run.
+
+    A run is a sequence of calls with one context, of falling timesteps. A pipeline's guidance
+    counts where it is that pipeline's call: where the two halves of the latents are equal.
+    """
 
     def __init__(self, merger: TokenMerger, pipe_or_unet: Any) -> None:
         self.merger = merger
-        self.pipe = pipe_or_unet
+        self.pipe: Callable[[], Any] = weakref.ref(pipe_or_unet)
         self.last = float("-inf")
+        self.context: Tensor | None = None
+        self.n_rows = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process: the pipeline, and a run that is under way."""
+        fresh = {"pipe": _nobody, "last": float("-inf"), "context": None, "n_rows": 0}
+        return {**vars(self), **fresh}
 
     def begin(self, unet: nn.Module, args: Args, kwargs: Kwargs) -> None:
         latents = _get(args, kwargs, 0, "sample")
         timesteps = torch.as_tensor(_get(args, kwargs, 1, "timestep")).float().reshape(-1)
+        context = _get(args, kwargs, 2, "encoder_hidden_states")
         now = float(timesteps.mean())
         # In training timesteps come in any order, and there are no runs.
-        if now > self.last and not torch.is_grad_enabled():
+        is_new = not torch.is_grad_enabled() and self._is_new_run(now, context)
+        if is_new:
             self.merger.begin_run()
-        self.last = now
-        is_guided = getattr(self.pipe, "do_classifier_free_guidance", False)  # not before a run
-        self.merger.is_guided = bool(is_guided)
+        if is_new or len(latents) != self.n_rows:
+            self.merger.is_guided = self._is_guided(latents)
+        self.last, self.context, self.n_rows = now, context, len(latents)
         if unet.training and torch.is_grad_enabled():
             self.merger.begin_batch()
         h, w = latents.shape[-2:]
         self.merger.begin_call(h, w, timesteps)
+
+    def _is_new_run(self, now: float, context: Tensor | None) -> bool:
+        if now > self.last or context is None or self.context is None:
+            return now > self.last or context is not self.context
+        if context is self.context:
+            return False
+        # Some loops put the same context together anew for each step.
+        is_same = context.shape == self.context.shape and context.device == self.context.device
+        return not (is_same and now < self.last and torch.equal(context, self.context))
+
+    def _is_guided(self, latents: Tensor) -> bool:
+        # The pipeline has no such attribute before its first run.
+        if not getattr(self.pipe(), "do_classifier_free_guidance", False) or len(latents) % 2:
+            return False
+        first, second = latents.chunk(2)
+        return torch.equal(first, second)
+
+
+def _nobody() -> None:
+    """What a reference to a pipeline becomes in a copy."""
 
 
 def _end_call(merger: TokenMerger, *_: Any) -> None:
@@ -252,9 +334,11 @@ class _Block:
         assert self.merging is not None
         if context is None and mask is not None and self.merging.removed:
             raise InputError("ToMe cannot merge tokens where the U-Net is given an attention_mask")
-        merged, context, bias = self._current.for_attention(
-            x, context, self._plan(queries), self._plan(keys)
-        )
+        q, kv = self._plan(queries), self._plan(keys)
+        sees_merged = not q.is_identity or (context is None and not kv.is_identity)
+        if sees_merged or self.merged is not None:
+            _refuse_processor(attention)  # others may have been set since
+        merged, context, bias = self._current.for_attention(x, context, q, kv)
         args, kwargs = _put(args, kwargs, 0, "hidden_states", merged)
         args, kwargs = _put(args, kwargs, 1, "encoder_hidden_states", context)
         if bias is not None:

@@ -14,8 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 NEVER = -3e38  # below every similarity: that of what is similar to nothing
 _PIECE = 2**24  # bytes that one piece of the work may take
@@ -46,7 +45,7 @@ def metric_of(
     if kind == "normed":
         return normed
     if kind in ("key_logits", "query_logits"):
-        q, k = attention.to_q.weight, attention.to_k.weight
+        q, k = attention.to_q, attention.to_k
         asking, asked = (q, k) if kind == "key_logits" else (k, q)
         sample = sampled_tokens(size, x.device)
         return sampled_logits(normed, asking, asked, attention.heads, sample)
@@ -71,23 +70,42 @@ def sampled_tokens(size: tuple[int, int], device: torch.device) -> Tensor:
     return (y[:, None] * size[1] + x).flatten()
 
 
-def sampled_logits(x: Tensor, asking: Tensor, asked: Tensor, heads: int, sample: Tensor) -> Tensor:
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a projection is its weight and nothing else, and that is there to be read.
+
+    Not so are LoRAs beside it, quantised weights, and those that are brought in when it computes.
+    """
+    if type(layer) is not nn.Linear or layer.bias is not None or "forward" in vars(layer):
+        return False
+    is_hooked = layer._forward_pre_hooks or layer._forward_hooks
+    is_tensor = type(layer.weight.data) is Tensor and layer.weight.is_floating_point()
+    return is_tensor and not is_hooked and layer.weight.device.type != "meta"
+
+
+def sampled_logits(
+    x: Tensor, asking: nn.Module, asked: nn.Module, heads: int, sample: Tensor
+) -> Tensor:
     """Attention logits of every token with the sampled tokens, less their mean over tokens.
 
     Args:
         x: (B, N, C) input of the attention.
-        asking: (heads * d, C) weight of the projection of the sampled tokens.
-        asked: (heads * d, C) weight of the projection of all tokens.
+        asking: projection of the sampled tokens, C -> heads * d.
+        asked: projection of all tokens; where it `is_plain`, they need not be projected.
         heads: of the attention.
         sample: (R,) token numbers.
 
     Returns:
         (B, N, heads, R).
     """
-    asking, asked = asking.to(x.dtype), asked.to(x.dtype)
-    few = F.linear(x.index_select(1, sample), asking)  # (B, R, heads d)
+    few = asking(x.index_select(1, sample)).to(x.dtype)  # (B, R, heads d)
     few = few.unflatten(2, (heads, -1)).permute(0, 2, 3, 1)  # (B, heads, d, R)
-    each = asked.unflatten(0, (heads, -1)).transpose(1, 2)  # (heads, C, d)
+    if not is_plain(asked):
+        every = asked(x).to(x.dtype).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+        logits = torch.matmul(every, few * few.shape[2] ** -0.5).transpose(1, 2)
+        return logits - logits.mean(1, keepdim=True)
+    assert isinstance(asked, nn.Linear)
+    weight = asked.weight.to(x.dtype)
+    each = weight.unflatten(0, (heads, -1)).transpose(1, 2)  # (heads, C, d)
     directions = torch.matmul(each, few * few.shape[2] ** -0.5)  # (B, heads, C, R)
     directions = directions.transpose(1, 2).flatten(2)  # (B, C, heads R)
     mean = x.mean(1, keepdim=True) @ directions

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -371,3 +374,204 @@ def test_fused_projections_and_masks_are_refused() -> None:
     adapters.apply(pair.theirs, ratio=0.5, max_downsample=8)
     with pytest.raises(InputError, match="attention_mask"):
         pair.theirs(pair.x, 1, pair.context, attention_mask=torch.ones(2, 70))
+
+
+# --- what others do to a U-Net --------------------------------------------------------------------
+
+
+class LiveLora(nn.Module):
+    """A projection with a LoRA beside it, not fused into its weight."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        random = torch.Generator().manual_seed(7)
+        self.down = torch.randn(2, base.in_features, generator=random)
+        self.up = torch.randn(base.out_features, 2, generator=random)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight  # as PEFT's layers have it: without the LoRA
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+    def fused(self) -> nn.Linear:
+        layer = copy.deepcopy(self.base)
+        layer.weight = nn.Parameter(self.base.weight + self.up @ self.down, requires_grad=False)
+        return layer
+
+
+class Offloaded(nn.Linear):
+    """A projection whose weight comes only when it computes, as with sequential offload."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.kept = [base.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.kept[0])
+
+
+def self_attentions(unet: nn.Module) -> list[Any]:
+    return [block.attn1 for m in unet.modules() for block in getattr(m, "transformer_blocks", ())]
+
+
+@pytest.mark.parametrize("preset", ["fast", "ratio"])
+def test_logits_are_computed_through_the_layers(preset: str) -> None:
+    settings = {"ratio": 0.5} if preset == "ratio" else load_preset(preset)
+    live, fused, offloaded = Pair("sd1"), Pair("sd1"), Pair("sd1")
+    for attention, other, third in zip(
+        *(self_attentions(p.theirs) for p in (live, fused, offloaded)), strict=True
+    ):
+        for name in ("to_q", "to_k"):
+            lora = LiveLora(getattr(attention, name))
+            setattr(attention, name, lora)
+            setattr(other, name, lora.fused())
+            setattr(third, name, Offloaded(lora.fused()))
+    outs = []
+    for pair in (live, fused, offloaded):
+        merger = adapters.apply(pair.theirs, **{**settings, "min_tokens": 0, "max_downsample": 2})
+        outs.append(pair.run_theirs([800])[0])
+        assert "saved" in merger.report()
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(outs[2], outs[1], rtol=1e-2, atol=1e-3)
+
+
+def test_compiled_unets_are_compiled_anew(pairs: Callable[[str], Pair]) -> None:
+    pair = pairs("sd1")
+    plain = pair.run_theirs([900])[0]
+    adapters.apply(pair.theirs, ratio=0.5)
+    merged = pair.run_theirs([900])[0]
+    adapters.remove(pair.theirs)
+    inner = pair.theirs
+    try:
+        pair.theirs = torch.compile(inner, backend="eager")
+        pipe = type("Pipe", (), {"unet": pair.theirs, "scheduler": None})()
+        assert torch.equal(pair.run_theirs([900])[0], plain)
+        merger = adapters.apply(pipe, ratio=0.5)
+        assert torch.equal(pair.run_theirs([900])[0], merged)
+        assert "in 3 of 7 blocks" in merger.report()
+        adapters.remove(pipe)
+        assert torch.equal(pair.run_theirs([900])[0], plain)
+        assert not inner._forward_hooks
+        assert not inner._forward_pre_hooks
+    finally:
+        pair.theirs = inner
+        adapters.remove(inner)
+        torch._dynamo.reset()
+
+
+processors = pytest.importorskip("diffusers.models.attention_processor")
+
+
+class CrossFrameAttnProcessor(processors.AttnProcessor2_0):
+    """A processor that is not one of diffusers' plain ones."""
+
+
+def test_processors_that_may_look_at_the_tokens_are_refused() -> None:
+    pair = Pair("sd1")
+    adapters.apply(pair.theirs, ratio=0.5)
+    pair.theirs.set_attn_processor(CrossFrameAttnProcessor())
+    with pytest.raises(InputError, match=r"CrossFrameAttnProcessor: merging goes with AttnProc"):
+        pair.run_theirs([300])
+    with pytest.raises(InputError, match="CrossFrameAttnProcessor"):
+        adapters.apply(pair.theirs, ratio=0.5)
+    adapters.apply(pair.theirs, ratio=0.5, apply_to=["mlp"], metric="hidden")  # sees no attention
+    pair.run_theirs([300])
+
+
+def test_projections_fused_after_merging_was_applied_are_refused() -> None:
+    pair = Pair("sd1")
+    adapters.apply(pair.theirs, ratio=0.5)
+    pair.theirs.fuse_qkv_projections()
+    with pytest.raises(InputError, match="unfuse_qkv_projections"):
+        pair.run_theirs([300])
+
+
+@pytest.mark.parametrize("name", ["UNetMotionModel", "UNet3DConditionModel"])
+def test_unets_whose_tokens_are_not_one_picture_are_refused(name: str) -> None:
+    class Frames(diffusers.UNet2DConditionModel):
+        pass
+
+    real = getattr(diffusers, name)
+    unet = real.__new__(real)
+    nn.Module.__init__(unet)
+    for part in ("down_blocks", "up_blocks"):
+        setattr(unet, part, nn.ModuleList())
+    unet.mid_block = Pair("sd1").theirs.mid_block
+    with pytest.raises(InputError, match=f"{name}: merging knows UNet2DConditionModel alone"):
+        adapters.apply(unet, ratio=0.5)
+    own = Frames(**THEIRS)
+    adapters.apply(own, ratio=0.5)
+
+
+def test_a_run_begins_with_another_context(pairs: Callable[[str], Pair]) -> None:
+    """One step a picture: the timestep never rises."""
+    pair = pairs("sd1")
+    other = pair.context.flip(1)
+    settings = {"ratio": 0.5, "random": True, "reuse_steps": 10}
+
+    def call(context: Tensor) -> Tensor:
+        with torch.no_grad():
+            return pair.theirs(pair.x, 999, encoder_hidden_states=context).sample
+
+    adapters.apply(pair.theirs, **settings)
+    alone = call(other)
+    merger = adapters.apply(pair.theirs, **settings)
+    first, second = call(pair.context), call(other)
+    assert not torch.equal(first, second)
+    assert torch.equal(second, alone)
+    assert "in 3 of 7 blocks" in merger.report()
+    adapters.remove(pair.theirs)
+
+
+def test_a_loop_that_puts_its_context_together_for_each_step_is_one_run(
+    pairs: Callable[[str], Pair],
+) -> None:
+    pair = pairs("sd1")
+    merger = adapters.apply(pair.theirs, ratio=0.5, random=True)
+    once = pair.run_theirs([900, 500])
+    runs: list[int] = []
+    merger.begin_run = lambda *_: runs.append(1)  # type: ignore[method-assign]
+    with torch.no_grad():
+        for t in (900, 500):
+            pair.theirs(pair.x, t, encoder_hidden_states=pair.context.clone())
+    assert len(runs) == 1
+    assert len(once) == 2
+    adapters.remove(pair.theirs)
+
+
+def test_halves_are_a_pipelines_guidance_only_where_they_are_equal(
+    pairs: Callable[[str], Pair],
+) -> None:
+    """Six rows of InstructPix2Pix, or another pipeline's call, are not two halves."""
+    pipe, arguments = whole_pipeline(pairs("sd1"))
+    merger = adapters.apply(pipe, ratio=0.5)
+    pipe(**arguments, guidance_scale=7.5)
+    assert merger.is_guided
+    unet, context = pipe.unet, arguments["prompt_embeds"]
+    three = torch.cat([pairs("sd1").x] * 3)
+    with torch.no_grad():
+        unet(three, 999, encoder_hidden_states=context.expand(6, -1, -1))
+        assert not merger.is_guided
+        unet(pairs("sd1").x, 999, encoder_hidden_states=context.expand(2, -1, -1))
+        assert not merger.is_guided
+    adapters.remove(pipe)
+
+
+def test_hooks_keep_no_pipeline_alive() -> None:
+    pair = Pair("sd1")
+    pipe, _ = whole_pipeline(pair)
+    before = len(pickle.dumps(pair.theirs))
+    adapters.apply(pipe, ratio=0.5)
+    pair.run_theirs([500])
+    seen = weakref.ref(pipe)
+    assert len(pickle.dumps(pair.theirs)) < 1.2 * before
+    copied = pickle.loads(pickle.dumps(pair.theirs))
+    with torch.no_grad():
+        again = copied(pair.x, 500, encoder_hidden_states=pair.context).sample
+    assert torch.equal(again, pair.run_theirs([500])[0])
+    del pipe
+    gc.collect()
+    assert seen() is None
