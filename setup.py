@@ -29,8 +29,8 @@ class BuildWithShippedFiles(build_py):
 
 
 WEB = ["gradio>=6.0"]
-# diffusers: merging in its U-Nets is compared with merging in ours.
-TEST = ["pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", *WEB]
+# diffusers and tomesd: merging in their U-Nets, and by their functions, is compared with ours.
+TEST = ["pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", "tomesd>=0.1.3", *WEB]
 
 setup(
     name="stable-diffusion-tome",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from ldm.errors import InputError, escaped, shown
+from ldm.modules.tome.config import ToMeConfig, overlay
 from ldm.plain_yaml import parse_yaml, resolved
 from ldm.text import read_text
 
@@ -15,6 +16,10 @@ MODEL_FOLDERS = ("configs/stable-diffusion", "configs/demo")
 PRESET_FOLDER = "configs/tome"
 MAX_YAML_BYTES = 2**20
 DEFAULT_PROMPT = "a painting of a virus monster playing guitar"
+TOME_PLACE = ("model", "params", "unet_config", "params", "tome_config")
+
+TomeKeys: TypeAlias = Mapping[str, Any] | Literal[False] | None
+"""Token Merging as a user asks for it: keys, None for nothing, False for no merging at all."""
 
 
 def shipped(path: str | os.PathLike[str]) -> Path:
@@ -138,6 +143,35 @@ def preset_file(name: str | os.PathLike[str], may_be_path: bool = False) -> Path
         return Path(text)
     known = ", ".join(names) or "none"
     raise InputError(f"there is no ToMe preset {shown(text)}; known presets: {known}")
+
+
+def model_tome(config: Mapping[str, Any], asked: TomeKeys) -> ToMeConfig:
+    """The Token Merging of a model: what is asked for, over its own ``tome_config``.
+
+    Raises:
+        InputError: it cannot be used, or the configuration has a ``tome_config`` elsewhere.
+    """
+    own = None
+    for place, value in _places("tome_config", config):
+        if place != TOME_PLACE:
+            raise InputError(
+                f"the configuration has {'.'.join(place)}, which nothing reads; its place is "
+                f"{'.'.join(TOME_PLACE)}"
+            )
+        own = value
+    return ToMeConfig() if asked is False else ToMeConfig.from_mapping(overlay(own, asked))
+
+
+def _places(
+    key: str, config: Any, above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Where a key is in nested mappings, with its value there."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            if name == key:
+                yield (*above, name), value
+            else:
+                yield from _places(key, value, (*above, str(name)))
 
 
 def model_defaults(config: dict[str, Any]) -> dict[str, Any]:

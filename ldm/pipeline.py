@@ -17,7 +17,7 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from ldm.checkpoint.load import (
     stored_shapes,
 )
 from ldm.checkpoint.lora import Lora, WeightChanges, read_lora
+from ldm.config import TomeKeys, model_tome
 from ldm.device import choose_device, choose_dtype
 from ldm.distributed import ALONE, Process
 from ldm.errors import InputError, memory_advice
@@ -39,7 +40,7 @@ from ldm.images import Mask, Picture, Pixels
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import truncated_words
 from ldm.modules.encoders.prompts import plain_text
-from ldm.modules.tome.config import ToMeConfig, overlay
+from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import Tally
 from ldm.sampling import OnStep, Run
 from ldm.settings import SIZE_STEP, Settings
@@ -76,6 +77,7 @@ class Pipeline:
         self.attention = attention
         self.ema = ema
         self.defaults = info.defaults
+        self._tome: tuple[TomeKeys, ToMeConfig] | None = None  # the last that was settled
         self._weights = WeightChanges(model)
         self._added: dict[str, list[dict[str, Any]]] = {}  # noted in the pictures, likewise
 
@@ -86,7 +88,7 @@ class Pipeline:
         config: str | Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        tome: Mapping[str, Any] | Literal[False] | None = None,
+        tome: TomeKeys = None,
         attention: str = "sdpa",
         ema: bool = False,
         parameterization: str | None = None,
@@ -117,7 +119,7 @@ class Pipeline:
         where = choose_device(device)
         kind = choose_dtype(dtype, where)
         info = inspect_checkpoint(path, config, parameterization, ema)
-        merging = _tome_config(info, tome)
+        merging = model_tome(info.config, tome)
         # These are looked at before loading, which takes a while.
         shapes = stored_shapes(path) if loras or embeddings else {}
         changes = [read_lora(file, weight, shapes) for file, weight in loras]
@@ -126,27 +128,34 @@ class Pipeline:
         logger.info("Device: %s, %s", where, str(kind).removeprefix("torch."))
         model = load_model(path, config, parameterization, ema, kind, where, merging, attention)
         pipeline = cls(model, info, attention, ema)
+        pipeline._tome = tome, merging
         if changes:
             pipeline._use_loras(changes)
         if vectors:
             pipeline._use_embeddings(vectors)
         return pipeline
 
-    def set_tome(self, tome: Mapping[str, Any] | Literal[False] | None) -> None:
-        """Change the Token Merging settings; see from_checkpoint.
+    def set_tome(self, tome: ToMeConfig | TomeKeys) -> None:
+        """Change the Token Merging settings.
+
+        Args:
+            tome: what `tome_config` gave, or what it takes.
 
         Raises:
             InputError: they cannot be used.
         """
-        self.model.model.diffusion_model.tome.configure(self.tome_config(tome))
+        config = tome if isinstance(tome, ToMeConfig) else self.tome_config(tome)
+        self.model.model.diffusion_model.tome.configure(config)
 
-    def tome_config(self, tome: Mapping[str, Any] | Literal[False] | None) -> ToMeConfig:
+    def tome_config(self, tome: TomeKeys) -> ToMeConfig:
         """What Token Merging settings come to with this model; see from_checkpoint.
 
         Raises:
             InputError: they cannot be used.
         """
-        return _tome_config(self.info, tome)
+        if self._tome is None or self._tome[0] != tome:
+            self._tome = tome, model_tome(self.info.config, tome)
+        return self._tome[1]
 
     def set_loras(self, loras: Sequence[tuple[str | Path, float]]) -> None:
         """Add LoRAs to the model's weights, instead of those set before.
@@ -400,16 +409,6 @@ def _read_embeddings(
                 raise InputError(f"{one.path} and {owner[word.lower()]} both stand for {word!r}")
             owner[word.lower()] = one.path
     return embeddings
-
-
-def _tome_config(
-    info: CheckpointInfo, tome: Mapping[str, Any] | Literal[False] | None
-) -> ToMeConfig:
-    """Settings over those of a model's YAML; none at all for False."""
-    if tome is False:
-        return ToMeConfig()
-    own = info.config["model"]["params"]["unet_config"]["params"].get("tome_config")
-    return ToMeConfig.from_mapping(overlay(own, tome))
 
 
 def _report_tome(tally: Tally, config: ToMeConfig, where: str = "") -> None:

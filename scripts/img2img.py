@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pipeline = Pipeline.from_checkpoint(**model)
     notes = {"init_img": args.init_img}
-    for job in jobs:  # what cannot be used is said before anything is drawn
-        pipeline.set_tome(job.tome)
-    for job in jobs:
-        pipeline.set_tome(job.tome)
+    # what cannot be used is said before anything is drawn
+    merging = [pipeline.tome_config(job.tome) for job in jobs]
+    for job, config in zip(jobs, merging, strict=True):
+        pipeline.set_tome(config)
         for picture in pipeline.generate(job.settings, init, progress=True, notes=notes):
             gallery.add(picture)
     gallery.close()

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -141,12 +141,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.pipeline import Pipeline
 
     pipeline = Pipeline.from_checkpoint(**model)
-    for tome in ways.values():  # what cannot be used is said before anything is drawn
-        pipeline.set_tome(tome)
+    # what cannot be used is said before anything is drawn
+    everything = {"no merging": pipeline.tome_config(False)}
+    everything |= {name: pipeline.tome_config(way) for name, way in ways.items()}
     merger = pipeline.model.model.diffusion_model.tome
     report: list[dict[str, Any]] = []
     runs: list[list[Picture]] = []
-    everything: dict[str, dict[str, Any] | Literal[False]] = {"no merging": False, **ways}
     for name, way in everything.items():
         pipeline.set_tome(way)
         if not runs:

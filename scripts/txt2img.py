@@ -92,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             gallery.has_grid = False
             prompt_loop(parser, args, pipeline.set_tome, draw)
         else:
-            for job in jobs:  # what cannot be used is said before anything is drawn
-                pipeline.set_tome(job.tome)
+            # what cannot be used is said before anything is drawn
+            merging = [pipeline.tome_config(job.tome) for job in jobs]
             n_before = 0
-            for job, run in zip(jobs, batches, strict=True):
-                pipeline.set_tome(job.tome)
+            for job, run, config in zip(jobs, batches, merging, strict=True):
+                pipeline.set_tome(config)
                 draw(job.settings, process.after(n_before))
                 n_before += len(run)
     gallery.close()

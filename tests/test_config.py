@@ -11,6 +11,7 @@ from ldm.config import (
     load_yaml,
     model_configs,
     model_defaults,
+    model_tome,
     shipped,
 )
 from ldm.errors import InputError
@@ -306,3 +307,14 @@ def test_unknown_preset_lists_the_known_ones(name):
 def test_every_shipped_preset_is_valid():
     for name in config_module.preset_names():
         assert ToMeConfig.from_mapping(load_preset(name)) != ToMeConfig()
+
+
+def test_token_merging_of_a_model_stands_in_its_place():
+    unet = {"params": {"tome_config": {"ratio": 0.5}}}
+    config = {"model": {"params": {"unet_config": unet}}}
+    assert model_tome(config, {"window": 5}).ratio == 0.5
+    assert model_tome(config, False) == ToMeConfig()
+    assert model_tome({"model": {"params": {"unet_config": {"params": {}}}}}, None).is_off
+    wrong = {"model": {"params": {"unet_config": {"params": {}, "tome_config": {"ratio": 0.5}}}}}
+    with pytest.raises(InputError, match=r"model\.params\.unet_config\.tome_config.*its place is"):
+        model_tome(wrong, None)

@@ -13,13 +13,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from ldm.cli.tome_flags import parse_flag
-from ldm.config import find_config, load_preset
+from ldm.config import TomeKeys, find_config, load_preset
 from ldm.errors import InputError
 from ldm.images import Gallery
-from ldm.modules.tome.config import KEYS, overlay
+from ldm.modules.tome.config import KEYS, overlay, refuse_contradictions
 from ldm.settings import NOISE_ORDERS, SAMPLERS, SCHEDULES, UPSCALERS, Settings
 
 # keys whose flags take several words, and what these are called
@@ -459,7 +459,7 @@ def _existing(flag: str, path: str) -> Path:
     return Path(path)
 
 
-def tome_arguments(args: argparse.Namespace) -> dict[str, Any] | Literal[False] | None:
+def tome_arguments(args: argparse.Namespace) -> TomeKeys:
     """Token Merging settings: flags over the preset; None without either, False for ``--no-tome``.
 
     Raises:
@@ -482,7 +482,9 @@ def tome_arguments(args: argparse.Namespace) -> dict[str, Any] | Literal[False] 
         ratio = {"ratio": _tome_value("ratio", hires_ratio, "hires_ratio")}
         flags["hires"] = overlay(flags.get("hires"), ratio)
     preset = None if args.tome_preset is None else load_preset(args.tome_preset, may_be_path=True)
-    return overlay(preset, flags) or None
+    keys = overlay(preset, flags)
+    refuse_contradictions(keys)
+    return keys or None
 
 
 def _tome_value(key: str, text: str, flag: str) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ldm.cli import flags
+from ldm.config import TomeKeys
 from ldm.errors import InputError
 from ldm.settings import Settings
 
@@ -16,7 +17,7 @@ class Job:
     """One run: the settings, and those of Token Merging (see Pipeline.from_checkpoint)."""
 
     settings: Settings
-    tome: dict[str, Any] | Literal[False] | None
+    tome: TomeKeys
 
 
 def read_jobs(parser: flags.Parser, args: flags.Arguments) -> list[Job]:

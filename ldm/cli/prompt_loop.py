@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
 
 from ldm.cli import flags
+from ldm.config import TomeKeys
 from ldm.errors import InputError
 from ldm.settings import Settings
 
@@ -23,7 +23,7 @@ A line is a prompt, which is drawn; Ctrl+C stops a picture. Commands:
 def prompt_loop(
     parser: flags.Parser,
     args: flags.Arguments,
-    set_tome: Callable[[dict[str, Any] | Literal[False] | None], None],
+    set_tome: Callable[[TomeKeys], None],
     draw: Callable[[Settings], None],
 ) -> None:
     """Ask for prompts and draw them, until the user has enough.
@@ -58,7 +58,7 @@ def _command(
     line: str,
     parser: flags.Parser,
     args: flags.Arguments,
-    set_tome: Callable[[dict[str, Any] | Literal[False] | None], None],
+    set_tome: Callable[[TomeKeys], None],
 ) -> flags.Arguments:
     """Do what a command says; returns the arguments that hold from now on."""
     try:

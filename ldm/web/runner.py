@@ -217,11 +217,11 @@ class Runner:
         pipeline, preview = self.pipeline, self._preview
         assert pipeline is not None
         assert preview is not None
-        is_off = pipeline.tome_config(task.job.tome).is_off
-        if task.compare and is_off:
+        wanted = pipeline.tome_config(task.job.tome)
+        if task.compare and wanted.is_off:
             raise InputError("there is no merging to compare with: choose a preset or a ratio")
-        for tome in (task.job.tome, False) if task.compare else (task.job.tome,):
-            is_merged = tome is not False and not is_off
+        for tome in (wanted, ToMeConfig()) if task.compare else (wanted,):
+            is_merged = not tome.is_off
             kind = ("merged, " if is_merged else "unmerged, ") if task.compare else ""
             pipeline.set_tome(tome)
             watch = _Watch(preview, kind, say, stop)

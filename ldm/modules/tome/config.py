@@ -376,6 +376,22 @@ def overlay(base: Mapping[str, Any] | None, override: Mapping[str, Any] | None) 
     return {**kept, **above}
 
 
+def refuse_contradictions(mapping: Mapping[str, Any]) -> None:
+    """Raise InputError where keys cannot go together, whatever they are laid over."""
+    below: list[dict[str, Any]] = [{}, *({"metric": metric} for metric in METRICS)]
+    below += [{"method": method} for method in METHODS]
+    below += [{"stride": [_LARGEST, 1]}, {"apply_to": "kv"}]
+    errors = []
+    for base in below:
+        try:
+            ToMeConfig.from_mapping(overlay(base, mapping))
+        except InputError as error:
+            errors.append(error)
+        else:
+            return
+    raise errors[0]
+
+
 def _spell_out(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Translate tomesd's spellings; anything else is passed on."""
     if not isinstance(mapping, Mapping):

@@ -11,7 +11,7 @@ import yaml
 
 from ldm.cli.tome_flags import parse_flag
 from ldm.errors import InputError
-from ldm.modules.tome.config import KEYS, ToMeConfig, overlay
+from ldm.modules.tome.config import KEYS, ToMeConfig, overlay, refuse_contradictions
 
 PRESETS = Path(__file__).parents[3] / "configs" / "tome"
 SIZES = {512: 64, 768: 96, 1024: 128, 1536: 192, 2048: 256}  # pixels -> latents
@@ -160,6 +160,79 @@ def test_rules_over_an_amount_beside_them() -> None:
     assert both.for_tokens(4096).ratio is None
     assert both.for_tokens(100).ratio == 0.25
     assert both.for_tokens(4096).window is None
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "words"),
+    [
+        # an amount over a rule whose method it means nothing to
+        ({"rules": [{"min_tokens": 512, "method": "kth", "k": 8}]}, {"ratio": 0.5}, "ratio=0.5"),
+        ({"rules": [{"min_tokens": 512, "method": "kth", "k": 8}]}, {"r": 9}, "r=9"),
+        ({"rules": [{"min_tokens": 512, "k": 8}], "method": "kth"}, {"max_tokens": 9}, "max_tok"),
+        ({"rules": [{"min_tokens": 1, "method": "kth"}]}, {"steps": [[0, 0.5]]}, "steps"),
+        # a rule in which the steps beside it would do nothing
+        ({}, {"steps": [[0, 0.5], [1, 0]], "rules": [{"min_tokens": 9, "ratio": 0.5}]}, "steps"),
+        ({}, {"steps": [[0, 0.5], [1, 0]], "rules": [{"min_tokens": 9, "k": 4}]}, "steps"),
+        # the same in a second pass
+        (
+            {"rules": [{"min_tokens": 1, "method": "kth", "k": 4}]},
+            {"hires": {"ratio": 0.5}},
+            "ratio=0.5",
+        ),
+    ],
+)
+def test_an_amount_that_would_do_nothing_is_an_error(below: dict, above: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        ToMeConfig.from_mapping(overlay(below, above))
+
+
+def test_an_amount_over_rules_acts_in_them() -> None:
+    rules = {"rules": [{"min_tokens": 512, "ratio": 0.25, "window": 5}]}
+    ratio = ToMeConfig.from_mapping(overlay(rules, {"ratio": 0.5})).for_tokens(512)
+    assert (ratio.ratio, ratio.window) == (0.5, 5)
+    steps = ToMeConfig.from_mapping(overlay(rules, {"steps": [[0, 0.5], [1, 0]]})).for_tokens(512)
+    assert (steps.ratio, steps.ratio_at(0.5)) == (None, 0.25)
+    off = {"rules": [{"min_tokens": 512, "method": "kth", "k": 1}]}
+    assert ToMeConfig.from_mapping(overlay(off, {"rules": off["rules"], "ratio": 0.5})).rules[0].k
+
+
+def test_contradictions_are_found_whatever_lies_below() -> None:
+    for keys in (
+        {"ratio": 0.5, "r": 3},
+        {"method": "kth", "ratio": 0.5},
+        {"window": 3, "protect": 1},
+        {"apply_to": "mlp", "metric": "logits"},
+        {"similarity": 0.5, "metric": "logits"},
+    ):
+        with pytest.raises(InputError):
+            refuse_contradictions(keys)
+    for keys in ({"protect": 1}, {"ratio": 0.9}, {"weighted": True}, {"similarity": 0.5}, {}):
+        refuse_contradictions(keys)  # over a method or stride that has them
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"r": 10**30},
+        {"seed": 2**64},
+        {"stride": [10**12, 2]},
+        {"k": "tokens//" + "9" * 99},
+        {"similarity": float("nan")},
+        {"steps": [[float("nan"), 0.5]]},
+        {"apply_to": 3},
+        {"apply_to": [["kv"]]},
+        {"method": ["grid"]},
+        {"method": {}},
+        {"rules": ["kth"]},
+        {"steps": {"0": 1}},
+        {"hires": 3},
+        {"hires": {"hires": {}}},
+    ],
+)
+def test_whatever_a_value_is_the_refusal_is_one_line(keys: dict) -> None:
+    with pytest.raises(InputError) as error:
+        ToMeConfig.from_mapping(overlay({"ratio": 0.25}, keys))
+    assert "\n" not in str(error.value)
 
 
 def test_steps_are_piecewise_linear() -> None:

@@ -252,6 +252,37 @@ def test_other_modes(mode: str) -> None:
     assert merge(x, mode=mode).item() == {"amax": 4, "amin": -2, "prod": -24}[mode]
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.uint8])
+def test_whole_numbers_merge_as_in_tome(dtype: torch.dtype) -> None:
+    """As scatter_reduce has it: sums are exact, means are rounded down."""
+    merge, unmerge = bipartite_soft_matching(torch.randn(2, 9, 4), 3)
+    x = torch.randint(0 if dtype == torch.uint8 else -50, 60, (2, 9, 3)).to(dtype)
+    groups = unmerge(torch.arange(6.0).expand(2, 6)[..., None])[..., 0].long()
+    index = groups[..., None].expand_as(x)
+    for mode in ("mean", "sum"):
+        expected = x.new_zeros(2, 6, 3).scatter_reduce(1, index, x, mode, include_self=False)
+        assert merge(x, mode=mode).dtype == dtype
+        assert torch.equal(merge(x, mode=mode), expected)
+
+
+@pytest.mark.parametrize("config", [{"method": "kth", "k": 1000}, {"method": "random", "r": 900}])
+def test_another_default_type_loses_no_token(config: dict) -> None:
+    """bfloat16 cannot count beyond 256."""
+    metric = torch.ones(1, 1000, 2)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        plan, _ = plan_of(config, metric, (20, 50))
+        merge, _ = kth_bipartite_soft_matching(metric, 1000)
+        source = merge_source(merge, metric)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert plan.sizes.dtype == torch.float32
+    assert plan.sizes.sum() == 1000
+    x = torch.randn(1, 1000, 3)
+    assert plan.unmerge(plan.merge(x)).shape == x.shape
+    assert source.sum() == 1000
+
+
 # --- matching within a window --------------------------------------------------------------------
 
 
@@ -495,3 +526,29 @@ def test_similarity_merges_nothing_less_similar() -> None:
         if len(members) > 1:  # the destination is at an even row and column
             target = next(int(i) for i in members if i // 8 % 2 == 0 and i % 8 % 2 == 0)
             assert (unit[members] @ unit[target] >= 0.8 - 1e-6).all()
+
+
+def test_similarity_is_decided_for_each_picture_alone() -> None:
+    random = torch.Generator().manual_seed(0)
+    alike = torch.randn(1, 64, 3, generator=random)
+    strange = torch.randn(1, 64, 8, generator=random)[..., :3]
+    strange[:, ::3] *= -1
+    x, both = torch.randn(2, 64, 5), torch.cat([alike, strange])
+    for config in ({"ratio": 0.75}, {"method": "bipartite", "ratio": 0.5, "protect": 2}):
+        config |= {"similarity": 0.9, "metric": "hidden"}
+        together, _ = plan_of(config, both, (8, 8))
+        back = together.unmerge(together.merge(x))
+        kept = []
+        for row in range(2):
+            alone, block = plan_of(config, both[row : row + 1], (8, 8))
+            own = x[row : row + 1]
+            torch.testing.assert_close(back[row : row + 1], alone.unmerge(alone.merge(own)))
+            kept.append(block.n_kept)
+            assert (together.sizes[row] > 0).sum() == block.n_kept
+        assert kept[0] != kept[1]
+        assert together.has_gaps
+        assert together.n_kept == max(kept)
+        for is_proportional in (True, False):  # nothing attends to what is empty
+            bias = together.log_size(is_proportional)
+            assert torch.equal(bias.isneginf()[:, 0, 0], together.sizes == 0)
+        assert set(together.log_size(False).unique().tolist()) == {0.0, -math.inf}

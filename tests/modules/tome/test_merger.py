@@ -111,6 +111,13 @@ def test_reuse_steps() -> None:
     assert not same(calls[0][:1], calls[0][1:2])[0]
 
 
+def test_another_batch_in_training_has_plans_of_its_own() -> None:
+    tome = merger(ratio=0.5, reuse_steps=100)
+    first = groups(call(tome, 900))
+    tome.begin_batch()
+    assert not same(first, groups(call(tome, 800)))[0]
+
+
 def test_reuse_layers() -> None:
     tome = merger(ratio=0.5, reuse_layers=True, max_downsample=2)
     first, second = call(tome, 900), call(tome, 800)

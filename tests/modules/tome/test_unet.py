@@ -51,3 +51,22 @@ def test_off(unet: UNetModel) -> None:
 )
 def test_nothing_to_merge_is_bit_identical(unet: UNetModel, config: dict) -> None:
     assert torch.equal(run(unet, config), run(unet, None))
+
+
+def test_no_batch_in_training_meets_the_plans_of_another(unet: UNetModel) -> None:
+    unet.tome.configure(ToMeConfig.from_mapping({"ratio": 0.5, "reuse_steps": 100}))
+    seen = []
+    unet.tome.observer = lambda _, blocks: seen.append(blocks[0].plan)
+    try:
+        unet.train()
+        for _ in range(2):
+            unet(GOLDEN["x"], GOLDEN["timesteps"], context=GOLDEN["context"])
+        unet.eval()
+        with torch.no_grad():
+            for _ in range(2):
+                unet(GOLDEN["x"], GOLDEN["timesteps"], context=GOLDEN["context"])
+    finally:
+        unet.eval()
+        unet.tome.observer = None
+    assert seen[0] is not seen[1]
+    assert seen[2] is seen[3]
