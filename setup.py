@@ -1,11 +1,16 @@
 """Installation; tools are configured in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+# Read, not imported: a fresh environment has no torch yet.
+INIT = (ROOT / "ldm" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[0]
+COMMANDS = ("txt2img", "img2img", "inpaint", "webui", "convert", "train", "benchmark")
 SHIPPED = (
     "configs",
     "models/demo",
@@ -34,7 +39,7 @@ TEST = ["pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", "tomesd>=0.1.3", *W
 
 setup(
     name="stable-diffusion-tome",
-    version="0.1.0",
+    version=VERSION,
     description="Stable Diffusion 1.x and 2.x with token merging built into the attention",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -43,6 +48,7 @@ setup(
     packages=find_packages(include=["ldm", "ldm.*"]),
     package_data={"ldm.evaluation": ["*.html"], "ldm.evaluation.appendix_f": ["*.html"]},
     cmdclass={"build_py": BuildWithShippedFiles},
+    entry_points={"console_scripts": [f"sd-{name} = ldm.cli.commands:{name}" for name in COMMANDS]},
     install_requires=[
         "torch>=2.5",
         "pytorch-lightning>=2.2",

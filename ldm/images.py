@@ -7,22 +7,38 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import (
+    Image,
+    ImageDraw,
+    ImageFont,
+    ImageOps,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 
-from ldm.errors import InputError
+from ldm.errors import InputError, is_out_of_memory
+from ldm.masks import Mask, painted
 from ldm.settings import SIGMA_SAMPLERS
+from ldm.text import parse_json
+from ldm.util import part_of
 
 Pixels = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
+# What is read; not EPS, for one, which is a program.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
+MOST_IN_GRID = 100
+_EXIF, _USER_COMMENT = 0x8769, 0x9286
 # our names -> the web UIs'
 WEB_UI_SAMPLERS = {
     "ddim": "DDIM",
@@ -35,6 +51,9 @@ WEB_UI_SAMPLERS = {
 WEB_UI_UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 
 
+logger = logging.getLogger(__name__)
+
+
 def load_rgb(path: str | Path) -> Pixels:
     """Read a picture, turned as its camera held it, transparent parts over white.
 
@@ -44,35 +63,117 @@ def load_rgb(path: str | Path) -> Pixels:
     Raises:
         InputError: the file is missing or is no picture that can be read.
     """
-    image = _open(path)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif image.mode.startswith(("I", "F")):  # 16 and 32 bits a pixel, which PIL would clip
-        values = np.asarray(image, dtype=np.float64)
-        highest = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max()))
-        image = Image.fromarray(np.rint(np.clip(values / highest, 0, 1) * 255).astype(np.uint8))
-    return np.array(image.convert("RGB"))
+    colours, alpha = _values(path)
+    if alpha is not None:
+        colours = colours * alpha[..., None] + (1 - alpha[..., None])
+    return np.rint(colours * 255).astype(np.uint8)
 
 
-def load_mask(path: str | Path) -> Mask:
-    """Read a mask, (H, W): True where it is at least half white, which is what gets painted.
+def load_mask(path: str | Path, tell: bool = True) -> Mask:
+    """Read a mask, (H, W): True where to paint; `ldm.masks` says which part of the file that is.
+
+    Args:
+        path: of a picture.
+        tell: log how much is painted.
 
     Raises:
         InputError: the file is missing or is no picture that can be read.
     """
-    return np.asarray(Image.fromarray(load_rgb(path)).convert("L")) >= 128
+    mask, part = painted(*_values(path))
+    if tell:
+        share = 100 * float(mask.mean())
+        logger.info("The mask %s: %.1f %% is painted, %s", path, share, part)
+        if mask.all() or not mask.any():
+            much = "everything" if mask.all() else "nothing"
+            logger.warning("the mask %s paints %s", path, much)
+    return mask
+
+
+def _values(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Colours (H, W, 3) of a picture, 0 to 1, and how opaque they are, (H, W), if that is said."""
+    image = _open(path)
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits a pixel, which PIL would clip
+        values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise InputError(f"{path}: not a picture that can be read (values are not numbers)")
+        highest = float(values.max())
+        if image.mode.startswith("I") and 1 < highest <= 65535:
+            highest = 65535.0
+        grey = np.clip(values / max(1.0, highest), 0, 1).astype(np.float32)
+        clear = image.info.get("transparency")
+        alpha = (values != clear).astype(np.float32) if isinstance(clear, int) else None
+        return np.repeat(grey[..., None], 3, axis=2), alpha
+    has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    array = np.asarray(image.convert("RGBA" if has_alpha else "RGB")).astype(np.float32)
+    array /= 255
+    return array[..., :3], array[..., 3] if has_alpha else None
 
 
 def _open(path: str | Path) -> Image.Image:
+    """A picture whose pixels are read, turned as its camera held it."""
+    _regular(path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            file = Image.open(path, formats=FORMATS)
+            file.load()
+            image: Image.Image = ImageOps.exif_transpose(file)
+        except Exception as error:  # decoders fail in any way on what was damaged or made up
+            if is_out_of_memory(error):
+                raise
+            raise InputError(f"{path}: not a picture that can be read ({_why(error)})") from None
+    if any("EXIF" in str(one.message) for one in told):
+        raise InputError(f"{path}: not a picture that can be read (its EXIF data are damaged)")
+    return image
+
+
+def _regular(path: str | Path) -> None:
+    """Refuse what is not there, and pipes and devices, which may never end."""
     try:
-        image = Image.open(path)
-        image.load()
-        return ImageOps.exif_transpose(image)
+        mode = Path(path).stat().st_mode
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a picture that can be read ({error})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a picture that can be read ({_why(error)})") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise InputError(f"{path}: not a picture that can be read (it is {kind})")
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"its content is none of {', '.join(FORMATS)}"
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def picture_texts(path: str | Path) -> dict[str, str]:
+    """The texts that a picture carries: PNG's chunks, and the comment in EXIF (JPEG, WebP).
+
+    Raises:
+        InputError: the file is missing or is no picture that can be read.
+    """
+    image = _open(path)
+    info = image.info.items()
+    texts = {key: value for key, value in info if isinstance(key, str) and isinstance(value, str)}
+    try:
+        comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT)
+    except Exception:  # as above; what cannot be read says nothing
+        comment = None
+    if isinstance(comment, bytes):
+        comment = _comment(comment)
+    if isinstance(comment, str) and "parameters" not in texts:
+        texts["parameters"] = comment
+    return texts
+
+
+def _comment(data: bytes) -> str:
+    """An EXIF comment: eight letters that name its encoding, then the text."""
+    kind, text = data[:8], data[8:]
+    if kind != b"UNICODE\0":
+        return (text if kind == b"ASCII\0\0\0" else data).decode("utf-8", "replace").strip("\0 ")
+    is_little = text[1:2] == b"\0"  # the standard leaves the order open, and writers differ
+    return text.decode("utf-16-le" if is_little else "utf-16-be", "replace").strip("\0 ")
 
 
 def fit(pixels: Pixels, height: int, width: int) -> Pixels:
@@ -167,10 +268,76 @@ def next_path(folder: str | Path, name: str) -> Path:
         name: a pattern such as ``grid-{:04}.png``.
     """
     before, after = re.split(r"{:0\d+}", name)
-    pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
-    files = Path(folder).iterdir() if Path(folder).is_dir() else ()
-    taken = [int(match[1]) for file in files if (match := pattern.fullmatch(file.name))]
+    pattern = re.compile(re.escape(before) + r"(\d{1,18})" + re.escape(after), re.ASCII)
+    files = os.listdir(folder) if Path(folder).is_dir() else ()
+    taken = [int(match[1]) for file in files if (match := pattern.fullmatch(file))]
     return Path(folder) / name.format(max(taken, default=-1) + 1)
+
+
+class Numbers:
+    """Numbered files of a folder; any number of programs can write there at one time.
+
+    Numbers in use are counted once. A file claims its number by appearing under it; where another
+    program was quicker, it gets the next free one.
+
+    Args:
+        folder: made with the first file.
+        name: a pattern such as ``grid-{:04}.png``.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self._digits = slice(len(name.split("{")[0]), -len(name.split("}")[1]) or None)
+        self._next: int | None = None
+
+    @property
+    def next(self) -> int:
+        """The number of the next file, if nobody else is quicker."""
+        if self._next is None:
+            self._next = self._free()
+        return self._next
+
+    def save(self, write: Callable[[Path], None], number: int | None = None) -> Path:
+        """Write a file under the next number, or under a given one if that is free.
+
+        Args:
+            write: writes to the path that it gets.
+            number: wanted.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            InputError: the file cannot be written there.
+        """
+        number = self.next if number is None else number
+        make_folder(self.folder)
+        while True:
+            path = self.folder / self.name.format(number)
+            try:
+                with part_of(path, exclusive=True) as part:
+                    write(part)
+            except FileExistsError:
+                number = max(number + 1, self._free())
+                continue
+            self._next = max(number + 1, self._next or 0)
+            return path
+
+    def _free(self) -> int:
+        return int(next_path(self.folder, self.name).name[self._digits])
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        InputError: that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
 
 @dataclass(frozen=True)
@@ -186,18 +353,20 @@ class Picture:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path, with_settings: bool = True) -> None:
-        """Write a PNG whose text chunks say how the picture was made.
+        """Write a PNG whose text chunks say how the picture was made, whole or not at all.
 
         ``parameters`` is in the form of the web UIs, ``ldm`` is JSON with every setting.
 
         Raises:
             InputError: the file cannot be written there.
         """
-        texts = {}
-        if with_settings:
-            texts["parameters"] = web_ui_text(self.settings)
-            texts["ldm"] = json.dumps(self.settings, ensure_ascii=False)
-        save_image(self.pixels, path, texts)
+        save_image(self.pixels, path, self.texts if with_settings else None)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What the file says of how it was made: text chunks by their keywords."""
+        about = json.dumps(self.settings, ensure_ascii=False)
+        return {"parameters": web_ui_text(self.settings), "ldm": about}
 
 
 def web_ui_text(settings: Mapping[str, Any]) -> str:
@@ -226,6 +395,7 @@ def web_ui_text(settings: Mapping[str, Any]) -> str:
         "Token merging ratio hr": (tome.get("hires") or {}).get("ratio"),
         "Loras": ", ".join(f"{one['name']}:{one['weight']:g}" for one in loras) or None,
         "Embeddings": ", ".join(one["name"] for one in settings.get("embeddings", ())) or None,
+        "Version": settings.get("version"),
     }
     line = ", ".join(
         f"{name}: {_quoted(value)}" for name, value in named.items() if value is not None
@@ -263,20 +433,16 @@ def save_image(pixels: Pixels, path: str | Path, texts: Mapping[str, str] | None
     Raises:
         InputError: the file cannot be written there.
     """
+    make_folder(Path(path).parent)
+    with part_of(path) as part:
+        _write_png(part, pixels, texts)
+
+
+def _write_png(path: Path, pixels: Pixels, texts: Mapping[str, str] | None) -> None:
     info = PngImagePlugin.PngInfo()
     for keyword, text in (texts or {}).items():
         info.add_text(keyword, text)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(temporary, "PNG", pnginfo=info)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+    Image.fromarray(pixels).save(path, "PNG", pnginfo=info)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -285,10 +451,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, or carries no settings.
     """
-    text = _open(path).info.get("ldm")
+    text = picture_texts(path).get("ldm")
     if text is None:
         raise InputError(f"{path}: this picture does not say how it was made")
-    return json.loads(text)
+    return parse_json(text, f"{path}, its settings")
 
 
 @dataclass
@@ -299,9 +465,8 @@ class Gallery:
         folder: made when the first picture is saved.
         n_columns: pictures in a row of the grid.
         has_samples: save single pictures.
-        has_grid: save a grid.
+        has_grid: save a grid, of a run of at most 100 pictures.
         has_settings: write the settings into the files.
-        numbers: of the files to come; None: one above the highest in use.
     """
 
     folder: Path
@@ -309,32 +474,40 @@ class Gallery:
     has_samples: bool = True
     has_grid: bool = True
     has_settings: bool = True
-    numbers: Iterator[int] | None = None
     _shown: list[Picture] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Nothing is looked at before the first picture."""
+        self._samples = Numbers(self.folder / "samples", "{:05}.png")
+        self._expected: Iterator[int] = iter(())
+
+    def expect(self, places: Iterable[int]) -> None:
+        """Say which of the free numbers, counted from 0, the next pictures are to have."""
+        first = self._samples.next
+        self._expected = (first + place for place in places)
 
     def add(self, picture: Picture) -> Path | None:
         """Save a picture under the next number; returns where, if single pictures are saved."""
         if self.has_grid:
             self._shown.append(picture)
+            if len(self._shown) > MOST_IN_GRID:
+                logger.info("There is no grid of more than %d pictures", MOST_IN_GRID)
+                self.has_grid = False
+                self._shown.clear()
         if not self.has_samples:
             return None
-        path = next_path(self.folder / "samples", "{:05}.png")
-        if self.numbers is not None:
-            path = path.with_name(f"{next(self.numbers):05}.png")
-        picture.save(path, self.has_settings)
-        return path
-
-    @property
-    def next_number(self) -> int:
-        """The number of the next file, if nobody else writes there."""
-        return int(next_path(self.folder / "samples", "{:05}.png").stem)
+        return self._samples.save(self._writer(picture), next(self._expected, None))
 
     def close(self) -> None:
         """Save the grid, with the settings of its first picture."""
         if self._shown:
             grid = make_grid([picture.pixels for picture in self._shown], self.n_columns)
-            path = next_path(self.folder, "grid-{:04}.png")
-            Picture(grid, self._shown[0].settings).save(path, self.has_settings)
+            writer = self._writer(Picture(grid, self._shown[0].settings))
+            Numbers(self.folder, "grid-{:04}.png").save(writer)
+
+    def _writer(self, picture: Picture) -> Callable[[Path], None]:
+        texts = picture.texts if self.has_settings else None
+        return lambda path: _write_png(path, picture.pixels, texts)
 
 
 def label(pixels: Pixels, lines: Sequence[str], font_size: int = 14) -> Pixels:

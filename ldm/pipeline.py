@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm import images
+from ldm import __version__, images
 from ldm.checkpoint.embedding import Embedding, read_embedding
 from ldm.checkpoint.load import (
     CheckpointInfo,
@@ -362,6 +362,7 @@ class Pipeline:
             "dtype": str(unet.dtype).removeprefix("torch."),
             "attention": self.attention,
             "torch": torch.__version__,
+            "version": __version__,
             "tome": dataclasses.asdict(merger.config),
             **self._added,
         }

@@ -1,64 +1,6 @@
-"""Convert a checkpoint to a flat .safetensors file: no code in it, and quick to load.
+"""The door to `ldm.checkpoint.program`."""
 
-Pickled code in the source is never executed. Metadata are kept, and what the U-Net predicts is
-recorded in them, so that the result is recognised under any name.
-"""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.cli.flags import Parser, run
-
-EPILOG = """
-examples:
-  models/sd-v1-4.ckpt -> models/sd-v1-4.safetensors:
-    python scripts/convert.py models/sd-v1-4.ckpt
-  half the size, with the averaged weights:
-    python scripts/convert.py sd-v1-4-full-ema.ckpt --half --ema --output sd-v1-4.safetensors
-"""
-
-
-def build_parser() -> Parser:
-    """The flags."""
-    parser = Parser(__doc__, EPILOG)
-    add = parser.add_argument
-    add("source", metavar="CHECKPOINT", help=".ckpt, .safetensors, or a folder of the latter")
-    add("--output", metavar="PATH", help="default: the source's name with .safetensors")
-    add("--half", action="store_true", help="store weights as float16")
-    add(
-        "--ema", action="store_true", help="store the U-Net's averaged weights in place of the last"
-    )
-    add(
-        "--parameterization",
-        choices=("eps", "v"),
-        help="what the U-Net predicts, if neither metadata nor name of the source say",
-    )
-    add(
-        "--split",
-        type=float,
-        metavar="MB",
-        help="write a folder with files for each component, of at most so many megabytes",
-    )
-    add("--force", action="store_true", help="overwrite an existing file")
-    return parser
-
-
-def main() -> None:
-    """Convert one file and say what was written."""
-    args = build_parser().parse_args()
-    from ldm.checkpoint.convert import convert  # takes torch
-
-    target = convert(
-        args.source, args.output, args.half, args.ema, args.parameterization, args.force, args.split
-    )
-    files = [target] if target.is_file() else sorted(target.glob("*.safetensors"))
-    for file in files:
-        print(f"{file}: {file.stat().st_size / 2**20:.0f} MiB")
-
+from ldm.cli.program import run_program
 
 if __name__ == "__main__":
-    run(main)
+    run_program("ldm.checkpoint.program")

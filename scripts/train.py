@@ -1,14 +1,6 @@
-"""Train a model; see ldm/training/run.py."""
+"""The door to `ldm.training.run`."""
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.cli.flags import run
-from ldm.training.run import main
+from ldm.cli.program import run_program
 
 if __name__ == "__main__":
-    run(main)
+    run_program("ldm.training.run")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from ldm.cli import flags
+from ldm.cli.program import run as run_main
 from tests.tiny_models import tiny_config, tiny_weights, write_safetensors
 
 
@@ -64,7 +64,7 @@ def run_program() -> Callable[..., int]:
 
     def run(program: ModuleType, *argv: object) -> int:
         try:
-            flags.run(lambda: program.main([str(argument) for argument in argv]))
+            run_main(lambda: program.main([str(argument) for argument in argv]))
         except SystemExit as end:
             return int(end.code or 0)
         return 0

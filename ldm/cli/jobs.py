@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ldm.cli import flags
+from ldm.cli import options
+from ldm.cli.parser import Arguments
+from ldm.cli.values import Wishes
 from ldm.config import TomeKeys
 from ldm.errors import InputError
 from ldm.settings import Settings
+from ldm.text import parse_json
+
+MOST_PICTURES = 1_000_000  # in a run
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Job:
     tome: TomeKeys
 
 
-def read_jobs(parser: flags.Parser, args: flags.Arguments) -> list[Job]:
+def read_jobs(args: Arguments) -> list[Job]:
     """The runs that a command line asks for: one, or what is in the file of ``--from-file``.
 
     A line of the file is a prompt, or a JSON object with flags by their names, such as
@@ -31,39 +36,71 @@ def read_jobs(parser: flags.Parser, args: flags.Arguments) -> list[Job]:
     Raises:
         InputError: a value is out of range, or the file cannot be used; the message has the line.
     """
+    wishes = options.wishes(args)
     if args.from_file is None:
-        return [Job(flags.settings(args), flags.tome_arguments(args))]
-    runs: list[tuple[int, dict[str, Any], list[str]]] = []
-    for number, line in flags.read_lines(args.from_file, args.repeat):
-        changes = _changes(line, f"{args.from_file}, line {number}")
-        prompt = changes.pop("prompt", args.prompt)
-        if not isinstance(prompt, str):
-            raise InputError(f"{args.from_file}, line {number}: there is no prompt in it")
-        if runs:
-            first, before, prompts = runs[-1]
-            if before == changes and ("seed" not in changes or first == number):
-                prompts.append(prompt)
-                continue
-        runs.append((number, changes, [prompt]))
+        options.refuse_repeat(args)
+        return [Job(wishes.settings(), wishes.tome)]
+    where = "standard input" if args.from_file == "-" else args.from_file
+    lines = options.read_lines(args.from_file)
+    if len(lines) * args.repeat > MOST_PICTURES:
+        raise InputError(
+            f"--repeat {args.repeat}: {len(lines)} lines make more than {MOST_PICTURES} pictures, "
+            "which is the limit for a run"
+        )
+    runs: list[tuple[int, dict[str, Any], Wishes, list[str]]] = []
+    for number, line in lines:
+        at = f"{where}, line {number}"
+        changes = _changes(line, at)
+        try:
+            own = wishes.changed(changes)
+        except InputError as error:
+            raise InputError(f"{at}: {error}") from None
+        prompt = own.given.get("prompt")
+        if prompt is None:
+            raise InputError(f"{at}: there is no prompt in it")
+        others = {name: value for name, value in changes.items() if name != "prompt"}
+        if not runs or runs[-1][1] != others or "seed" in others:
+            runs.append((number, others, own, []))
+        runs[-1][3].extend(itertools.repeat(prompt, args.repeat))
     seed = Settings(seed=args.seed).seed  # the same for the whole file, also where one is chosen
     jobs: list[Job] = []
-    for number, changes, prompts in runs:
+    for number, changes, own, prompts in runs:
         try:
-            own = parser.changed(args, {"seed": seed, **changes})
-            own.prompt, own.from_file, own.repeat = prompts, None, 1
-            job = Job(flags.settings(own), flags.tome_arguments(own))
+            if changes.get("seed") is None:
+                own = own.changed({"seed": seed})
+            job = Job(own.settings(prompts), own.tome)
         except InputError as error:
-            raise InputError(f"{args.from_file}, line {number}: {error}") from None
+            raise InputError(f"{where}, line {number}: {error}") from None
         jobs.append(job)
-        seed += sum(len(batch) for batch in job.settings.batches())
+        seed += len(prompts) * job.settings.n_iter
     return jobs
+
+
+def without_first(jobs: list[Job], n: int) -> list[Job]:
+    """The runs without their first n pictures, which have been drawn before.
+
+    Raises:
+        InputError: there are not so many, or pictures depend on those before.
+    """
+    left = []
+    for job in jobs:
+        settings = job.settings
+        if n and (settings.rng == "upstream" or settings.fixed_code):
+            raise InputError(
+                f"--skip {n}: with --rng upstream and --fixed_code pictures depend on those before"
+            )
+        pictures = [picture for batch in settings.batches() for picture in batch] if n else []
+        if n and n < len(pictures):
+            prompts = tuple(prompt for prompt, _ in pictures[n:])
+            settings = replace(settings, prompt=prompts, seed=pictures[n][1], n_iter=1)
+        if n == 0 or n < len(pictures):
+            left.append(Job(settings, job.tome))
+        n = max(0, n - len(pictures))
+    if not left:
+        raise InputError("--skip: there are not so many pictures, so nothing would be drawn")
+    return left
 
 
 def _changes(line: str, where: str) -> dict[str, Any]:
     """What a line says: flags by their names, among them the prompt."""
-    if not line.startswith("{"):
-        return {"prompt": line}
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not a JSON object ({error})") from None
+    return parse_json(line, where) if line.startswith("{") else {"prompt": line}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
+from typing import Any
 
-from ldm.cli import flags
+from ldm.cli.program import LONGEST, Terminated
+from ldm.cli.values import Wishes, typed
 from ldm.config import TomeKeys
-from ldm.errors import InputError
+from ldm.errors import InputError, escaped, memory_advice, shown
 from ldm.settings import Settings
 
 HELP = """\
@@ -21,16 +23,12 @@ A line is a prompt, which is drawn; Ctrl+C stops a picture. Commands:
 
 
 def prompt_loop(
-    parser: flags.Parser,
-    args: flags.Arguments,
-    set_tome: Callable[[TomeKeys], None],
-    draw: Callable[[Settings], None],
+    wishes: Wishes, set_tome: Callable[[TomeKeys], None], draw: Callable[[Settings], None]
 ) -> None:
     """Ask for prompts and draw them, until the user has enough.
 
     Args:
-        parser: of the program's flags.
-        args: what was given; the commands change a copy.
+        wishes: what was given; the commands change it.
         set_tome: takes the Token Merging settings; raises InputError where they cannot be used.
         draw: draws and saves.
     """
@@ -41,46 +39,51 @@ def prompt_loop(
         except EOFError:
             print()
             return
+        except UnicodeDecodeError:
+            print("error: this line is no text in UTF-8", file=sys.stderr, flush=True)
+            continue
         if line == "!quit":
             return
         try:
             if line.startswith("!"):
-                args = _command(line, parser, args, set_tome)
+                wishes = _command(line, wishes, set_tome)
             elif line:
-                draw(flags.settings(parser.changed(args, {"prompt": line})))
+                with memory_advice():
+                    draw(wishes.changed({"prompt": line}).settings())
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {escaped(error, LONGEST)}", file=sys.stderr, flush=True)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr, flush=True)
 
 
-def _command(
-    line: str,
-    parser: flags.Parser,
-    args: flags.Arguments,
-    set_tome: Callable[[TomeKeys], None],
-) -> flags.Arguments:
-    """Do what a command says; returns the arguments that hold from now on."""
+def _command(line: str, wishes: Wishes, set_tome: Callable[[TomeKeys], None]) -> Wishes:
+    """Do what a command says; returns the wishes that hold from now on."""
     try:
         command, *words = shlex.split(line)
     except ValueError as error:
         raise InputError(f"{line}: {error}") from None
     if command == "!help" and not words:
         print(HELP)
-        return args
+        return wishes
     if command == "!show" and not words:
-        for name, given in parser.given(args).items():
-            print(f"{name} {' '.join(map(str, given)) if isinstance(given, list) else given}")
-        return args
+        for name, given in wishes.shown():
+            print(f"{name} {_text(given)}")
+        return wishes
     if command == "!set" and words:
-        value: list[str] | None = words[1:] or ["true"]
+        value: Any = typed(words[0], words[1:])
     elif command == "!unset" and len(words) == 1:
         value = None
     else:
         raise InputError(
-            f"{line}: the commands are !set NAME VALUE, !unset NAME, !show, !help, !quit"
+            f"{shown(line)}: the commands are !set NAME VALUE, !unset NAME, !show, !help, !quit"
         )
-    changed = parser.changed(args, {words[0]: value})
-    flags.settings(parser.changed(changed, {"seed": 0}))  # no seed is chosen just for a check
-    set_tome(flags.tome_arguments(changed))
+    changed = wishes.changed({words[0]: value})
+    changed.check()
+    set_tome(changed.tome)
     return changed
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,6 +1,6 @@
 """What the page's fields say, as settings, and settings as what the fields say.
 
-The fields are flags by their names, read by the parser that reads a command line.
+The fields are flags by their names; see `ldm.cli.values`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ldm.cli import flags
+from ldm.cli import options
 from ldm.cli.jobs import Job
+from ldm.cli.parser import Arguments
+from ldm.cli.values import typed
 from ldm.config import load_preset, preset_names
 from ldm.errors import InputError
 from ldm.modules.tome.config import ToMeConfig
@@ -32,7 +34,7 @@ _FLAG_NAMES = {"eta": "ddim-eta"}  # where it is not the setting's own
 Form = dict[str, Any]
 
 
-def first_form(args: flags.Arguments, defaults: Mapping[str, Any]) -> Form:
+def first_form(args: Arguments, defaults: Mapping[str, Any]) -> Form:
     """What the fields say at first: the command line's flags over the model's defaults."""
     form: Form = {name: getattr(args, name) for name in FLAGS}
     form |= {name: defaults.get(name) for name in FLAGS if form[name] is None}
@@ -50,11 +52,10 @@ def preset_ratio(preset: str) -> float | None:
     return float(ratio) if isinstance(ratio, float | int) else None
 
 
-def read_form(parser: flags.Parser, args: flags.Arguments, form: Mapping[str, Any]) -> Job:
+def read_form(args: Arguments, form: Mapping[str, Any]) -> Job:
     """The settings that a form asks for, over those of the command line.
 
     Args:
-        parser: of the program's flags.
         args: what was given to the program.
         form: the fields; an empty field (None) leaves the choice to the model.
 
@@ -63,42 +64,41 @@ def read_form(parser: flags.Parser, args: flags.Arguments, form: Mapping[str, An
     """
     changes: dict[str, Any] = {name: form[name] for name in FLAGS}
     more = _more(form["more"])
-    changes["tome-preset"] = None if form["preset"] == NO_PRESET else form["preset"]
+    if form["preset"] != args.tome_preset:  # which may be a file of the user's own
+        changes["tome-preset"] = None if form["preset"] == NO_PRESET else form["preset"]
     changes |= {"tome-ratio": None, "no-tome": None}  # what the fields say stands instead
     if form["preset"] != NO_PRESET:
         if preset_ratio(form["preset"]) not in (None, form["ratio"]):
             changes["tome-ratio"] = form["ratio"]
     elif form["ratio"]:
         changes["tome-ratio"] = form["ratio"]
-    own = parser.changed(args, {**changes, **more})
-    tome = flags.tome_arguments(own)
+    own = options.wishes(args).changed({**changes, **more})
+    tome = own.tome
     if tome is None and form["preset"] == NO_PRESET:
         tome = False  # the fields say so, whatever the model's YAML does
-    return Job(flags.settings(own), tome)
+    return Job(own.settings(), tome)
 
 
-def _more(text: str) -> dict[str, list[str]]:
+def _more(text: str) -> dict[str, Any]:
     """Further settings, a line each: a flag's name and its value."""
-    changes = {}
+    changes: dict[str, Any] = {}
     for line in filter(str.strip, text.splitlines()):
         try:
             name, *words = shlex.split(line)
         except ValueError as error:
             raise InputError(f"{line}: {error}") from None
-        changes[name] = words or ["true"]
+        changes[name] = typed(name, words)
     return changes
 
 
 def form_of(
-    parser: flags.Parser,
-    args: flags.Arguments,
+    args: Arguments,
     about: Mapping[str, Any],
     resolve: Callable[[Any], ToMeConfig],
 ) -> tuple[Form, str]:
     """The fields with which a picture was made, and what of it they cannot say.
 
     Args:
-        parser: of the program's flags.
         args: what was given to the program.
         about: the picture's settings; see Pipeline.about.
         resolve: what Token Merging settings come to; see Pipeline.tome_config.
@@ -115,7 +115,7 @@ def form_of(
     for preset, ratio, more in _tome_fields(wanted):
         candidate = {**form, "preset": preset, "ratio": ratio, "more": "\n".join([*lines, *more])}
         try:
-            config = resolve(read_form(parser, args, candidate).tome)
+            config = resolve(read_form(args, candidate).tome)
         except InputError:
             continue  # these keys do not go together; another candidate may
         if _plain(config) == wanted:

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from ldm.cli import flags
+from ldm.cli.parser import Arguments
 from ldm.config import preset_names
 from ldm.errors import InputError
 from ldm.images import read_settings
@@ -56,13 +56,11 @@ class Page:
 
     Args:
         runner: does the work.
-        parser: of the program's flags.
         args: what was given to the program: the fields' first values, and what has no field.
     """
 
-    def __init__(self, runner: Runner, parser: flags.Parser, args: flags.Arguments) -> None:
+    def __init__(self, runner: Runner, args: Arguments) -> None:
         self.runner = runner
-        self.parser = parser
         self.args = args
         self._stops: dict[str, set[threading.Event]] = defaultdict(set)  # by browser tab
         with gr.Blocks(
@@ -291,7 +289,7 @@ class Page:
             if mode == "img2img" and init is None:
                 raise InputError("img2img needs a picture to start from: drop one on the field")
             file = Path(init) if mode == "img2img" and init is not None else None
-            job = read_form(self.parser, self.args, form)
+            job = read_form(self.args, form)
             task = Task(model, job, file, file.name if file else "", compare)
             return self.runner.draw(task, stop)
 
@@ -373,7 +371,7 @@ class Page:
                 about = read_settings(path)
             except InputError as error:
                 raise InputError(str(error).replace(path, name)) from None
-            form, note = form_of(self.parser, self.args, about, self.runner.resolve)
+            form, note = form_of(self.args, about, self.runner.resolve)
         except InputError as error:
             return {self.status: _error(str(error))}
         says = f"These are the settings of {name}" + (f"; {note}" if note else "")
@@ -384,7 +382,7 @@ class Page:
 
     def _tome_line(self, form: Form) -> str:
         try:
-            line = self.runner.describe(read_form(self.parser, self.args, form).tome)
+            line = self.runner.describe(read_form(self.args, form).tome)
         except InputError as error:
             return f'<div class="status">{_error(str(error))}</div>'
         return f"<p>{html.escape(line)}</p>"

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from ldm.cli import img2img, options, txt2img
 from ldm.cli.jobs import read_jobs
 from ldm.errors import InputError
-from scripts import img2img, txt2img
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def jobs(tmp_path):
         path = tmp_path / "prompts.txt"
         texts = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
         path.write_text("\n".join(texts), encoding="utf-8")
-        parser = program.build_parser()
-        return read_jobs(parser, parser.parse_args(["--from-file", str(path), *flags]))
+        argv = ["--from-file", str(path), *flags]
+        return read_jobs(program.build_parser().parse_args(argv))
 
     return read
 
@@ -26,8 +26,8 @@ def pictures(jobs):
 
 
 def test_a_command_line_is_one_run():
-    parser = txt2img.build_parser()
-    (job,) = read_jobs(parser, parser.parse_args(["--prompt", "x", "--tome-ratio", "0.5"]))
+    argv = ["--prompt", "x", "--tome-ratio", "0.5"]
+    (job,) = read_jobs(txt2img.build_parser().parse_args(argv))
     assert (job.settings.prompt, job.tome) == ("x", {"ratio": 0.5})
 
 
@@ -107,11 +107,11 @@ def test_img2img_has_its_own_flags_in_a_line(jobs):
         ({"prompt": "x", "ckpt": "a"}, "line 2: 'ckpt' is no setting of a picture"),
         ({"prompt": "x", "help": True}, "line 2: 'help' is no setting of a picture"),
         ({"prompt": "x", "steps": 0}, "line 2: steps 0: allowed is 1 to 1000"),
-        ({"prompt": "x", "steps": "many"}, "line 2: .*invalid int value: 'many'"),
+        ({"prompt": "x", "steps": "many"}, "line 2: steps: must be a whole number, not 'many'"),
         ({"prompt": "x", "fixed_code": 3}, "line 2: fixed_code 3: allowed is true or false"),
         ({"prompt": "x", "tome": {"ratio": 2}}, "line 2: --tome-ratio 2: must be auto or a number"),
         ({"steps": 3}, "line 2: there is no prompt in it"),
-        ({"prompt": 3}, "line 2: there is no prompt in it"),
+        ({"prompt": 3}, "line 2: prompt: must be a text, not 3"),
         ("{prompt: x}", "line 2: not a JSON object"),
     ],
 )
@@ -127,4 +127,4 @@ def test_programs_that_take_prompts_alone_say_so(tmp_path):
     path.write_text('{"prompt": "x"}')
     args = visualize_tome.build_parser().parse_args(["--from-file", str(path)])
     with pytest.raises(InputError, match=r"p\.txt, line 1: here a line is a prompt, not JSON"):
-        visualize_tome.options.settings(args)
+        options.settings(args)

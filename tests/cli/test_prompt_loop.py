@@ -1,9 +1,9 @@
 import pytest
 
+from ldm.cli import options, txt2img
 from ldm.cli.prompt_loop import prompt_loop
 from ldm.errors import InputError
 from ldm.modules.tome.config import ToMeConfig
-from scripts import txt2img
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def loop(monkeypatch):
             tome.append(settings)
 
         monkeypatch.setattr("builtins.input", read)
-        parser = txt2img.build_parser()
-        prompt_loop(parser, parser.parse_args(list(flags)), set_tome, draw or drawn.append)
+        args = txt2img.build_parser().parse_args(list(flags))
+        prompt_loop(options.wishes(args), set_tome, draw or drawn.append)
         return drawn, tome
 
     return run
@@ -62,7 +62,7 @@ def test_token_merging_is_set_as_it_goes(loop):
     ("line", "message"),
     [
         ("!set steps 0", "steps 0: allowed is 1 to 1000"),
-        ("!set steps", "invalid int value: 'true'"),
+        ("!set steps", "steps: must be a whole number, not True"),
         ("!set tome.ratio 0.9", "can remove at most 0.75"),
         ("!set tome.k 2", "both set the amount"),
         ("!set ckpt x", "'ckpt' is no setting of a picture"),

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from ldm.cli import txt2img
 from ldm.images import load_rgb, read_settings
-from scripts import appendix_f, txt2img
+from scripts import appendix_f
 
 ROOT = Path(__file__).parents[2]
 FAST = [

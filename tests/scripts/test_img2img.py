@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.cli import img2img
 from ldm.images import load_rgb, read_settings
-from scripts import img2img
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "img2img.py"
 FAST = ["--steps", "4", "--device", "cpu", "--dtype", "float32"]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.cli import inpaint
 from ldm.images import load_rgb, read_settings
-from scripts import inpaint
 
 FAST = ["--steps", "2", "--device", "cpu", "--dtype", "float32"]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.cli import txt2img
 from ldm.images import load_rgb, read_settings
-from scripts import txt2img
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "txt2img.py"
 FAST = ["--steps", "2", "--device", "cpu", "--dtype", "float32"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ldm.images import read_settings
-from scripts import webui
+from ldm.web import program as webui
 from tests.browser import Browser, chromium
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "webui.py"
@@ -39,7 +39,7 @@ def test_without_gradio_one_line_says_what_to_install(run_program, monkeypatch, 
         (["--port", 0], "--port 0: allowed is 1 to 65535"),
         (["--ckpt", "nothing.ckpt"], "nothing.ckpt: there is no such file"),
         (["--steps", 0], "steps 0: allowed is 1 to 1000"),
-        (["--share"], "unrecognized arguments: --share"),
+        (["--share"], "--share is unknown: nothing takes its place"),
     ],
 )
 def test_bad_flags_end_before_anything_is_loaded(run_program, capsys, tmp_path, flags, message):

@@ -1,5 +1,6 @@
 import pytest
 
+from ldm.cli import txt2img
 from ldm.cli.flags import tome_arguments
 from ldm.config import preset_names
 from ldm.errors import InputError
@@ -16,7 +17,6 @@ from ldm.evaluation.appendix_f.plan import (
 )
 from ldm.modules.tome.config import ToMeConfig
 from ldm.settings import Settings
-from scripts import txt2img
 
 MINE = """
 plain: {ratio: 0.5}

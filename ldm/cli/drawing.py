@@ -1,0 +1,180 @@
+"""What the drawing programs do alike: draw jobs, save pictures, and tell how far they are."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ldm.cli.jobs import Job
+from ldm.cli.parser import Arguments
+from ldm.cli.program import said_when_stopped
+from ldm.distributed import ALONE, Process
+from ldm.images import Gallery, Mask, Numbers, Picture, Pixels
+
+if TYPE_CHECKING:  # torch comes only after the flags are checked
+    from ldm.pipeline import Pipeline
+
+SECONDS_BETWEEN = 30.0  # lines of a log that is no terminal
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Says how far a run of several pictures is, and how long the rest will take.
+
+    Args:
+        n_pictures: of the run.
+        stream: a terminal gets a line for each batch, a log one now and then.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        n_pictures: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.n_pictures = n_pictures
+        self.n_done = 0
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._start = self._last = clock()
+
+    @property
+    def shows_steps(self) -> bool:
+        """Whether the sampler's own bar is of use: for single pictures, and on a terminal."""
+        return self.n_pictures == 1 or self._stream.isatty()
+
+    def step(self) -> None:
+        """One more picture is finished."""
+        self.n_done += 1
+        now = self._clock()
+        is_due = self._stream.isatty() or now - self._last >= SECONDS_BETWEEN
+        if self.n_done >= self.n_pictures or not is_due:
+            return
+        self._last = now
+        left = (now - self._start) / self.n_done * (self.n_pictures - self.n_done)
+        print(
+            f"picture {self.n_done} of {self.n_pictures}, about {duration(left)} left",
+            file=self._stream,
+            flush=True,
+        )
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@dataclass
+class Canvas:
+    """Where pictures of a run go, and what is told meanwhile.
+
+    Attributes:
+        pipeline: what draws.
+        gallery: what saves.
+        args: the program's; for --profile and for what is said where it is stopped.
+        process: this one of those that share the work.
+    """
+
+    pipeline: Pipeline
+    gallery: Gallery
+    args: Arguments
+    process: Process = ALONE
+
+    def draw(
+        self,
+        jobs: Sequence[Job],
+        init: Pixels | None = None,
+        mask: Mask | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Draw all jobs and save their pictures and the grid.
+
+        Raises:
+            InputError: a setting cannot be used with this model; nothing has been drawn then.
+        """
+        pipeline, process = self.pipeline, self.process
+        # what cannot be used is said before anything is drawn
+        merging = [pipeline.tome_config(job.tome) for job in jobs]
+        batches = [
+            [len(batch) for batch in job.settings.filled(pipeline.defaults).batches()]
+            for job in jobs
+        ]
+        self.gallery.expect(process.share_numbers([n for run in batches for n in run]))
+        process.wait()  # until all have looked which numbers are free
+        progress = Progress(sum(sum(process.share(run)) for run in batches))
+        first = jobs[0].settings.seed
+
+        def finished() -> str:
+            return how_to_go_on(progress, first, self.args)
+
+        with said_when_stopped(finished), self._profile() as on_step:
+            n_before = 0
+            for job, run, config in zip(jobs, batches, merging, strict=True):
+                pipeline.set_tome(config)
+                for picture in pipeline.generate(
+                    job.settings,
+                    init,
+                    mask,
+                    progress=process.is_first and progress.shows_steps,
+                    notes=notes,
+                    process=process.after(n_before),
+                    on_step=on_step,
+                ):
+                    self.save(picture)
+                    progress.step()
+                n_before += len(run)
+        self.gallery.close()
+        print(f"Pictures are in {self.args.outdir}")
+
+    def save(self, picture: Picture) -> Path | None:
+        """Save one picture; returns where."""
+        return self.gallery.add(picture)
+
+    @contextmanager
+    def _profile(self) -> Iterator[Any]:
+        if not getattr(self.args, "profile", False):
+            yield None
+            return
+        from ldm.cli.profile import StepProfile
+
+        profile = StepProfile()
+        with profile:
+            yield profile.on_step
+        path = Numbers(Path(self.args.outdir), "trace-{:04}.json").save(profile.write)
+        print(f"The trace of a step is in {path}: open it in chrome://tracing or ui.perfetto.dev")
+
+
+def how_to_go_on(progress: Progress, seed: int, args: Arguments) -> str:
+    """What is finished of a run that was stopped, and the flags that draw the rest."""
+    done = f"{progress.n_done} of {progress.n_pictures} pictures are in {args.outdir}"
+    if args.rng == "upstream" or args.fixed_code or not hasattr(args, "skip"):
+        return f"{done}; the same command draws all of them again"
+    seeds = f"--seed {seed} " if args.seed == -1 else ""
+    return f"{done}; the same command with {seeds}--skip {args.skip + progress.n_done} goes on"
+
+
+def tell_more(args: Arguments) -> None:
+    """Say more, if --verbose asks for it."""
+    if args.verbose:
+        logging.getLogger("ldm").setLevel(logging.DEBUG)
+        import platform
+
+        import torch
+
+        from ldm import __version__
+
+        logger.debug(
+            "Version %s, Python %s, torch %s, %d threads",
+            *(__version__, platform.python_version(), torch.__version__, torch.get_num_threads()),
+        )

@@ -1,0 +1,247 @@
+"""What flags mean: checked arguments of the pipeline and the gallery, before torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.cli.parser import Arguments, Parser
+from ldm.cli.values import Wishes
+from ldm.config import TomeKeys, find_config
+from ldm.errors import InputError, escaped, shown
+from ldm.images import Gallery, picture_texts
+from ldm.infotext import understood
+from ldm.modules.tome.config import ToMeConfig
+from ldm.settings import Settings
+from ldm.text import MAX_BYTES, check_text, decode_text, read_text, split_lines
+
+LONGEST_LINE = 100_000  # characters
+
+logger = logging.getLogger(__name__)
+
+
+def parse(parser: Parser, argv: Sequence[str] | None = None) -> Arguments:
+    """The arguments of a program; the settings of --from_picture are defaults below its flags.
+
+    Raises:
+        InputError: a flag is wrong, or the picture says nothing that can be used.
+    """
+    args = parser.parse_args(argv)
+    if getattr(args, "from_picture", None) is None:
+        return args
+    found = understood(picture_texts(args.from_picture), args.from_picture)
+    fields = {field.name for field in dataclasses.fields(Settings)} & vars(args).keys()
+    usable, left_out = {}, list(found.left_out)
+    for name, value in found.settings.items():
+        try:
+            Wishes(frozenset(fields)).changed({name: value}).check()
+            usable[name] = value
+        except InputError as error:
+            left_out.append(str(error) if name in fields else f"{name} {shown(value)}")
+    tome = found.tome
+    if tome:
+        try:
+            ToMeConfig.from_mapping(tome)
+        except InputError as error:
+            tome = None
+            left_out.append(str(error))
+    parser.set_defaults(**usable)
+    args = parser.parse_args(argv)
+    has_flags = bool(Wishes.of_flags(vars(args)).tome)
+    args.tome_below = tome or {}
+    args.no_tome = args.no_tome or (tome is False and not has_flags)
+    named = [*usable, *(["Token Merging"] if tome else [])]
+    logger.info("From %s: %s", args.from_picture, ", ".join(named) or "nothing")
+    for what in left_out:
+        logger.info("Not from %s: %s", args.from_picture, what)
+    return args
+
+
+def wishes(args: Arguments) -> Wishes:
+    """What the flags ask for: settings of the picture, and of token merging.
+
+    Raises:
+        InputError: there is no such preset, or a value is not allowed.
+    """
+    return Wishes.of_flags(vars(args))
+
+
+def settings(args: Arguments) -> Settings:
+    """The checked settings among a program's arguments.
+
+    Raises:
+        InputError: a value is out of range, or there is nothing in the file of prompts.
+    """
+    prompts = None
+    if getattr(args, "from_file", None) is not None:
+        prompts = read_prompts(args.from_file, args.repeat)
+    else:
+        refuse_repeat(args)
+    return wishes(args).settings(prompts)
+
+
+def refuse_repeat(args: Arguments) -> None:
+    """Refuse --repeat without a file."""
+    if getattr(args, "repeat", 1) != 1:
+        raise InputError("--repeat goes with --from-file; --n_iter repeats a single prompt")
+
+
+def tome_arguments(args: Arguments) -> TomeKeys:
+    """Token Merging settings: flags over the preset; None without either, False for ``--no-tome``.
+
+    Raises:
+        InputError: there is no such preset, a value is not one of those allowed, or ``--no-tome``
+            is not alone.
+    """
+    return wishes(args).tome
+
+
+def read_prompts(path: str | Path, repeat: int = 1) -> tuple[str, ...]:
+    """The lines of a file, without empty ones and comments (#), each so many times.
+
+    Raises:
+        InputError: the file cannot be read as text, or has no such line.
+    """
+    lines = read_lines(path)
+    for number, line in lines:
+        if line.startswith("{"):
+            raise InputError(f"{path}, line {number}: here a line is a prompt, not JSON")
+    return tuple(line for _, line in lines for _ in range(repeat))
+
+
+def read_lines(path: str | Path) -> list[tuple[int, str]]:
+    """Number and text of a file's lines, without empty ones and comments; ``-``: standard input.
+
+    Raises:
+        InputError: the file cannot be read as text, or has no such line.
+    """
+    is_piped = str(path) == "-"
+    where = "standard input" if is_piped else str(path)
+    kept = []
+    for number, line in enumerate(split_lines(_piped() if is_piped else read_text(path)), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        if re.match(r"--(no-?)?[a-z]", line):
+            raise InputError(
+                f"{where}, line {number}: this is a line of flags, as the A1111 web UI has them; "
+                'write JSON: {"prompt": "...", "steps": 20}'
+            )
+        kept.append((number, check_text(line, f"{where}, line {number}", LONGEST_LINE)))
+    if not kept:
+        raise InputError(f"{where}: there is no prompt in it; write one a line")
+    return kept
+
+
+def _piped() -> str:
+    """The text on standard input."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError("--from-file -: pipe a file of prompts into the program")
+    return decode_text(sys.stdin.buffer.read(MAX_BYTES + 1), "standard input")
+
+
+def model_arguments(args: Arguments) -> dict[str, Any]:
+    """The checked arguments of ``Pipeline.from_checkpoint``.
+
+    Raises:
+        InputError: a file is missing, or flags contradict each other.
+    """
+    if args.ckpt is not None and not exists(args.ckpt):
+        raise InputError(
+            f"--ckpt {args.ckpt}: there is no such file (leave the flag out to use the demo model)"
+        )
+    if args.config is not None:
+        find_config(args.config)
+    check_device(args.device)
+    dtype = args.dtype
+    if args.precision == "full":
+        if dtype not in ("auto", "float32"):
+            raise InputError(f"--precision full means float32: leave out --dtype {dtype}")
+        dtype = "float32"
+    return {
+        "path": args.ckpt,
+        "config": args.config,
+        "device": args.device,
+        "dtype": dtype,
+        "tome": tome_arguments(args) if hasattr(args, "no_tome") else None,
+        "attention": args.attention,
+        "ema": args.ema,
+        "parameterization": args.parameterization,
+        "loras": [lora_argument(text) for text in args.lora],
+        "embeddings": [_existing("--embedding", text) for text in args.embedding],
+    }
+
+
+def check_device(name: str) -> None:
+    """Refuse what is no name of a device."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name, re.ASCII):
+        raise InputError(f"--device {name}: allowed is auto, cpu, mps, cuda or cuda:NUMBER")
+
+
+def lora_argument(text: str) -> tuple[Path, float]:
+    """Read the text of a flag ``--lora``: a file, and what follows the last colon, else 1.
+
+    Raises:
+        InputError: there is no such file, or the weight is not a number.
+    """
+    name, colon, weight = text.rpartition(":")
+    if not colon or exists(text) or not exists(name):
+        return _existing("--lora", text), 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not -100 <= value <= 100:
+        raise InputError(f"--lora {text}: the weight {weight!r} is not a number from -100 to 100")
+    return _existing("--lora", name), value
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is such a file or folder; what can be no path is not there."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _existing(flag: str, path: str) -> Path:
+    if not exists(path) or not Path(path).is_file():
+        raise InputError(f"{flag} {path}: there is no such file")
+    return Path(path)
+
+
+def gallery(args: Arguments) -> Gallery:
+    """The folder of results.
+
+    Raises:
+        InputError: pictures cannot be written there.
+    """
+    check_writable(args.outdir)
+    return Gallery(
+        folder=Path(args.outdir),
+        n_columns=args.n_rows or min(args.n_samples, 10_000),
+        has_samples=not args.skip_save,
+        has_grid=not args.skip_grid,
+        has_settings=not args.no_metadata,
+    )
+
+
+def check_writable(outdir: str) -> None:
+    """Check that files can be written in a folder, or that it can be made; leave no trace."""
+    try:
+        Path(outdir).exists()  # complains of what can be no path
+        folder = Path(outdir).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--outdir {escaped(outdir)}: cannot write there ({reason})") from None

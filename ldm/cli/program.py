@@ -1,0 +1,204 @@
+"""How programs run and end: messages, stop signals, exit codes, streams that cannot be written.
+
+Exit codes: 0 done, 2 bad input, 3 not enough memory, 130 interrupted (Ctrl+C), 143 ended (SIGTERM).
+This module imports next to nothing, so that a program can be stopped while it imports the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, NoReturn, TextIO
+
+from ldm.errors import InputError, OutOfMemory, escaped, is_out_of_memory
+
+LONGEST = 1000  # characters of a message
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was told to end (SIGTERM); cleaned up after like Ctrl+C."""
+
+
+def run_program(module: str) -> None:
+    """Import a module and run its `main`: what all scripts and console commands do.
+
+    Args:
+        module: such as ``ldm.cli.txt2img``.
+    """
+    with leaving_at_once():
+        import importlib
+
+        main = importlib.import_module(module).main
+    run(main)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a program: show what it logs, and end it with one clear line and its exit code.
+
+    Args:
+        main: the program; a KeyboardInterrupt's argument, if any, says what is finished.
+    """
+    signal_is_ours = _listen(signal.SIGTERM, _terminate)
+    with _lasting_streams():
+        logger = logging.getLogger("ldm")
+        logger.setLevel(logging.INFO)
+        if not any(isinstance(handler, Messages) for handler in logger.handlers):
+            logger.addHandler(Messages())
+        try:
+            main()
+        except InputError as error:
+            _end(f"error: {error}", error.exit_code)
+        except KeyboardInterrupt as stop:
+            word, code = ("ended", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+            _end(": ".join([word, *map(str, stop.args)]), code)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            out = OutOfMemory()
+            _end(f"error: {out}", out.exit_code)
+        finally:
+            if signal_is_ours:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(escaped(message, LONGEST), file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+class Messages(logging.Handler):
+    """Shows what the package logs: news on standard output, warnings on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        text = escaped(record.getMessage(), LONGEST)
+        if record.levelno >= logging.WARNING:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+        else:
+            print(text, flush=True)
+
+
+# --- stopping -----------------------------------------------------------------------------------
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    word, code = ("ended", 143) if number == signal.SIGTERM else ("interrupted", 130)
+    with suppress(OSError):
+        os.write(2, f"{word}: nothing was begun\n".encode())
+    os._exit(code)
+
+
+def _listen(number: int, handler: Callable[[int, FrameType | None], NoReturn]) -> bool:
+    """Handle a signal; False where that is not for this thread, or somebody else does it."""
+    try:
+        if signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler):
+            return False
+        signal.signal(number, handler)
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Let a signal end the process on the spot: for imports, which an exception can tear apart.
+
+    Nothing has been begun then, so that there is nothing to tidy up.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, _leave)
+    except ValueError:  # not the main thread, to which signals come
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def said_when_stopped(what: Callable[[], str]) -> Iterator[None]:
+    """Add to an interruption of the block what is finished, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.args = (what(),)
+        raise
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+class Lasting:
+    """A stream that takes everything: once it cannot be written, what comes is dropped.
+
+    A reader that has gone (``| head -1``) is no news. Any other reason is told once on standard
+    error, and the work goes on.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._is_lost = False
+        with suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+
+    def write(self, text: str) -> int:
+        """Write, or drop."""
+        self._do(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, unless what is there cannot be written."""
+        self._do(self._stream.flush)
+
+    def _do(self, action: Callable[[], Any]) -> None:
+        if self._is_lost:
+            return
+        try:
+            action()
+        except OSError as error:
+            self._is_lost = True
+            with suppress(OSError, ValueError, AttributeError):
+                # so that nothing is left for the interpreter to write when it ends
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+            if not isinstance(error, BrokenPipeError) and self._stream is not sys.__stderr__:
+                print(
+                    f"warning: standard output cannot be written ({error.strerror}); "
+                    "messages are lost, the work goes on",
+                    file=sys.stderr,
+                )
+
+    def __getattr__(self, name: str) -> Any:
+        """Be the stream in everything else."""
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _lasting_streams() -> Iterator[None]:
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (
+        stream if stream is None or isinstance(stream, Lasting) else Lasting(stream)
+        for stream in before
+    )
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        sys.stdout, sys.stderr = before

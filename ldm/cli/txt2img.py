@@ -1,0 +1,93 @@
+"""Draw pictures of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ldm.cli import drawing, flags, options
+from ldm.cli.jobs import read_jobs, without_first
+from ldm.cli.parser import Parser
+from ldm.cli.program import leaving_at_once
+from ldm.cli.prompt_loop import prompt_loop
+from ldm.cli.tome_flags import add_tome_flags
+from ldm.distributed import Process
+from ldm.errors import InputError
+from ldm.settings import Settings
+
+EPILOG = """
+examples:
+  four pictures of the demo model, with half of the tokens merged:
+    python scripts/txt2img.py --prompt "the sea at sunset" --n_samples 4 --tome-ratio 0.5
+  a checkpoint of your own, larger and with another sampler:
+    python scripts/txt2img.py --ckpt model.safetensors --H 768 --W 512 --dpm_solver --steps 20
+  twice as large in a second pass, where merging helps most:
+    python scripts/txt2img.py --hires_scale 2 --tome-hires-ratio 0.5
+  a picture for each line of a file:
+    python scripts/txt2img.py --from-file prompts.txt --negative_prompt "blurry"
+  a line can have settings of its own, in JSON:
+    {"prompt": "the sea at dawn", "steps": 40, "tome": {"ratio": 0.4}}
+  the same on eight GPUs, under the same numbers:
+    torchrun --nproc-per-node 8 scripts/txt2img.py --from-file prompts.txt
+  prompt after prompt, with the model loaded once:
+    python scripts/txt2img.py --interactive
+  a picture again, at other steps:
+    python scripts/txt2img.py --from_picture outputs/txt2img-samples/samples/00000.png --steps 50
+
+Pictures land in OUTDIR/samples/00000.png and on, all of a run in OUTDIR/grid-0000.png.
+"""
+
+
+def build_parser() -> Parser:
+    """All flags."""
+    parser = Parser(__doc__, EPILOG)
+    group = flags.add_prompt_flags(parser)
+    flags.add_picture_flag(group)
+    group.add_argument(
+        "--interactive",
+        action="store_true",
+        help="ask for prompts, one after the other; !help there says what can be set",
+    )
+    flags.add_skip_flag(group)
+    flags.add_sampling_flags(parser)
+    flags.add_hires_flags(parser)
+    add_tome_flags(parser)
+    flags.add_model_flags(parser)
+    flags.add_output_flags(parser, "outputs/txt2img-samples")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program."""
+    args = options.parse(build_parser(), argv)
+    if args.interactive and (args.prompt is not None or args.from_file is not None):
+        raise InputError("--interactive asks for prompts: leave out --prompt and --from-file")
+    if args.interactive and args.skip:
+        raise InputError("--interactive asks for prompts: leave out --skip")
+    jobs = without_first(read_jobs(args), args.skip)
+    model = options.model_arguments(args)
+    gallery = options.gallery(args)
+    process = Process.from_environment()
+    if process.n_processes > 1 and args.rng == "upstream":
+        raise InputError("--rng upstream is one stream of noise: it cannot be shared by processes")
+    if process.n_processes > 1 and args.interactive:
+        raise InputError("--interactive is for a single process: start it without torchrun")
+    model["device"] = process.device(model["device"])
+
+    with leaving_at_once():
+        from ldm.pipeline import Pipeline
+
+    drawing.tell_more(args)
+    with process.joined():
+        pipeline = Pipeline.from_checkpoint(**model)
+        if process.n_processes > 1 or args.interactive:
+            gallery.has_grid = False
+        if not args.interactive:
+            drawing.Canvas(pipeline, gallery, args, process).draw(jobs)
+            return
+
+        def draw(settings: Settings) -> None:
+            for picture in pipeline.generate(settings, progress=True):
+                print(f"Saved {gallery.add(picture)}")
+
+        prompt_loop(options.wishes(args), pipeline.set_tome, draw)
+    print(f"Pictures are in {args.outdir}")

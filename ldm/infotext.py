@@ -1,0 +1,246 @@
+"""What the settings inside a picture come to here, and what of them cannot be used.
+
+Our own JSON is understood, and the ``parameters`` text of the A1111 web UI. Everything is data: the
+values are checked by `ldm.cli.values` like those of a job line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ldm.config import load_preset
+from ldm.errors import InputError, shown
+from ldm.images import WEB_UI_SAMPLERS, WEB_UI_UPSCALERS
+from ldm.modules.tome.config import KEYS, ToMeConfig, overlay
+from ldm.settings import SAMPLERS, SCHEDULES, Settings
+from ldm.text import MAX_CHARACTERS, check_text, parse_json
+
+# What other programs call their text; none of these is read.
+OTHERS = {
+    "workflow": "a ComfyUI graph",
+    "invokeai_metadata": "InvokeAI's settings",
+    "sd-metadata": "InvokeAI's settings",
+    "Dream": "InvokeAI's settings",
+    "fooocus_scheme": "Fooocus's settings",
+}
+_PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_NAMES = {name: own for own, name in reversed(WEB_UI_SAMPLERS.items())}
+_FIELDS = {field.name for field in dataclasses.fields(Settings)}
+
+
+@dataclass
+class Found:
+    """What a picture says of how it was made.
+
+    Attributes:
+        settings: fields of `Settings`, by name.
+        tome: Token Merging settings; False: nothing was merged; None: it does not say.
+        left_out: what it says and cannot be used, each with a reason.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    tome: dict[str, Any] | Literal[False] | None = None
+    left_out: list[str] = field(default_factory=list)
+
+
+def understood(texts: Mapping[str, str], where: str) -> Found:
+    """Read the texts of a picture.
+
+    Args:
+        texts: by their keywords; see `ldm.images.picture_texts`.
+        where: the file, for messages.
+
+    Raises:
+        InputError: it does not say how it was made, or what it says is damaged.
+    """
+    if "ldm" in texts:
+        return _own(parse_json(texts["ldm"], f"{where}, its settings"))
+    if "parameters" in texts:
+        return _web_ui(check_text(texts["parameters"], f"{where}, its settings"), where)
+    for keyword, kind in OTHERS.items():
+        if keyword in texts:
+            raise InputError(f"{where}: this picture holds {kind}, which cannot be read here")
+    raise InputError(f"{where}: this picture does not say how it was made")
+
+
+# --- our own ------------------------------------------------------------------------------------
+
+
+def _own(about: Mapping[str, Any]) -> Found:
+    found = Found({key: about[key] for key in about if key in _FIELDS and about[key] is not None})
+    found.settings |= {"n_samples": 1, "n_iter": 1}  # it is one picture of its run
+    if "mask" in about:
+        found.left_out.append("it was painted inside a mask (inpaint --mask)")
+    elif "init_img" in about:
+        found.left_out.append("it was drawn over another picture (img2img --init-img)")
+    model = about.get("model")
+    if isinstance(model, Mapping):
+        found.left_out.append(f"its model, {shown(model.get('name'))} (--ckpt)")
+    for what, flag in (("loras", "--lora"), ("embeddings", "--embedding")):
+        entries = about.get(what)
+        for one in entries if isinstance(entries, list) else ():
+            name = one.get("name") if isinstance(one, Mapping) else one
+            found.left_out.append(f"{shown(name)} ({flag})")
+    wanted = about.get("tome")
+    if isinstance(wanted, Mapping):
+        keys = tome_keys(wanted)
+        found.tome = False if keys == {} else keys
+        if keys is None:
+            found.left_out.append(
+                "its Token Merging settings, which are damaged or of another version"
+            )
+    return found
+
+
+def tome_keys(wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The keys that make a complete configuration, as few as will do; None: there are none.
+
+    Args:
+        wanted: a configuration as `ldm.pipeline.Pipeline.about` notes it.
+    """
+    usual = plain(ToMeConfig())
+    known = {key: value for key, value in wanted.items() if key in KEYS}
+    given = {key: value for key, value in known.items() if value not in (None, [])}
+    for names in ([key for key in given if given[key] != usual.get(key)], list(given)):
+        keys = {key: given[key] for key in names}
+        if isinstance(keys.get("rules"), list):
+            keys["rules"] = [_rule(entry) for entry in keys["rules"]]
+        if isinstance(keys.get("hires"), Mapping):
+            keys["hires"] = tome_keys(keys["hires"]) or {}
+        try:
+            if plain(ToMeConfig.from_mapping(keys)) == known:
+                return keys
+        except (InputError, TypeError, AttributeError):
+            continue  # these keys do not go together; all of them may
+    return None
+
+
+def _rule(entry: Any) -> Any:
+    if not isinstance(entry, Mapping):
+        return entry
+    return {k: v for k, v in entry.items() if k in KEYS and KEYS[k].in_rules and v is not None}
+
+
+def plain(config: ToMeConfig) -> dict[str, Any]:
+    """A configuration as a picture's JSON has it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+# --- the web UIs' -------------------------------------------------------------------------------
+
+
+def _web_ui(text: str, where: str) -> Found:
+    """Read prompts, and a last line of ``Name: value`` pairs.
+
+    Source: the form that AUTOMATIC1111/stable-diffusion-webui writes.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"{where}: its settings are longer than {MAX_CHARACTERS} characters")
+    *lines, last = text.strip().split("\n")
+    pairs = {name: _unquoted(value) for name, value in _PAIR.findall(last)}
+    if len(pairs) < 3:
+        lines, pairs = [*lines, last], {}
+    prompt, _, negative = "\n".join(lines).partition("Negative prompt:")
+    found = Found({"prompt": prompt.strip(), "negative_prompt": negative.strip()})
+    # the web UIs always read weights and the whole of a prompt
+    found.settings |= {"emphasis": True, "long_prompt": True}
+    tome: dict[str, Any] = {}
+    is_hires = "Hires upscale" in pairs
+    for name, value in pairs.items():
+        try:
+            known = _READERS[name](value.strip())
+        except KeyError:
+            found.left_out.append(f"{name} {shown(value)} (has no counterpart here)")
+        except ValueError:
+            found.left_out.append(f"{name} {shown(value)} (cannot be used here)")
+        else:
+            tome |= known.pop("tome", {})
+            if name == "Denoising strength" and is_hires:
+                known = {"hires_strength": known["strength"]}
+            found.settings |= known
+    if tome:  # there it is the way of the tomesd package
+        found.tome = overlay(load_preset("tomesd"), tome)
+    if found.settings.get("schedule", "uniform") != "uniform" and "sampler" not in found.settings:
+        del found.settings["schedule"]
+    return found
+
+
+def _unquoted(value: str) -> str:
+    if value.startswith('"'):
+        try:
+            return str(json.loads(value))
+        except ValueError:
+            return value.strip('"')
+    return value
+
+
+def _size(text: str) -> dict[str, Any]:
+    width, height = text.split("x")
+    return {"W": int(width), "H": int(height)}
+
+
+def _sampler(text: str) -> dict[str, Any]:
+    """A sampler's name, which in older files ends with that of a schedule."""
+    for schedule in SCHEDULES:
+        if text.lower().endswith(f" {schedule}"):
+            return {**_sampler(text[: -len(schedule) - 1]), "schedule": schedule}
+    if _NAMES.get(text) not in SAMPLERS:
+        raise ValueError(text)
+    return {"sampler": _NAMES[text]}
+
+
+def _schedule(text: str) -> dict[str, Any]:
+    name = text.lower().replace(" ", "_")
+    if name == "automatic":
+        return {}
+    if name not in SCHEDULES:
+        raise ValueError(text)
+    return {"schedule": name}
+
+
+def _upscaler(text: str) -> dict[str, Any]:
+    names = {name: own for own, name in WEB_UI_UPSCALERS.items()}
+    if text not in names:
+        raise ValueError(text)
+    return {"hires_upscaler": names[text]}
+
+
+def _as(name: str, kind: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
+    def read(text: str) -> dict[str, Any]:
+        if name not in _FIELDS or len(text) > 30:
+            raise ValueError(text)
+        return {name: kind(text)}
+
+    return read
+
+
+def _ratio(text: str) -> dict[str, Any]:
+    return {"tome": {"ratio": float(text)}}
+
+
+def _hires_ratio(text: str) -> dict[str, Any]:
+    return {"tome": {"hires": {"ratio": float(text)}}}
+
+
+_READERS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "Steps": _as("steps", int),
+    "Sampler": _sampler,
+    "Schedule type": _schedule,
+    "CFG scale": _as("scale", float),
+    "Seed": _as("seed", int),
+    "Size": _size,
+    "Denoising strength": _as("strength", float),
+    "Hires upscale": _as("hires_scale", float),
+    "Hires steps": _as("hires_steps", int),
+    "Hires upscaler": _upscaler,
+    "Clip skip": _as("clip_skip", int),
+    "Eta": _as("eta", float),
+    "Token merging ratio": _ratio,
+    "Token merging ratio hr": _hires_ratio,
+    "Version": lambda text: {},
+}

@@ -1,0 +1,79 @@
+"""Which part of a picture a mask means, however it was made.
+
+A mask is white on black; or strokes on a transparent layer; or a picture in which a hole was
+erased; or strokes of some colour. Its values may be 0 and 1, or 16 bits wide.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Mask = NDArray[np.bool_]
+Values = NDArray[np.float32]
+
+_NOISE = 8 / 255  # what lossy compression adds to a constant picture
+_MANY_COLOURS = 8  # a picture has more, strokes have fewer
+
+
+def painted(colours: Values, alpha: Values | None = None) -> tuple[Mask, str]:
+    """Where to paint, and why there.
+
+    Args:
+        colours: (H, W, 3), 0 to 1.
+        alpha: (H, W), 0 to 1: how visible; None: all is visible.
+
+    Returns:
+        The mask (H, W), True where to paint, and which part of the file that is.
+    """
+    visible = None if alpha is None else alpha >= 0.5
+    if visible is None or visible.all():
+        return _by_colour(colours)
+    if not visible.any():
+        return ~visible, "its transparent part"
+    is_picture = not _is_flat(colours[visible])
+    border = np.concatenate([visible[0], visible[-1], visible[:, 0], visible[:, -1]])
+    if not is_picture and _is_black_and_white(colours[visible]):
+        return visible & (colours.mean(axis=2) >= 0.5), "its white part"
+    if is_picture or border.mean() >= 0.5:
+        return ~visible, "its transparent part"
+    return visible, "its strokes"
+
+
+def _by_colour(colours: Values) -> tuple[Mask, str]:
+    """The bright part of a grey mask; of a coloured one, what differs from its background."""
+    spread = colours.max(axis=2) - colours.min(axis=2)
+    if not (spread > 0.2).any():
+        return _bright(colours.mean(axis=2)), "its white part"
+    is_black, is_white = colours.max(axis=2) < 0.125, colours.min(axis=2) > 0.875
+    if is_black.mean() >= 0.01:
+        return _bright(colours.max(axis=2)), "its coloured part"
+    if is_white.mean() >= 0.01:
+        return _bright(1 - colours.min(axis=2)), "its coloured part"
+    edges = [colours[0], colours[-1], colours[:, 0], colours[:, -1]]
+    background = np.median(np.concatenate(edges), axis=0)
+    return _bright(np.abs(colours - background).max(axis=2)), "what differs from its border"
+
+
+def _bright(values: Values) -> Mask:
+    """The upper half of the values that there are."""
+    low, high = float(values.min()), float(values.max())
+    is_two_valued = len(np.unique(values)) == 2
+    if high == low:
+        return np.full(values.shape, high > 0)
+    if high - low <= _NOISE and not is_two_valued:
+        return np.full(values.shape, float(values.mean()) >= 0.5)
+    return values >= (low + high) / 2
+
+
+def _is_flat(colours: Values) -> bool:
+    """Whether a few colours make up almost everything, (n, 3)."""
+    coarse = (colours * 15).round().astype(np.int64) @ np.array([256, 16, 1])
+    counts = np.sort(np.unique(coarse, return_counts=True)[1])[::-1]
+    return bool(counts[:_MANY_COLOURS].sum() >= 0.95 * counts.sum())
+
+
+def _is_black_and_white(colours: Values) -> bool:
+    """Whether there is black and white and nothing else, (n, 3)."""
+    is_black, is_white = colours.max(axis=1) < 0.125, colours.min(axis=1) > 0.875
+    return bool(is_black.any() and is_white.any() and (is_black | is_white).all())
