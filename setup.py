@@ -35,7 +35,10 @@ class BuildWithShippedFiles(build_py):
 
 WEB = ["gradio>=6.0"]
 # diffusers and tomesd: merging in their U-Nets, and by their functions, is compared with ours.
-TEST = ["pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", "tomesd>=0.1.3", *WEB]
+TEST = [
+    *("pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", "tomesd>=0.1.3", "transformers>=4.40"),
+    *WEB,
+]
 
 setup(
     name="stable-diffusion-tome",
@@ -54,7 +57,6 @@ setup(
         "pytorch-lightning>=2.2",
         "omegaconf>=2.3",
         "einops>=0.7",
-        "transformers>=4.40",
         "open_clip_torch>=2.24",
         "kornia>=0.7",
         "pillow>=10.1",
@@ -67,8 +69,8 @@ setup(
         "test": TEST,
         "web": WEB,  # scripts/webui.py
         "bench": ["diffusers>=0.30", "tomesd>=0.1.3", "matplotlib>=3.8"],
-        # plots as PNG files; FID with the Inception network, which torchmetrics takes from there
-        "evaluation": ["matplotlib>=3.8", "torch-fidelity>=0.3"],
+        # plots as PNG files; FID and CLIP scores, as torchmetrics has them
+        "evaluation": ["matplotlib>=3.8", "torch-fidelity>=0.3", "transformers>=4.40"],
         "dev": [
             *TEST,
             "ruff==0.17.6",

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from torch import Tensor, nn
 
-from ldm.errors import InputError
+from ldm.errors import InputError, NotFinite
 
 # What Linux calls the instructions of processors that multiply bfloat16 matrices natively.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+logger = logging.getLogger(__name__)
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt's names in glibc's malloc.h
 
 
@@ -107,6 +112,66 @@ def release_memory() -> None:
 
 def _has_glibc() -> bool:
     return sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"
+
+
+def finite(stage: str, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+    """Compute; where the result has NaN or infinities, once more in float32.
+
+    Raises:
+        NotFinite: it has them in float32 too.
+    """
+    device = next(module.parameters()).device
+    states = random_states(device)
+    result = compute()
+    if torch.isfinite(result).all():
+        return result
+    kind = next(module.parameters()).dtype
+    if kind == torch.float32:
+        raise NotFinite(stage)
+    logger.warning("%s gives values that are not numbers in %s; using float32", stage, kind)
+    module.float()
+    restore_random_states(device, states)
+    return finite(stage, module, compute)
+
+
+RandomStates: TypeAlias = "tuple[Tensor, Tensor | None]"
+"""Of torch's global generators, on the CPU and on a device."""
+
+
+def random_states(device: torch.device) -> RandomStates:
+    """What `restore_random_states` takes."""
+    own = torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None
+    return torch.get_rng_state(), own
+
+
+def restore_random_states(device: torch.device, states: RandomStates) -> None:
+    """Go on with random numbers as from that moment."""
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.get_device_module(device).set_rng_state(states[1])
+
+
+class NoiseStream:
+    """One stream of random numbers from torch's global generators, whoever else draws from them.
+
+    A context that may be entered again and again: it starts from the seed, and then goes on where
+    it was left.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed, self.device = seed, device
+        self._states: RandomStates | None = None
+
+    def __enter__(self) -> None:
+        """Go on."""
+        if self._states is None:
+            torch.manual_seed(self.seed)
+        else:
+            restore_random_states(self.device, self._states)
+
+    def __exit__(self, *error: object) -> None:
+        """Remember where it is left."""
+        self._states = random_states(self.device)
 
 
 def _processor_flags() -> set[str]:

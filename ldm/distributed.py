@@ -46,9 +46,9 @@ class Process:
         """Whether this one does what is done once."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
+    def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's part of the work."""
-        return list(items[self.rank :: self.n_processes])
+        return items[self.rank :: self.n_processes]
 
     def after(self, n_items: int) -> Process:
         """This process where so many items were shared before, for `share` alone."""

@@ -44,6 +44,10 @@ class OutOfMemory(InputError):
         super().__init__(f"there is not enough memory: {way_out}")
 
 
+class NotFinite(InputError):
+    """A stage of the model, named in the message, gives NaN or infinities in float32 too."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of any library means that memory ran out, in main memory or on a device."""
     if isinstance(error, InputError):

@@ -10,12 +10,10 @@ for picture in pipeline.txt2img("a red house on snowy hills at dawn", seed=1, n_
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import logging
-import re
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ import numpy as np
 import torch
 
 from ldm import __version__, images
-from ldm.checkpoint.embedding import Embedding, read_embedding
+from ldm.checkpoint.embedding import Embedding, read_embeddings
+from ldm.checkpoint.hashes import model_hash, named
 from ldm.checkpoint.load import (
     CheckpointInfo,
     default_checkpoint,
@@ -33,16 +32,25 @@ from ldm.checkpoint.load import (
 )
 from ldm.checkpoint.lora import Lora, WeightChanges, read_lora
 from ldm.config import TomeKeys, model_tome
-from ldm.device import choose_device, choose_dtype
+from ldm.device import NoiseStream, choose_device, choose_dtype
 from ldm.distributed import ALONE, Process
-from ldm.errors import InputError, memory_advice
+from ldm.errors import InputError, NotFinite, memory_advice
 from ldm.images import Mask, Picture, Pixels
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.encoders.modules import truncated_words
-from ldm.modules.encoders.prompts import plain_text
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merger import Tally
-from ldm.sampling import OnStep, Run
+from ldm.modules.tome.merger import TokenMerger
+from ldm.remarks import prompt_remarks, report_tome, suspects
+from ldm.sampling import (
+    Batch,
+    Canvas,
+    OnStep,
+    Pass,
+    Texts,
+    decode,
+    draw,
+    enlarge,
+    prepare,
+)
 from ldm.settings import SIZE_STEP, Settings
 from ldm.util import word_list
 
@@ -54,6 +62,10 @@ logger = logging.getLogger(__name__)
 
 class Pipeline:
     """A loaded model that draws pictures.
+
+    Several threads may use one object: they take turns, batch by batch, and each picture is what it
+    would be without the others. What is set applies to pictures asked for from then on; LoRAs and
+    embeddings also to those that another thread has yet to draw.
 
     Args:
         model: on its device, in its type, in evaluation mode.
@@ -78,8 +90,10 @@ class Pipeline:
         self.ema = ema
         self.defaults = info.defaults
         self._tome: tuple[TomeKeys, ToMeConfig] | None = None  # the last that was settled
+        self._hash = model_hash(info.path)
         self._weights = WeightChanges(model)
         self._added: dict[str, list[dict[str, Any]]] = {}  # noted in the pictures, likewise
+        self._lock = threading.RLock()
 
     @classmethod
     def from_checkpoint(
@@ -123,7 +137,7 @@ class Pipeline:
         # These are looked at before loading, which takes a while.
         shapes = stored_shapes(path) if loras or embeddings else {}
         changes = [read_lora(file, weight, shapes) for file, weight in loras]
-        vectors = _read_embeddings(embeddings, shapes)
+        vectors = read_embeddings(embeddings, shapes)
         logger.info("%s", note or info.summary())
         logger.info("Device: %s, %s", where, str(kind).removeprefix("torch."))
         model = load_model(path, config, parameterization, ema, kind, where, merging, attention)
@@ -145,7 +159,8 @@ class Pipeline:
             InputError: they cannot be used.
         """
         config = tome if isinstance(tome, ToMeConfig) else self.tome_config(tome)
-        self.model.model.diffusion_model.tome.configure(config)
+        with self._lock:
+            self._merger.configure(config)
 
     def tome_config(self, tome: TomeKeys) -> ToMeConfig:
         """What Token Merging settings come to with this model; see from_checkpoint.
@@ -153,9 +168,10 @@ class Pipeline:
         Raises:
             InputError: they cannot be used.
         """
-        if self._tome is None or self._tome[0] != tome:
-            self._tome = tome, model_tome(self.info.config, tome)
-        return self._tome[1]
+        settled = self._tome
+        if settled is None or settled[0] != tome:
+            settled = self._tome = tome, model_tome(self.info.config, tome)
+        return settled[1]
 
     def set_loras(self, loras: Sequence[tuple[str | Path, float]]) -> None:
         """Add LoRAs to the model's weights, instead of those set before.
@@ -180,19 +196,20 @@ class Pipeline:
         Raises:
             InputError: a file cannot be used with this model; nothing has changed then.
         """
-        self._use_embeddings(_read_embeddings(embeddings, self._shapes()))
+        self._use_embeddings(read_embeddings(embeddings, self._shapes()))
 
     def _use_loras(self, loras: Sequence[Lora]) -> None:
-        self._weights.set(loras)
-        self._note("loras", [{**_named(one.path), "weight": one.weight} for one in loras])
+        with self._lock:
+            self._weights.set(loras)
+            self._note("loras", [{**named(one.path), "weight": one.weight} for one in loras])
         for one in loras:
             logger.info("%s", one.summary())
 
     def _use_embeddings(self, embeddings: list[Embedding]) -> None:
-        self.model.cond_stage_model.set_words(
-            {word: one.vectors for one in embeddings for word in one.words}
-        )
-        self._note("embeddings", [_named(one.path) for one in embeddings])
+        words = {word: one.vectors for one in embeddings for word in one.words}
+        with self._lock:
+            self.model.cond_stage_model.set_words(words)
+            self._note("embeddings", [named(one.path) for one in embeddings])
         for one in embeddings:
             logger.info("%s", one.summary())
 
@@ -250,7 +267,9 @@ class Pipeline:
             on_step: called after each step of each pass; what it raises ends the drawing.
 
         Raises:
-            InputError: a setting cannot be used with this model, or memory does not suffice.
+            InputError: a setting cannot be used with this model, at once; or, while drawing, the
+                model gives values that are not numbers.
+            OutOfMemory: while drawing.
         """
         if settings.hires_scale > 1 and init is not None:
             raise InputError(
@@ -258,32 +277,90 @@ class Pipeline:
                 "from, H and W say how large it is drawn"
             )
         settings = self._settled(settings, init)
-        self._check_prompts(settings)
-        has_strength = init is not None and mask is None
-        name = self.info.path
-        with memory_advice():
-            second = None  # made first: making the other starts the noise of rng upstream
-            if settings.hires_scale > 1:
-                again = settings.second_pass()
-                second = Run(self.model, name, again, progress=progress, on_step=on_step)
-            run = Run(self.model, name, settings, init, mask, progress, on_step)
-            merger = self.model.model.diffusion_model.tome
-            tally, second_tally = Tally(), Tally()
-            for batch in process.share(settings.batches()):
-                latents = run.latents(batch)
-                tally.add(merger.tally)
+        again = settings.second_pass() if settings.hires_scale > 1 else None
+        batches = process.share(settings.batches())
+        self._remark(settings)
+        if init is not None:
+            init = images.fit(init, *settings.size)
+        if mask is not None:
+            mask = images.fit_mask(mask, *settings.size)
+        tome = self._merger.config
+        first = Pass(
+            settings, tome, Texts(self.model, settings, tome.context == "trim"), init, mask
+        )
+        second = None
+        if again is not None:
+            tome = tome.second_pass
+            second = Pass(again, tome, Texts(self.model, again, tome.context == "trim"))
+        watch = {"progress": progress, "on_step": on_step}
+        return self._drawn(batches, first, second, notes or {}, watch)
+
+    def _drawn(
+        self,
+        batches: Sequence[Batch],
+        first: Pass,
+        second: Pass | None,
+        notes: Mapping[str, Any],
+        watch: Mapping[str, Any],
+    ) -> Iterator[Picture]:
+        settings, last = first.settings, second or first
+        stream: AbstractContextManager[None] = nullcontext()
+        if settings.rng == "upstream":  # seeded after loading, so that nothing shifts the stream
+            stream = NoiseStream(settings.seed, self.model.device)
+        with self._turn(settings):
+            if second is not None:
+                second.canvas = prepare(self.model, second.settings)
+            with stream:
+                first.canvas = prepare(self.model, settings, first.init, first.mask)
+        for batch in batches:
+            with self._turn(settings), stream:
+                latents = self._latents(first, batch, first.canvas, watch)
                 if second is not None:
-                    with self._second_pass_tome():
-                        start = second.enlarged(latents, settings.hires_upscaler)
-                        latents = second.latents(batch, start)
-                        second_tally.add(merger.tally)
-                for (prompt, seed), z in zip(batch, latents.split(1), strict=True):
-                    about = self.about(settings, prompt, seed, has_strength)
-                    pixels = (second or run).pixels(z)
-                    yield Picture(pixels, {**about, **(notes or {})})
-        _report_tome(tally, merger.config)
+                    large = enlarge(self.model, second.settings, latents)
+                    canvas = dataclasses.replace(second.canvas, known=large)
+                    latents = self._latents(second, batch, canvas, watch)
+            for (prompt, seed), one in zip(batch, latents.split(1), strict=True):
+                with self._turn(settings), stream:
+                    about = self.about(settings, prompt, seed, first)
+                    pixels = last.pixels(decode(self.model, one)[0])
+                yield Picture(pixels, {**about, **notes})
+        report_tome(first.tally, first.tome)
         if second is not None:
-            _report_tome(second_tally, merger.config.second_pass, "second pass: ")
+            report_tome(second.tally, second.tome, "second pass: ")
+
+    def _latents(
+        self, one: Pass, batch: Batch, canvas: Canvas, watch: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Latents of a batch, merged as the pass says; what was merged is counted."""
+        merger = self._merger
+        others = merger.config
+        if one.tome is not others:
+            merger.configure(one.tome)
+        try:
+            latents = draw(self.model, one.settings, batch, one.texts, canvas, **watch)
+            one.tally.add(merger.tally)
+        finally:
+            if one.tome is not others:
+                merger.configure(others)
+        return latents
+
+    @property
+    def _merger(self) -> TokenMerger:
+        return self.model.model.diffusion_model.tome
+
+    @contextmanager
+    def _turn(self, settings: Settings) -> Iterator[None]:
+        """Have the model for oneself, and errors that say what to lower."""
+        with self._lock, memory_advice():
+            try:
+                yield
+            except NotFinite as stage:
+                words = self.model.cond_stage_model.words
+                cause = suspects(settings, self._added.get("loras", ()), words)
+                raise InputError(
+                    f"{stage} of {self.info.path} gives values that are not numbers, in float32 "
+                    f"too: {cause}"
+                ) from None
 
     # --- settings ---------------------------------------------------------------------------
 
@@ -309,48 +386,35 @@ class Pipeline:
                 )
         if settings.scale == 1 and settings.negative_prompt:
             logger.warning("the negative prompt has no effect at scale 1")
-        if settings.hires_scale == 1 and self.model.model.diffusion_model.tome.config.hires:
+        if settings.hires_scale == 1 and self._merger.config.hires:
             logger.warning("ToMe hires has no effect without a second pass (hires_scale)")
         return settings
 
-    def _check_prompts(self, settings: Settings) -> None:
-        """Warn of words that the model does not read, or does not know."""
+    def _remark(self, settings: Settings) -> None:
+        """Warn of what the model will not read, or does not know."""
         known = self.defaults.get("vocabulary")
         vocabulary = word_list(known) if known else None
-        words = self.model.cond_stage_model.words
-        prompts = [prompt for batch in settings.batches() for prompt, _ in batch]
-        for prompt in dict.fromkeys([*prompts, settings.negative_prompt]):
-            if settings.emphasis:
-                prompt = plain_text(prompt)
-            cut = truncated_words(prompt, self.model.cond_stage_model.max_length, words)
-            if cut and not settings.long_prompt:
-                logger.warning(
-                    "the prompt is too long; the model does not see its end: %r (long_prompt reads "
-                    "all of it)",
-                    cut,
-                )
-            if vocabulary is None:
-                continue
-            own = {part for word in words for part in unknown_words(word, ())}
-            if strange := [w for w in unknown_words(prompt, vocabulary) if w not in own]:
-                logger.warning("words that this model has never seen: %s", ", ".join(strange))
+        for remark in prompt_remarks(self.model.cond_stage_model, settings, vocabulary):
+            logger.warning("%s", remark)
 
     def about(
-        self, settings: Settings, prompt: str, seed: int, has_strength: bool = False
+        self, settings: Settings, prompt: str, seed: int, drawn: Pass | None = None
     ) -> dict[str, Any]:
-        """Everything that decided about a picture."""
-        about = dataclasses.asdict(settings)
-        if not has_strength:
-            del about["strength"]
-        if settings.hires_scale == 1:
-            about = {name: value for name, value in about.items() if "hires" not in name}
-        merger = self.model.model.diffusion_model.tome
+        """Everything that decided about a picture.
+
+        Args:
+            settings: of its run.
+            prompt: its own.
+            seed: its own.
+            drawn: the first pass over it, if there was one.
+        """
+        has_strength = drawn is not None and drawn.init is not None and drawn.mask is None
         unet = next(self.model.model.parameters())
+        tome = self._merger.config if drawn is None else drawn.tome
         return {
-            **about,
+            **settings.noted(has_strength),
             "prompt": prompt,
             "seed": seed,
-            "first_seed": settings.seed,
             "model": {
                 "name": self.info.path.stem,
                 "hash": self._hash,
@@ -363,68 +427,10 @@ class Pipeline:
             "attention": self.attention,
             "torch": torch.__version__,
             "version": __version__,
-            "tome": dataclasses.asdict(merger.config),
+            "tome": dataclasses.asdict(tome),
             **self._added,
         }
-
-    @contextmanager
-    def _second_pass_tome(self) -> Iterator[None]:
-        """Merge inside as the settings for the second pass say."""
-        merger = self.model.model.diffusion_model.tome
-        own = merger.config
-        merger.configure(own.second_pass)
-        try:
-            yield
-        finally:
-            merger.configure(own)
-
-    @functools.cached_property
-    def _hash(self) -> str:
-        """The web UIs' short hash of the checkpoint (its 64 KiB after the first MiB).
-
-        Source: AUTOMATIC1111/stable-diffusion-webui, model_hash; of a folder, its largest file.
-        """
-        path = self.info.path
-        if path.is_dir():
-            path = max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size)
-        with path.open("rb") as file:
-            if path.stat().st_size > 0x110000:
-                file.seek(0x100000)
-            return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-
-
-def _named(path: Path) -> dict[str, Any]:
-    """A small file's name, and the first 12 digits of its SHA-256, as the web UIs have it."""
-    return {"name": path.stem, "hash": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
-
-
-def _read_embeddings(
-    files: Sequence[str | Path], shapes: Mapping[str, tuple[int, ...]]
-) -> list[Embedding]:
-    """Textual-inversion files, no two of which claim a word."""
-    embeddings = [read_embedding(file, shapes) for file in files]
-    owner: dict[str, Path] = {}
-    for one in embeddings:
-        for word in one.words:
-            if word.lower() in owner:
-                raise InputError(f"{one.path} and {owner[word.lower()]} both stand for {word!r}")
-            owner[word.lower()] = one.path
-    return embeddings
-
-
-def _report_tome(tally: Tally, config: ToMeConfig, where: str = "") -> None:
-    """Say what merging did in all batches together."""
-    if not config.is_off:
-        logger.info("%s", tally.describe(config).replace("ToMe: ", f"ToMe: {where}", 1))
-    for warning in tally.warnings(config):
-        logger.warning("%s", where + warning)
 
 
 def _pixels(picture: str | Path | Pixels) -> Pixels:
     return picture if isinstance(picture, np.ndarray) else images.load_rgb(picture)
-
-
-def unknown_words(prompt: str, vocabulary: Container[str]) -> list[str]:
-    """The words of a prompt, in lower case and once each, that are not in a vocabulary."""
-    words = re.findall(r"[^\W_]+", prompt.lower())
-    return [word for word in dict.fromkeys(words) if word not in vocabulary]

@@ -1,22 +1,24 @@
-"""One run of a sampler, from prompts and seeds to pixels."""
+"""From prompts and seeds to pixels, in four plain functions: noise, conditioning, sample, decode.
+
+`prepare` encodes what all batches of a run share, `draw` puts the first three together.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm import images
-from ldm.device import reused_memory
-from ldm.errors import InputError
+from ldm.device import finite, reused_memory
 from ldm.images import Mask, Pixels
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -24,8 +26,10 @@ from ldm.models.diffusion.dpm_solver import DPMpp2MSampler, DPMSolverSampler
 from ldm.models.diffusion.euler import EulerAncestralSampler, EulerSampler
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampler import Sampler
+from ldm.models.diffusion.sampler import NoiseSource, Sampler
 from ldm.modules.encoders.prompts import embed_prompt, length_in_use
+from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.merger import Tally
 from ldm.settings import Settings
 
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -36,9 +40,14 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "euler_a": EulerAncestralSampler,
     "dpmpp_2m": DPMpp2MSampler,
 }
+FLAT = 2  # levels of 255 by which the pixels of a picture of a single colour may differ
+N_KEPT_TEXTS = 100  # embeddings of prompts
 
 OnStep: TypeAlias = Callable[[int, int, Tensor], None]
 """(number of a step from 0, number of steps, predicted x_0 (B, C, h, w)); may raise to stop."""
+
+Batch: TypeAlias = Sequence[tuple[str, int]]
+"""Prompt and seed of each picture that is drawn at once."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,196 +68,49 @@ class PictureNoise:
         return torch.stack(rows)
 
 
-class Run:
-    """Draws pictures with one choice of settings; what they share is computed once.
+class Texts:
+    """Embeddings of a run's prompts, all equally long; those of the last hundred are kept.
 
     Args:
-        model: what draws.
-        name: of the model's file, for messages.
-        settings: without None.
-        init: the picture to start from, (H, W, 3) of any size, or None.
-        mask: where to paint, (H, W) of that size, or None.
-        progress: show the sampler's progress.
-        on_step: called after each step.
+        model: what encodes them.
+        settings: all prompts of the run, and how they are read.
+        trims: drop the padding after the longest text of the run.
     """
 
-    def __init__(
-        self,
-        model: LatentDiffusion,
-        name: str | Path,
-        settings: Settings,
-        init: Pixels | None = None,
-        mask: Mask | None = None,
-        progress: bool = False,
-        on_step: OnStep | None = None,
-    ) -> None:
-        assert settings.H is not None
-        assert settings.W is not None
-        assert settings.steps is not None
-        assert settings.f is not None
-        assert settings.sampler is not None
-        self.model = model
-        self.name = name
-        self.settings = settings
-        self.progress = progress
-        self.on_step = on_step
-        self.is_upstream = settings.rng == "upstream"
-        if self.is_upstream:  # again after loading, so that nothing before can shift the stream
-            torch.manual_seed(settings.seed)
-        self.sampler: Sampler = SAMPLERS[settings.sampler](self.model)
-        self.n_steps = settings.steps
-        self.sampler.make_schedule(self.n_steps, settings.schedule, settings.eta)
-        self.size = (settings.H, settings.W)
-        self.shape = (model.channels, settings.H // settings.f, settings.W // settings.f)
-        self.texts: dict[str, Tensor] = {}
-        self.text_length = 0  # tokens of the longest text of the run, where they can differ
-        prompts = {prompt for batch in settings.batches() for prompt, _ in batch}
-        prompts.add(settings.negative_prompt)
-        if settings.long_prompt:
-            for prompt in {"", *prompts}:
-                self.texts[prompt] = self._text(prompt)
-            self.text_length = max(text.shape[1] for text in self.texts.values())
-        self.prompts = prompts
-        self.init = None if init is None else images.fit(init, *self.size)
-        self.mask = None if mask is None else images.fit_mask(mask, *self.size)
-        self.known: Tensor | None = None  # latents of init, where the steps need them
-        if self.init is not None and (mask is None or not sees_mask(model)):
-            self.known = self._encoded(images.to_unit(self.init))
-        self.beside = self._beside_the_noise() if sees_mask(model) else None
-        self.start = self._fixed_start() if settings.fixed_code else None
+    def __init__(self, model: LatentDiffusion, settings: Settings, trims: bool = False) -> None:
+        self.model, self.settings, self.trims = model, settings, trims
+        self._kept = lru_cache(N_KEPT_TEXTS)(self._read)
 
-    # --- what all pictures share ------------------------------------------------------------
-
-    @torch.inference_mode()
-    def _encoded(self, picture: NDArray[np.float32]) -> Tensor:
-        """Scaled latents of a picture (3, H, W), (1, C, h, w); with upstream's draw, n_samples."""
-        stage = self.model.first_stage_model
-
-        def encode() -> Tensor:
-            weight = next(stage.parameters())
-            posterior = self.model.encode_first_stage(torch.from_numpy(picture[None]).to(weight))
-            if not self.is_upstream:
-                return self.model.get_first_stage_encoding(posterior.mode()).float()
-            noise = torch.randn((self.settings.n_samples, *self.shape))
-            return self.model.get_first_stage_encoding(posterior, noise).float()
-
-        return self._finite("the first stage", stage, encode)
-
-    def _fixed_start(self) -> Tensor:
-        """Noise from which every batch starts, (n_samples, C, h, w)."""
-        if self.is_upstream:
-            size = (self.settings.n_samples, *self.shape)
-            return torch.randn(size, device=self.model.device)
-        one = PictureNoise([self.settings.seed])((1, *self.shape))
-        return one.expand(self.settings.n_samples, -1, -1, -1).to(self.model.device)
-
-    def _beside_the_noise(self) -> Tensor:
-        """What an inpainting model sees besides: mask and masked picture, (., 1 + C, h, w).
-
-        Where there is no mask, all is to be painted. The mask's pixels are picked, not pooled, as
-        in the training of such models.
-        """
-        hole = np.ones(self.size, bool) if self.mask is None else self.mask
-        picture = np.zeros((3, *self.size), np.float32)
-        if self.init is not None:
-            picture = images.to_unit(self.init) * ~hole
-        latents = self._encoded(picture)
-        mask = F.interpolate(torch.from_numpy(hole).float()[None, None], self.shape[1:])
-        return torch.cat([mask.to(latents).expand(len(latents), -1, -1, -1), latents], dim=1)
-
-    def _kept(self) -> Tensor:
-        """Which latents stay, (1, 1, h, w): 1 where no pixel of theirs is to be painted."""
-        hole = torch.from_numpy(self.mask).float()[None, None]
-        return 1 - F.adaptive_max_pool2d(hole, self.shape[1:]).to(self.model.device)
-
-    # --- each batch -------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def latents(self, batch: Sequence[tuple[str, int]], start: Tensor | None = None) -> Tensor:
-        """Latents of a batch of prompts and seeds, (B, C, h, w).
-
-        Args:
-            batch: prompts and seeds.
-            start: latents to redraw, of the same shape, in place of the picture to start from.
-        """
-        known = self.known if start is None else start
-        return self._finite("the U-Net", self.model.model, lambda: self._sampled(batch, known))
-
-    @torch.inference_mode()
-    def enlarged(self, latents: Tensor, upscaler: str) -> Tensor:
-        """Latents of a smaller picture, (B, C, h, w), at this run's size.
-
-        Args:
-            latents: of any size.
-            upscaler: ``latent`` or ``lanczos``; see Settings.
-        """
-        if upscaler == "latent":
-            return F.interpolate(latents, self.shape[1:], mode="bilinear")
-        pictures = [images.fit(self.pixels(one), *self.size) for one in latents.split(1)]
-        return torch.cat([self._encoded(images.to_unit(one))[:1] for one in pictures])
-
-    def _sampled(self, batch: Sequence[tuple[str, int]], known: Tensor | None) -> Tensor:
-        settings, n_pictures = self.settings, len(batch)
-        size = torch.Size((n_pictures, *self.shape))
-        source = None if self.is_upstream else PictureNoise(seed for _, seed in batch)
-        if self.start is not None:
-            noise = self.start[:n_pictures]
-        elif source is not None:
-            noise = source(size).to(self.model.device)
-        else:
-            noise = torch.randn(size, device=self.model.device)
-
-        options: dict[str, Any] = {"noise_source": source, "verbose": self.progress}
-        x, n_steps = noise, len(self.sampler.steps)
-        if known is not None:
-            known = _rows(known, n_pictures)
-            if self.mask is None:
-                n_steps = self._n_steps_back()
-                x = self.sampler.stochastic_encode(known, n_steps, noise=noise)
-            else:
-                options |= {"mask": self._kept(), "x0": known}
-        if settings.scale != 1:
-            negative = self._conditioning([settings.negative_prompt] * n_pictures)
-            options["unconditional_guidance_scale"] = settings.scale
-            options["unconditional_conditioning"] = negative
-        if self.on_step is not None:
-            on_step = self.on_step
-            options["img_callback"] = lambda predicted, i: on_step(i, n_steps, predicted)
-        text = self._conditioning([prompt for prompt, _ in batch])
-        with reused_memory():
-            return self.sampler.decode(x, text, n_steps, **options)
-
-    def _n_steps_back(self) -> int:
-        """Steps that img2img takes: upstream's rounding, but at least one unless strength is 0."""
-        n_all, strength = len(self.sampler.steps), self.settings.strength
-        if strength in (0, 1):
-            return int(strength) * n_all
-        return min(n_all, max(1, int(strength * self.n_steps)))
-
-    def _conditioning(self, prompts: Sequence[str]) -> Conditioning:
-        """What the U-Net is told: the texts, each encoded once, and what lies beside the noise."""
-        for prompt in set(prompts) - set(self.texts):
-            self.texts[prompt] = self._text(prompt)
-        text = torch.cat([self._lengthened(self.texts[prompt]) for prompt in prompts])
-        if self.model.model.diffusion_model.tome.config.context == "trim":
-            text = text[:, : self._length_in_use]
-        if self.beside is None:
-            return text
-        return {"c_crossattn": [text], "c_concat": [_rows(self.beside, len(prompts))]}
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """The context of each prompt, (B, L, width)."""
+        texts = [self._kept(prompt) for prompt in prompts]
+        if self.settings.long_prompt:  # empty chunks after the shorter ones
+            n_chunks = -(-self._longest // self.model.cond_stage_model.max_length)
+            empty = self._kept("")
+            n_missing = [n_chunks - text.shape[1] // empty.shape[1] for text in texts]
+            texts = [
+                torch.cat([text, *[empty] * n], dim=1)
+                for text, n in zip(texts, n_missing, strict=True)
+            ]
+        joined = torch.cat(texts)
+        return joined[:, : self._longest] if self.trims else joined
 
     @cached_property
-    def _length_in_use(self) -> int:
+    def _longest(self) -> int:
         """Tokens of context up to the end of the longest text of the run, without its padding."""
         encoder, settings = self.model.cond_stage_model, self.settings
         longest = max(
             length_in_use(encoder, prompt, settings.long_prompt, settings.emphasis)
-            for prompt in self.prompts
+            for prompt in {*settings.prompts, settings.negative_prompt}
         )
-        logger.info("ToMe: the texts' padding is dropped; %d tokens of context are left", longest)
+        if self.trims:
+            logger.info(
+                "ToMe: the texts' padding is dropped; %d tokens of context are left", longest
+            )
         return longest
 
     @torch.inference_mode()
-    def _text(self, prompt: str) -> Tensor:
+    def _read(self, prompt: str) -> Tensor:
         """The embedding of a prompt, (1, L, width); a long one's L is a multiple of the model's."""
         encoder, settings = self.model.cond_stage_model, self.settings
 
@@ -257,74 +119,266 @@ class Run:
                 return embed_prompt(encoder, prompt, settings.long_prompt, settings.emphasis)
             return self.model.get_learned_conditioning([prompt])
 
-        return self._finite("the text encoder", encoder, encode)
+        return finite("the text encoder", encoder, encode)
 
-    def _lengthened(self, text: Tensor) -> Tensor:
-        """A text with empty chunks after it, so that all texts of a run are equally long."""
-        missing = self.text_length - text.shape[1]
-        if missing <= 0:
-            return text
-        empty = self.texts[""]
-        return torch.cat([text, empty.repeat(1, missing // empty.shape[1], 1)], dim=1)
 
-    @torch.inference_mode()
-    def pixels(self, latents: Tensor) -> Pixels:
-        """The picture (H, W, 3) of latents (1, C, h, w); outside of a mask, the original."""
-        drawn = images.to_pixels(self.decoded(latents)[0])
+@dataclass(frozen=True)
+class Canvas:
+    """What the batches of a run are drawn on.
+
+    Attributes:
+        known: scaled latents of the picture to start from or to keep, (1 or n, C, h, w).
+        kept: where they stay, (1, 1, h, w): 1 where no pixel is painted; None: nowhere.
+        beside: what an inpainting model sees beside the noise, (1 or n, 1 + C, h, w).
+        start: noise from which every batch starts, (n, C, h, w).
+    """
+
+    known: Tensor | None = None
+    kept: Tensor | None = None
+    beside: Tensor | None = None
+    start: Tensor | None = None
+
+
+@torch.inference_mode()
+def prepare(
+    model: LatentDiffusion, settings: Settings, init: Pixels | None = None, mask: Mask | None = None
+) -> Canvas:
+    """Encode what all batches of a run share.
+
+    Args:
+        model: what draws.
+        settings: without None.
+        init: the picture to start from, (H, W, 3) of the settings' size.
+        mask: where to paint, (H, W).
+    """
+    known = kept = beside = start = None
+    height, width = latent_shape(model, settings)[1:]
+    is_inpainting = model.model.diffusion_model.in_channels == 2 * model.channels + 1
+    if init is not None and (mask is None or not is_inpainting):
+        known = encode(model, settings, images.to_unit(init))
+        if mask is not None:
+            hole = torch.from_numpy(mask).float()[None, None]
+            kept = 1 - F.adaptive_max_pool2d(hole, (height, width)).to(model.device)
+    if is_inpainting:
+        # Without a mask, all is to be painted. The mask's pixels are picked, not pooled, as in the
+        # training of such models.
+        hidden = np.ones(settings.size, bool) if mask is None else mask
+        seen = np.zeros((3, *settings.size), np.float32)
+        if init is not None:
+            seen = images.to_unit(init) * ~hidden
+        latents = encode(model, settings, seen)
+        hole = F.interpolate(torch.from_numpy(hidden).float()[None, None], (height, width))
+        beside = torch.cat([hole.to(latents).expand(len(latents), -1, -1, -1), latents], dim=1)
+    if settings.fixed_code:
+        start = _fixed_start(model, settings)
+    return Canvas(known, kept, beside, start)
+
+
+def latent_shape(model: LatentDiffusion, settings: Settings) -> tuple[int, int, int]:
+    """C, h and w of a picture's latents."""
+    assert settings.f is not None
+    height, width = settings.size
+    return model.channels, height // settings.f, width // settings.f
+
+
+def _fixed_start(model: LatentDiffusion, settings: Settings) -> Tensor:
+    shape = latent_shape(model, settings)
+    if settings.rng == "upstream":
+        return torch.randn((settings.n_samples, *shape), device=model.device)
+    one = PictureNoise([settings.seed])((1, *shape))
+    return one.expand(settings.n_samples, -1, -1, -1).to(model.device)
+
+
+@torch.inference_mode()
+def encode(model: LatentDiffusion, settings: Settings, picture: NDArray[np.float32]) -> Tensor:
+    """Scaled latents of a picture (3, H, W), (1, C, h, w); with upstream's draw, n_samples."""
+    stage = model.first_stage_model
+
+    def compute() -> Tensor:
+        weight = next(stage.parameters())
+        posterior = model.encode_first_stage(torch.from_numpy(picture[None]).to(weight))
+        if settings.rng != "upstream":
+            return model.get_first_stage_encoding(posterior.mode()).float()
+        noise = torch.randn((settings.n_samples, *latent_shape(model, settings)))
+        return model.get_first_stage_encoding(posterior, noise).float()
+
+    return finite("the first stage", stage, compute)
+
+
+# --- the four -----------------------------------------------------------------------------------
+
+
+def noise(
+    model: LatentDiffusion, settings: Settings, seeds: Sequence[int], canvas: Canvas
+) -> tuple[Tensor, NoiseSource | None]:
+    """The noise that a batch starts from, (B, C, h, w), and where its steps get theirs.
+
+    The latter is None with upstream's order: torch's global generator.
+    """
+    size = torch.Size((len(seeds), *latent_shape(model, settings)))
+    source = None if settings.rng == "upstream" else PictureNoise(seeds)
+    if canvas.start is not None:
+        return canvas.start[: len(seeds)], source
+    if source is None:
+        return torch.randn(size, device=model.device), None
+    return source(size).to(model.device), source
+
+
+def conditioning(texts: Texts, prompts: Sequence[str], canvas: Canvas) -> Conditioning:
+    """What the U-Net is told: the texts, and what lies beside the noise."""
+    text = texts(prompts)
+    if canvas.beside is None:
+        return text
+    return {"c_crossattn": [text], "c_concat": [_rows(canvas.beside, len(prompts))]}
+
+
+def sample(
+    model: LatentDiffusion,
+    settings: Settings,
+    x: Tensor,
+    source: NoiseSource | None,
+    positive: Conditioning,
+    negative: Conditioning,
+    canvas: Canvas,
+    progress: bool = False,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Latents of a batch, (B, C, h, w).
+
+    Args:
+        model: what draws.
+        settings: without None.
+        x: noise, (B, C, h, w).
+        source: of the steps' noise; see `noise`.
+        positive: what to draw.
+        negative: what guidance steers away from; without effect at scale 1.
+        canvas: what it is drawn on.
+        progress: show a bar.
+        on_step: called after each step.
+    """
+    assert settings.sampler is not None
+    assert settings.steps is not None
+    sampler = SAMPLERS[settings.sampler](model)
+    sampler.make_schedule(settings.steps, settings.schedule, settings.eta)
+    sampler.encodes_as_upstream = settings.rng == "upstream"
+    n_steps = len(sampler.steps)
+    options: dict[str, Any] = {"noise_source": source, "verbose": progress}
+    if canvas.known is not None:
+        known = _rows(canvas.known, len(x))
+        if canvas.kept is None:
+            n_steps = n_steps_back(n_steps, settings)
+            x = sampler.stochastic_encode(known, n_steps, noise=x)
+        else:
+            options |= {"mask": canvas.kept, "x0": known}
+    if settings.scale != 1:
+        options["unconditional_guidance_scale"] = settings.scale
+        options["unconditional_conditioning"] = negative
+    if on_step is not None:
+        options["img_callback"] = lambda predicted, i: on_step(i, n_steps, predicted)
+    with reused_memory():
+        return sampler.decode(x, positive, n_steps, **options)
+
+
+def n_steps_back(n_steps: int, settings: Settings) -> int:
+    """Steps that img2img takes: upstream's rounding, but at least one unless strength is 0.
+
+    Args:
+        n_steps: of the schedule, which may have one more than was asked for.
+        settings: strength, and the steps asked for.
+    """
+    assert settings.steps is not None
+    if settings.strength in (0, 1):
+        return int(settings.strength) * n_steps
+    return min(n_steps, max(1, int(settings.strength * settings.steps)))
+
+
+@torch.inference_mode()
+def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
+    """What the first stage makes of latents (B, C, h, w): float32 (B, 3, H, W) on the CPU."""
+    stage = model.first_stage_model
+
+    def compute() -> Tensor:
+        weight = next(stage.parameters())
+        return model.decode_first_stage(latents.to(weight.dtype)).float()
+
+    return finite("the first stage", stage, compute).cpu()
+
+
+# --- together -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def draw(
+    model: LatentDiffusion,
+    settings: Settings,
+    batch: Batch,
+    texts: Texts,
+    canvas: Canvas | None = None,
+    progress: bool = False,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Latents of a batch, (B, C, h, w): noise, conditioning and sample; see those."""
+    ground = canvas or Canvas()
+
+    def compute() -> Tensor:
+        x, source = noise(model, settings, [seed for _, seed in batch], ground)
+        negative = None
+        if settings.scale != 1:
+            negative = conditioning(texts, [settings.negative_prompt] * len(batch), ground)
+        positive = conditioning(texts, [prompt for prompt, _ in batch], ground)
+        return sample(model, settings, x, source, positive, negative, ground, progress, on_step)
+
+    return finite("the U-Net", model.model, compute)
+
+
+@torch.inference_mode()
+def enlarge(model: LatentDiffusion, settings: Settings, latents: Tensor) -> Tensor:
+    """Latents of smaller pictures, (B, C, h, w), at the size of the second pass's settings."""
+    if settings.hires_upscaler == "latent":
+        return F.interpolate(latents, latent_shape(model, settings)[1:], mode="bilinear")
+    pictures = [images.to_pixels(decode(model, one)[0]) for one in latents.split(1)]
+    large = [images.to_unit(images.fit(one, *settings.size)) for one in pictures]
+    return torch.cat([encode(model, settings, one)[:1] for one in large])
+
+
+@dataclass
+class Pass:
+    """One pass of the sampler over all pictures of a run.
+
+    Attributes:
+        settings: without None.
+        tome: what it merges.
+        texts: its prompts.
+        init: the picture to start from, (H, W, 3) of the settings' size.
+        mask: where to paint, (H, W).
+        canvas: what is encoded of these.
+        tally: what was merged.
+    """
+
+    settings: Settings
+    tome: ToMeConfig
+    texts: Texts
+    init: Pixels | None = None
+    mask: Mask | None = None
+    canvas: Canvas = field(default_factory=Canvas)
+    tally: Tally = field(default_factory=Tally)
+
+    def pixels(self, values: Tensor) -> Pixels:
+        """The picture (H, W, 3) of what the first stage gives, (3, H, W); the original outside of
+        the mask.
+        """
+        drawn = images.to_pixels(values)
+        if np.ptp(drawn, axis=(0, 1)).max() <= FLAT:
+            logger.warning(
+                "a picture is of a single colour, %s: something is too large or too small (scale, "
+                "steps, LoRA), or the checkpoint is not what it seems",
+                "black" if drawn.max() <= FLAT else f"RGB {drawn[0, 0].tolist()}",
+            )
         if self.mask is None or self.init is None:
             return drawn
         return np.where(self.mask[..., None], drawn, self.init)
-
-    @torch.inference_mode()
-    def decoded(self, latents: Tensor) -> Tensor:
-        """What the first stage makes of latents (B, C, h, w): float32 (B, 3, H, W) on the CPU."""
-        stage = self.model.first_stage_model
-
-        def decode() -> Tensor:
-            weight = next(stage.parameters())
-            return self.model.decode_first_stage(latents.to(weight.dtype)).float()
-
-        return self._finite("the first stage", stage, decode).cpu()
-
-    def _finite(self, stage: str, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
-        """Compute; where the result has NaN or infinities, once more in float32.
-
-        Raises:
-            InputError: it has them in float32 too.
-        """
-        states = _random_states(self.model.device)
-        result = compute()
-        if torch.isfinite(result).all():
-            return result
-        kind = next(module.parameters()).dtype
-        if kind == torch.float32:
-            raise InputError(
-                f"{stage} of {self.name} gives values that are not numbers, in float32 too: the "
-                "file is damaged, or predicts something else than its configuration says"
-            )
-        logger.warning("%s gives values that are not numbers in %s; using float32", stage, kind)
-        module.float()
-        _restore_random_states(self.model.device, states)
-        return self._finite(stage, module, compute)
-
-
-def sees_mask(model: LatentDiffusion) -> bool:
-    """Whether the U-Net takes a mask and a masked picture beside the noisy latents."""
-    return model.model.diffusion_model.in_channels == 2 * model.channels + 1
 
 
 def _rows(tensor: Tensor, n: int) -> Tensor:
     """The first n rows of a tensor, or its only row n times."""
     return tensor.expand(n, *tensor.shape[1:]) if len(tensor) == 1 else tensor[:n]
-
-
-def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """States of torch's global generators, on the CPU and on a device."""
-    own = torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None
-    return torch.get_rng_state(), own
-
-
-def _restore_random_states(device: torch.device, states: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.get_device_module(device).set_rng_state(states[1])

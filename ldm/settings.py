@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.errors import InputError
+from ldm.errors import InputError, escaped, shown
 
 SIGMA_SAMPLERS = ("euler", "euler_a", "dpmpp_2m")
 SAMPLERS = ("ddim", "plms", "dpm_solver", *SIGMA_SAMPLERS)
@@ -19,6 +17,34 @@ SCHEDULES = ("uniform", "karras")
 UPSCALERS = ("latent", "lanczos")
 NOISE_ORDERS = ("image", "upstream")
 SIZE_STEP = 8  # pixels; heights and widths are multiples of it
+MAX_TEXT = 100_000  # characters of a prompt
+# Numbers: their kind, and the least and the greatest that has a meaning.
+NUMBERS: dict[str, tuple[type, float, float]] = {
+    "n_samples": (int, 1, 4096),
+    "n_iter": (int, 1, 10**6),
+    "seed": (int, -1, 2**63 - 1),
+    "steps": (int, 1, 1000),
+    "hires_steps": (int, 1, 1000),
+    "scale": (float, -1000, 1000),
+    "eta": (float, 0, 1),
+    "H": (int, 1, 16384),
+    "W": (int, 1, 16384),
+    "C": (int, 1, 1024),
+    "f": (int, 1, 1024),
+    "strength": (float, 0, 1),
+    "hires_scale": (float, 1, 8),
+    "hires_strength": (float, 0, 1),
+}
+# Where the limits need other words than "LEAST to GREATEST".
+LIMITS = {"seed": "0 to 2**63 - 1, or -1 for any", "hires_scale": "1 (off) to 8"}
+CHOICES = {
+    "sampler": SAMPLERS,
+    "schedule": SCHEDULES,
+    "hires_upscaler": UPSCALERS,
+    "rng": NOISE_ORDERS,
+}
+# What the model's YAML fills in where it is None.
+OPEN = {"sampler", "steps", "hires_steps", "scale", "H", "W", "C", "f"}
 
 logger = logging.getLogger(__name__)
 
@@ -88,28 +114,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every value; round the size and choose the seed where that was asked for."""
-        for name in ("n_samples", "n_iter"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("steps", "hires_steps"):
-            steps = getattr(self, name)
-            _require(steps is None or 1 <= steps <= 1000, name, steps, "1 to 1000")
-        if self.sampler is not None:
-            _require(self.sampler in SAMPLERS, "sampler", self.sampler, ", ".join(SAMPLERS))
-        _require(self.schedule in SCHEDULES, "schedule", self.schedule, ", ".join(SCHEDULES))
-        if self.scale is not None:
-            _require(math.isfinite(self.scale), "scale", self.scale, "a finite number")
-        _require(0 <= self.eta <= 1, "eta", self.eta, "0 to 1")
-        for name in ("strength", "hires_strength"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
-        _require(1 <= self.hires_scale <= 8, "hires_scale", self.hires_scale, "1 (off) to 8")
-        _require(
-            self.hires_upscaler in UPSCALERS,
-            "hires_upscaler",
-            self.hires_upscaler,
-            ", ".join(UPSCALERS),
-        )
-        _require(self.rng in NOISE_ORDERS, "rng", self.rng, ", ".join(NOISE_ORDERS))
-        _require(-1 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1, or -1 for any")
+        for name, (kind, lowest, highest) in NUMBERS.items():
+            if getattr(self, name) is not None or name not in OPEN:
+                _check_number(name, getattr(self, name), kind, lowest, highest)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) is not None or name not in OPEN:
+                _require(getattr(self, name) in choices, name, getattr(self, name), choices)
+        for name in ("long_prompt", "emphasis", "fixed_code"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), name, value, ("true", "false"))
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            _require(len(self.prompt) > 0, "prompt", (), ("at least one text",))
+            object.__setattr__(self, "prompt", tuple(self.prompt))
+        _check_text("negative_prompt", self.negative_prompt)
+        for text in self.prompts:
+            _check_text("prompt", text)
         if self.eta > 0 and self.sampler not in (None, "ddim"):
             raise InputError(f"eta {self.eta:g} needs the ddim sampler, not {self.sampler}")
         if self.schedule != "uniform" and self.sampler not in (None, *SIGMA_SAMPLERS):
@@ -117,15 +136,26 @@ class Settings:
                 f"schedule {self.schedule} needs one of the samplers {', '.join(SIGMA_SAMPLERS)}, "
                 f"not {self.sampler}"
             )
-        if self.prompt is not None and not isinstance(self.prompt, str):
-            _require(len(self.prompt) > 0, "prompt", "()", "at least one text")
-            object.__setattr__(self, "prompt", tuple(self.prompt))
         if self.seed == -1:
             object.__setattr__(self, "seed", secrets.randbelow(2**32))
             logger.info("The seed is %d", self.seed)
         for name in ("H", "W"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _rounded(name, getattr(self, name)))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts of an iteration, without repetition."""
+        if self.prompt is None:
+            return ()
+        return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels, of settings that are filled."""
+        assert self.H is not None
+        assert self.W is not None
+        return self.H, self.W
 
     def filled(self, defaults: Mapping[str, Any]) -> Settings:
         """These settings with the model's defaults in place of None."""
@@ -137,11 +167,13 @@ class Settings:
         return dataclasses.replace(self, **missing)
 
     def second_pass(self) -> Settings:
-        """What the second pass of hires_scale does, for settings that are filled."""
-        assert self.H is not None
-        assert self.W is not None
+        """What the second pass of hires_scale does, for settings that are filled.
+
+        Raises:
+            InputError: the enlarged picture is larger than any may be.
+        """
         height, width = (
-            round(side * self.hires_scale / SIZE_STEP) * SIZE_STEP for side in (self.H, self.W)
+            round(side * self.hires_scale / SIZE_STEP) * SIZE_STEP for side in self.size
         )
         return dataclasses.replace(
             self,
@@ -153,7 +185,25 @@ class Settings:
             fixed_code=False,
         )
 
-    def batches(self) -> list[list[tuple[str, int]]]:
+    def noted(self, has_strength: bool) -> dict[str, Any]:
+        """What of these a picture remembers, besides its own prompt and seed."""
+        hidden = {"prompt", "seed", *(() if has_strength else ("strength",))}
+        if self.hires_scale == 1:
+            hidden |= {"hires_scale", "hires_strength", "hires_steps", "hires_upscaler"}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in hidden]
+        return {**{name: getattr(self, name) for name in names}, "first_seed": self.seed}
+
+    @property
+    def n_drawn(self) -> int:
+        """Pictures in an iteration."""
+        return self.n_samples if isinstance(self.prompt, str) else len(self.prompts)
+
+    @property
+    def n_pictures(self) -> int:
+        """Pictures in all iterations."""
+        return self.n_drawn * self.n_iter
+
+    def batches(self) -> Batches:
         """Prompt and seed of every picture, batch by batch; the last of an iteration may be short.
 
         Raises:
@@ -161,26 +211,62 @@ class Settings:
         """
         if self.prompt is None:
             raise InputError("there is no prompt: neither given nor among the model's defaults")
-        if isinstance(self.prompt, str):
-            prompts: Sequence[str] = (self.prompt,) * self.n_samples
-        else:
-            prompts = self.prompt
-        chunks = [
-            prompts[start : start + self.n_samples]
-            for start in range(0, len(prompts), self.n_samples)
+        return Batches(self, range(-(-self.n_drawn // self.n_samples) * self.n_iter))
+
+
+@dataclass(frozen=True)
+class Batches(Sequence[list[tuple[str, int]]]):
+    """Prompt and seed of each picture of each batch, made when they are asked for."""
+
+    settings: Settings
+    numbers: range
+
+    def __len__(self) -> int:
+        """How many batches."""
+        return len(self.numbers)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A batch, or for a slice some of them."""
+        if isinstance(key, slice):
+            return dataclasses.replace(self, numbers=self.numbers[key])
+        one, n, size = self.settings, self.settings.n_drawn, self.settings.n_samples
+        iteration, batch = divmod(self.numbers[key], -(-n // size))
+        return [
+            (one.prompts[i % len(one.prompts)], one.seed + iteration * n + i)
+            for i in range(batch * size, min((batch + 1) * size, n))
         ]
-        seeds = itertools.count(self.seed)
-        return [[(prompt, next(seeds)) for prompt in chunk] for chunk in chunks * self.n_iter]
 
 
-def _require(is_met: bool, name: str, value: object, allowed: str) -> None:
+def _check_number(name: str, value: Any, kind: type, lowest: float, highest: float) -> None:
+    """Refuse what is no such number, not finite or out of range; a whole one is a float too."""
+    kinds = (int,) if kind is int else (int, float)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    limits = LIMITS.get(name, f"{lowest:.15g} to {highest:.15g}")
+    if kind is int and not is_number:
+        limits = f"a whole number, {limits}"
+    # NaN is in no range
+    _require(is_number and lowest <= value <= highest, name, value, (limits,))
+
+
+def _check_text(name: str, text: Any) -> None:
+    _require(isinstance(text, str), name, text, ("a text",))
+    _require(len(text) <= MAX_TEXT, name, text, (f"a text of at most {MAX_TEXT} characters",))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} {shown(text)}: character {error.start + 1} is half of one (a lone surrogate)"
+        ) from None
+
+
+def _require(is_met: bool, name: str, value: object, allowed: Sequence[str]) -> None:
     if not is_met:
-        raise InputError(f"{name} {value}: allowed is {allowed}")
+        given = escaped(value) if isinstance(value, str) else shown(value)
+        raise InputError(f"{name} {given}: allowed is {', '.join(allowed)}")
 
 
 def _rounded(name: str, pixels: int) -> int:
     """The nearest multiple of 8 above 0, with a message where that is another number."""
-    _require(pixels >= 1, name, pixels, "a number of pixels above 0")
     rounded = max(SIZE_STEP, round(pixels / SIZE_STEP) * SIZE_STEP)
     if rounded != pixels:
         logger.info("%s %d is not a multiple of %d; using %d", name, pixels, SIZE_STEP, rounded)

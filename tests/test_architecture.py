@@ -26,7 +26,7 @@ LAYERS = [
     ["ldm.infotext"],
     ["ldm.cli"],
     ["ldm.training"],
-    ["ldm.sampling"],
+    ["ldm.sampling", "ldm.remarks"],
     ["ldm.pipeline"],
     ["ldm.checkpoint.program", "ldm.cli.drawing"],
     ["ldm.cli.txt2img", "ldm.cli.img2img", "ldm.cli.inpaint"],
@@ -42,8 +42,8 @@ DOORS = {
     "argparse": {"ldm.cli", "ldm.training.run"},
     "gradio": {"ldm.web.page"},
     "starlette": {"ldm.web.page"},
-    "transformers": {"ldm.modules.encoders.modules"},
-    "open_clip": {"ldm.modules.encoders.modules", "ldm.evaluation.appendix_f.protocols"},
+    "transformers": set(),
+    "open_clip": {"ldm.evaluation.appendix_f.protocols"},
 }
 
 

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import re
+import threading
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from safetensors.torch import save_file
 from ldm import images
 from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.pipeline import Pipeline, unknown_words
+from ldm.pipeline import Pipeline
+from ldm.remarks import unknown_words
 from ldm.sampling import PictureNoise
 from ldm.settings import SAMPLERS, Settings
 
@@ -340,6 +343,37 @@ def test_an_inpainting_checkpoint_also_draws_whole_pictures(inpainting, photogra
     assert redrawn[0].pixels.shape == (16, 24, 3)
 
 
+def test_few_steps_leave_no_noise_in_the_picture(pipeline, photograph):
+    """Where the predicted noise is right, a picture's latents come back as they were."""
+    model, encode = pipeline.model, pipeline.model.get_first_stage_encoding
+    known, drawn = [], []
+
+    def remembered(posterior, *noise):
+        known.append(encode(posterior, *noise))
+        return known[-1]
+
+    def right(x, t, c):
+        a = torch.from_numpy(np.interp(t, np.arange(1000), model.alphas_cumprod)).float()
+        a = a.reshape(-1, 1, 1, 1)
+        return (x - a.sqrt() * known[-1].float()) / (1 - a).sqrt()
+
+    def decoded(z):
+        drawn.append(z)
+        return torch.zeros(1, 3, 16, 24)
+
+    model.get_first_stage_encoding, model.apply_model = remembered, right
+    model.decode_first_stage = decoded
+    left = {}
+    for sampler in SAMPLERS:
+        for rng in ("image", "upstream"):
+            options = {"sampler": sampler, "steps": 10, "scale": 1, "rng": rng}
+            pipeline.img2img(photograph, "x", strength=0.1, **options)
+            left[sampler, rng] = (drawn[-1] - known[-1]).std().item()
+    lowest = (1 - model.alphas_cumprod[0].item()) ** 0.5  # where some samplers end
+    assert all(noise < 1.2 * lowest for (_, rng), noise in left.items() if rng == "image"), left
+    assert left["ddim", "upstream"] > 5 * lowest  # as upstream has it
+
+
 # --- what is said -----------------------------------------------------------------------------
 
 
@@ -481,6 +515,34 @@ def test_words_unknown_to_the_model_are_named(pipeline, caplog):
     assert unknown_words("Hills, 2 hills!", {"hills"}) == ["2"]
 
 
+# --- threads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rng", ["image", "upstream"])
+def test_threads_take_turns_and_draw_what_each_would_alone(pipeline, rng):
+    jobs = [("a house", None), ("hills", {"ratio": 0.5}), ("the sea", {"method": "random", "r": 9})]
+
+    def pictures(prompt, tome):
+        pipeline.set_tome(tome)
+        return pipeline.generate(Settings(prompt, seed=7, n_iter=3, steps=3, rng=rng, eta=1.0))
+
+    alone = [pixels(pictures(*job)) for job in jobs]
+    streams = [pictures(*job) for job in jobs]  # each keeps the merging of when it was asked for
+    together = [[] for _ in jobs]
+    threads = [
+        threading.Thread(target=lambda s=s, t=t: t.extend(s))
+        for s, t in zip(streams, together, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for drawn, expected in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(pixels(drawn), expected)
+    kinds = [[p.settings["tome"]["r"] for p in drawn] for drawn in together]
+    assert kinds == [[None] * 3, [None] * 3, [9] * 3]
+
+
 # --- what goes wrong --------------------------------------------------------------------------
 
 
@@ -510,6 +572,26 @@ def test_a_model_that_gives_nan_in_float32_is_an_error(pipeline):
     next(pipeline.model.model.parameters()).data.fill_(float("nan"))
     with pytest.raises(InputError, match=r"the U-Net of .*tiny\.safetensors gives values that are"):
         pipeline.txt2img("a house")
+
+
+def test_what_is_too_large_is_named_not_the_file(pipeline, extras):
+    pipeline.set_loras([(extras[0], 90)])
+    pipeline.set_embeddings([extras[1]])
+    pipeline.model.apply_model = lambda x, t, c: x * float("inf")
+    settings = {"scale": 900, "emphasis": True, "steps": 1}
+    with pytest.raises(InputError) as caught:
+        pipeline.txt2img("a cat-toy (house:80)", **settings)
+    assert str(caught.value).endswith(
+        "in float32 too: lower LoRA style (weight 90), the embedding cat-toy, scale 900, the "
+        "emphasis 80, or leave it out"
+    )
+
+
+@pytest.mark.parametrize(("value", "name"), [(-3.0, "black"), (0.5, r"RGB \[191, 191, 191\]")])
+def test_a_picture_of_a_single_colour_is_noticed(pipeline, caplog, value, name):
+    pipeline.model.decode_first_stage = lambda z: torch.full((1, 3, 16, 16), value)
+    pipeline.txt2img("a house", steps=1)
+    assert re.search(f"a picture is of a single colour, {name}: ", caplog.text)
 
 
 def test_too_little_memory_becomes_advice(pipeline):

@@ -7,13 +7,13 @@ from ldm.settings import Settings
 @pytest.mark.parametrize(
     ("name", "value", "limit"),
     [
-        ("n_samples", 0, "at least 1"),
-        ("n_iter", -1, "at least 1"),
+        ("n_samples", 0, "1 to 4096"),
+        ("n_iter", -1, "1 to 1000000"),
         ("steps", 0, "1 to 1000"),
         ("steps", 1001, "1 to 1000"),
         ("sampler", "heun", "ddim, plms, dpm_solver, euler, euler_a, dpmpp_2m"),
         ("schedule", "exponential", "uniform, karras"),
-        ("scale", float("nan"), "a finite number"),
+        ("scale", float("nan"), "-1000 to 1000"),
         ("eta", 1.5, "0 to 1"),
         ("strength", 1.01, "0 to 1"),
         ("strength", -0.1, "0 to 1"),
@@ -23,14 +23,28 @@ from ldm.settings import Settings
         ("hires_upscaler", "esrgan", "latent, lanczos"),
         ("rng", "gpu", "image, upstream"),
         ("seed", -2, "-1 for any"),
-        ("H", 0, "above 0"),
-        ("W", -8, "above 0"),
+        ("H", 0, "1 to 16384"),
+        ("W", -8, "1 to 16384"),
         ("prompt", (), "at least one text"),
+        ("prompt", ("a", 3), "a text"),
+        ("prompt", "x" * 100_001, "at most 100000 characters"),
+        ("negative_prompt", None, "a text"),
+        ("n_samples", 10**9, "1 to 4096"),
+        ("n_samples", 2.0, "a whole number"),
+        ("n_iter", 10**4000, "1 to 1000000"),
+        ("steps", True, "a whole number"),
+        ("steps", "20", "a whole number"),
+        ("scale", 1e30, "-1000 to 1000"),
+        ("scale", float("inf"), "-1000 to 1000"),
+        ("H", 10**12, "1 to 16384"),
+        ("seed", 2**63, "0 to 2..63 - 1"),
+        ("emphasis", "yes", "true, false"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_limit(name, value, limit):
-    with pytest.raises(InputError, match=f"{name} .*{limit}"):
+    with pytest.raises(InputError, match=f"{name} .*{limit}") as caught:
         Settings(**{"prompt": "x", name: value})
+    assert len(str(caught.value)) < 250
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
@@ -82,14 +96,35 @@ def test_the_second_pass_is_larger_and_has_its_own_steps():
     assert Settings("x", H=64, W=40, steps=20, hires_steps=7).second_pass().steps == 7
 
 
+def test_half_a_character_is_refused():
+    with pytest.raises(InputError, match=r"prompt 'a.ud800': character 2 is half of one"):
+        Settings("a\ud800")
+
+
+def test_a_second_pass_may_be_too_large():
+    with pytest.raises(InputError, match="H 24000: allowed is"):
+        Settings("x", H=3000, W=8, hires_scale=8).second_pass()
+
+
 def test_one_prompt_makes_n_samples_times_n_iter():
-    batches = Settings("x", n_samples=2, n_iter=2, seed=5).batches()
-    assert batches == [[("x", 5), ("x", 6)], [("x", 7), ("x", 8)]]
+    settings = Settings("x", n_samples=2, n_iter=2, seed=5)
+    assert list(settings.batches()) == [[("x", 5), ("x", 6)], [("x", 7), ("x", 8)]]
+    assert settings.n_pictures == 4
 
 
 def test_several_prompts_go_in_batches_and_the_last_may_be_short():
-    batches = Settings(("a", "b", "c"), n_samples=2, n_iter=2, seed=0).batches()
-    assert batches == [[("a", 0), ("b", 1)], [("c", 2)], [("a", 3), ("b", 4)], [("c", 5)]]
+    settings = Settings(("a", "b", "c"), n_samples=2, n_iter=2, seed=0)
+    expected = [[("a", 0), ("b", 1)], [("c", 2)], [("a", 3), ("b", 4)], [("c", 5)]]
+    assert list(settings.batches()) == expected
+    assert list(settings.batches()[1::2]) == expected[1::2]
+    assert (len(settings.batches()), settings.n_pictures) == (4, 6)
+
+
+def test_huge_numbers_of_pictures_take_no_memory():
+    settings = Settings(("a", "b", "c", "d"), n_samples=3, n_iter=10**6, seed=2**62)
+    assert (len(settings.batches()), settings.n_pictures) == (2 * 10**6, 4 * 10**6)
+    first = 2**62 + 4 * 100_005
+    assert settings.batches()[10::2][10**5] == [("a", first), ("b", first + 1), ("c", first + 2)]
 
 
 def test_the_batch_size_does_not_change_who_gets_which_seed():

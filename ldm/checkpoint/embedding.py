@@ -6,7 +6,7 @@ Source: Gal et al. 2022 (arXiv 2208.01618); the files are its authors', the web 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,20 @@ def read_embedding(path: str | os.PathLike[str], shapes: Mapping[str, Shape]) ->
         raise InputError(f"{path} is damaged: it has values that are not numbers")
     words = [path.stem, *([] if word in _NAMELESS else [word])]
     return Embedding(path, tuple(dict.fromkeys(words)), vectors)
+
+
+def read_embeddings(
+    files: Sequence[str | Path], shapes: Mapping[str, tuple[int, ...]]
+) -> list[Embedding]:
+    """Textual-inversion files, no two of which claim a word."""
+    embeddings = [read_embedding(file, shapes) for file in files]
+    owner: dict[str, Path] = {}
+    for one in embeddings:
+        for word in one.words:
+            if word.lower() in owner:
+                raise InputError(f"{one.path} and {owner[word.lower()]} both stand for {word!r}")
+            owner[word.lower()] = one.path
+    return embeddings
 
 
 def _named_vectors(content: Mapping[str, Any], path: Path) -> tuple[str, Tensor]:

@@ -71,9 +71,10 @@ class ContextLinear(nn.Linear):
         """(B, L, D) -> (B, L, C)."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._remembers:
             return super().forward(context)
-        if self._last is None or self._last[0] is not context:
-            self._last = context, super().forward(context)
-        return self._last[1]
+        last = self._last  # looked at once: another thread may replace it
+        if last is None or last[0] is not context:
+            last = self._last = context, super().forward(context)
+        return last[1]
 
 
 def remember_context(model: nn.Module, remembers: bool = True) -> None:

@@ -33,7 +33,7 @@ def test_a_command_line_is_one_run():
 
 def test_lines_that_are_prompts_are_one_run(jobs):
     (job,) = jobs("hills", "# no", "", "the sea", flags=["--n_samples", "2", "--seed", "5"])
-    assert job.settings.batches() == [[("hills", 5), ("the sea", 6)]]
+    assert list(job.settings.batches()) == [[("hills", 5), ("the sea", 6)]]
 
 
 def test_a_line_has_settings_over_those_of_the_command_line(jobs):

@@ -25,7 +25,8 @@ from ldm.images import to_pixels
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.tome.config import ToMeConfig
 from ldm.pipeline import Pipeline
-from ldm.sampling import Run
+from ldm.sampling import Texts, decode, draw
+from ldm.settings import Settings
 
 OTHER_BACKEND = {"sdpa": "einsum", "einsum": "sdpa"}
 
@@ -82,7 +83,7 @@ class Sweep:
 
     def _run_of(self, size: int) -> Run:
         settings = replace(self.plan.sampling, H=size, W=size)
-        return Run(self.pipeline.model, self.pipeline.info.path, settings)
+        return Run(settings, Texts(self.pipeline.model, settings))
 
     def _batch(self, run: Run, batch: Batch) -> Iterator[None]:
         """Draw what a batch lacks; yields after each setting that was drawn."""
@@ -109,13 +110,14 @@ class Sweep:
             yield
 
     def _draw(self, run: Run, setting: Setting, batch: Batch) -> Drawn:
-        unet = self.pipeline.model.model.diffusion_model
+        model, unet = self.pipeline.model, self.pipeline.model.model.diffusion_model
         before = _dtypes(self.pipeline)
         start = time.perf_counter()
         with in_force(unet, setting, self.pipeline.attention, batch.first):
-            latents = run.latents(batch.pictures)
+            run.texts.trims = unet.tome.config.context == "trim"
+            latents = draw(model, run.settings, batch.pictures, run.texts)
             saved = None if setting.control else unet.tome.saved_work()
-        pictures = torch.cat([run.decoded(one) for one in latents.split(1)]).clamp(-1, 1)
+        pictures = torch.cat([decode(model, one) for one in latents.split(1)]).clamp(-1, 1)
         if _dtypes(self.pipeline) != before:
             raise InputError(
                 "numbers became too large for this type, so pictures could not be compared with "
@@ -144,6 +146,14 @@ class Sweep:
             for prompt, seed in batch.pictures
         ]
         self.store.add(setting, batch, list(to_pixels(drawn.pictures)), about, rows)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings of one size, and the prompts as they are read for it."""
+
+    settings: Settings
+    texts: Texts
 
 
 @dataclass(frozen=True)

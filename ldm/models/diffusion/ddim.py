@@ -52,7 +52,8 @@ class DDIMSampler(Sampler):
     """DDIM with upstream's interface and, for a given seed, upstream's pictures.
 
     ``stochastic_encode(x0, t)`` adds the noise of step t, though ``decode`` of t steps begins at
-    step t-1: upstream's choice, which its image-to-image results depend on.
+    step t-1: upstream's mistake, which leaves noise in the picture where steps are few. Without
+    ``encodes_as_upstream`` it adds that of step t-1.
     """
 
     name = "DDIM Sampler"
@@ -74,5 +75,5 @@ class DDIMSampler(Sampler):
             x, x0 = ddim_step(x, eps, c, draw(c.sigma), quantize)
             yield x, x0
 
-    def _levels(self, steps: list[StepCoefficients]) -> list[float]:
+    def _upstream_levels(self, steps: list[StepCoefficients]) -> list[float]:
         return [c.alpha_bar for c in steps]

@@ -54,6 +54,8 @@ class Sampler:
 
     Attributes:
         steps: coefficients of the steps, from the lowest t to the highest; set by make_schedule.
+        encodes_as_upstream: ``stochastic_encode`` adds upstream's noise, not that from which
+            ``decode`` goes on; see DDIMSampler.
     """
 
     name = "Sampler"
@@ -70,6 +72,7 @@ class Sampler:
         self.device = torch.device(model.device if device is None else device)
         self.steps: list[StepCoefficients] = []
         self.eta = self.fixed_eta or 0.0
+        self.encodes_as_upstream = True
 
     def iterate(
         self,
@@ -134,7 +137,11 @@ class Sampler:
         return self.steps
 
     def _levels(self, steps: list[StepCoefficients]) -> list[float]:
-        """alpha_bar of latents from which ``decode`` takes 0, 1, 2, ... steps."""
+        """alpha_bar of latents from which ``decode`` takes 0, 1, 2, ... steps, but for all."""
+        return [1.0, *(c.alpha_bar for c in steps[:-1])]
+
+    def _upstream_levels(self, steps: list[StepCoefficients]) -> list[float]:
+        """The same as upstream has it."""
         return [c.alpha_bar_prev for c in steps]
 
     @torch.no_grad()
@@ -236,17 +243,22 @@ class Sampler:
     ) -> Tensor:
         """Add the noise from which ``decode`` takes ``t`` steps back to a picture.
 
+        No steps need no noise, and all of them noise alone. With ``encodes_as_upstream`` the
+        latents of no steps have a little, and those of DDIM have more than ``decode`` removes.
+
         Args:
             x0: latents, (B, C, h, w), scaled.
-            t: number of steps, 0 .. number of steps of the schedule, for each row (B,) or for
-                all. The full number gives noise alone (upstream fails there).
+            t: number of steps, 0 .. number of steps of the schedule (where upstream fails), for
+                each row (B,) or for all.
             use_original_steps: count training steps instead.
             noise: unit normal, shape of x0; drawn from the global generator by default.
 
         Raises:
             ValueError: t is outside of the schedule.
         """
-        levels = [*self._levels(self._steps(use_original_steps)), 0.0]
+        steps = self._steps(use_original_steps)
+        before = self._upstream_levels if self.encodes_as_upstream else self._levels
+        levels = [*before(steps), 0.0]
         t = torch.as_tensor(t).cpu()
         if t.min() < 0 or t.max() >= len(levels):
             raise ValueError(f"t is {t.tolist()}, but the schedule has {len(levels) - 1} steps")

@@ -1,23 +1,24 @@
 """The text encoders of Stable Diffusion 1 (CLIP-L) and 2 (OpenCLIP-H).
 
 Both are built from their configuration alone; the weights come with the checkpoint, the vocabulary
-with open_clip, and nothing is ever downloaded. transformers and open_clip take seconds to import,
-so that happens when an encoder is built or a prompt is read, not when this module is imported.
+with open_clip, and nothing is ever downloaded.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import InputError
+from ldm.modules.encoders.towers import ClipText, OpenClipText
 
 START_ID, END_ID = 49406, 49407  # start and end of text in CLIP's vocabulary
 
@@ -45,9 +46,17 @@ OPENCLIP_H = {
 
 @cache
 def _tokenizer() -> Any:
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer()
+    """open_clip's tokenizer, from its file alone: with the package, importing takes seconds."""
+    package = find_spec("open_clip")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
+    spec = spec_from_file_location("open_clip_tokenizer", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
 
 
 def token_ids(prompt: str, words: Mapping[str, Sequence[int]] | None = None) -> list[int]:
@@ -97,6 +106,7 @@ class TextEncoder(nn.Module):
     def __init__(self, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
+        self.n_skipped = 0  # layers at the end that are left out
         self.words: dict[str, list[int]] = {}
 
     @property
@@ -175,8 +185,8 @@ class FrozenCLIPEmbedder(TextEncoder):
         freeze: the parameters need no gradient.
         layer: "last" (after the final normalisation), "pooled" (the end token's, L = 1) or
             "hidden".
-        layer_idx: which hidden state for "hidden", counted as in ``hidden_states``: 0 is the
-            embedding, -2 the last but one.
+        layer_idx: which one for "hidden": 0 is the token embedding, -2 that after the last layer
+            but one. The final normalisation follows here too, as in the web UIs (not upstream).
         text_config: entries that differ from CLIP-L's, in the names of CLIPTextConfig.
 
     Raises:
@@ -211,15 +221,10 @@ class FrozenCLIPEmbedder(TextEncoder):
                 f"not {layer_idx}"
             )
         self.layer = layer
-        self.layer_idx = layer_idx
-
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        model = CLIPTextModel(CLIPTextConfig(**config))
-        # The tower was an attribute of the model before transformers 5.6, and is the model now.
-        tower = getattr(model, "text_model", model)
-        # The buffer would stay behind on the meta device; encode_tokens passes positions instead.
-        del tower.embeddings.position_ids
+        if layer == "hidden":
+            assert layer_idx is not None
+            self.n_skipped = -1 - layer_idx if layer_idx < 0 else n_layers - layer_idx
+        tower = ClipText(config)
         self.transformer = nn.ModuleDict({"text_model": tower})  # state-dict names
         if freeze:
             self.eval().requires_grad_(False)
@@ -228,23 +233,18 @@ class FrozenCLIPEmbedder(TextEncoder):
     def token_embedding(self) -> nn.Embedding:
         """The table of vectors, one for each token id."""
         tower: Any = self.transformer["text_model"]
-        return tower.embeddings.token_embedding
+        return tower.embeddings["token_embedding"]
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Encode token ids, (B, L), to embeddings, (B, L, C); C = hidden_size.
 
         As upstream, there is no padding mask: the padding is part of what the model was trained on.
         """
-        output = self.transformer["text_model"](
-            input_ids=ids,
-            position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
-            output_hidden_states=self.layer == "hidden",
-        )
-        if self.layer == "pooled":
-            return output.pooler_output[:, None]
-        if self.layer == "hidden":
-            return output.hidden_states[self.layer_idx]
-        return output.last_hidden_state
+        embeddings = self.transformer["text_model"](ids, self.n_skipped)
+        if self.layer != "pooled":
+            return embeddings
+        ends = (ids == END_ID).int().argmax(dim=1)
+        return embeddings[torch.arange(len(ids)), ends][:, None]
 
 
 class FrozenOpenCLIPEmbedder(TextEncoder):
@@ -286,15 +286,8 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         if layer not in ("last", "penultimate"):
             raise InputError(f"FrozenOpenCLIPEmbedder: layer {layer!r} is not last or penultimate")
         config = _override("FrozenOpenCLIPEmbedder", OPENCLIP_H, text_config)
-        self.layer = layer
-
-        from open_clip.transformer import TextTransformer
-
-        self.model = TextTransformer(output_dim=config.pop("embed_dim"), **config)
-        # The buffer would stay behind on the meta device; encode_tokens makes the mask instead.
-        del self.model.attn_mask
-        # Neither this nor text_projection is used here, but checkpoints have both.
-        self.model.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.n_skipped = int(layer == "penultimate")
+        self.model = OpenClipText(config)
         if freeze:
             self.eval().requires_grad_(False)
 
@@ -305,17 +298,7 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Encode token ids, (B, L), to embeddings, (B, L, C); C = width."""
-        length = ids.shape[1]
-        x = self.model.token_embedding(ids) + self.model.positional_embedding[:length]  # B, L, C
-        causal = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)
-        blocks = self.model.transformer.resblocks
-        # open_clip before 2.26 puts the sequence first.
-        is_batch_first = blocks[0].attn.batch_first
-        x = x if is_batch_first else x.transpose(0, 1)
-        for block in blocks[: -1 if self.layer == "penultimate" else None]:
-            x = block(x, attn_mask=causal)
-        x = x if is_batch_first else x.transpose(0, 1)
-        return self.model.ln_final(x)
+        return self.model(ids, self.n_skipped)
 
 
 def _override(

@@ -340,3 +340,18 @@ def test_impossible_step_counts_are_refused_in_one_line():
     for sampler_class in SAMPLERS:
         with pytest.raises(InputError, match="0 sampling steps"):
             run(sampler_class, GaussianModel(), 0)
+
+
+@every_sampler
+@pytest.mark.parametrize("t", [1, 3, 9])
+def test_the_noise_that_is_added_is_that_of_the_first_step_taken(sampler_class, t):
+    model = ClosedFormModel(lambda x, t, c: x)
+    sampler = sampler_class(model)
+    sampler.make_schedule(10)
+    sampler.encodes_as_upstream = False
+    z = sampler.stochastic_encode(torch.zeros(1, *SHAPE), t, noise=torch.ones(1, *SHAPE))
+    sampler.decode(z, None, t, verbose=False)
+    expected = (1 - model.level(model.calls[0])) ** 0.5
+    assert z.unique().item() == pytest.approx(expected, abs=2e-4)
+    x0 = torch.randn(1, *SHAPE)
+    assert torch.equal(sampler.stochastic_encode(x0, 0), x0)

@@ -12,6 +12,7 @@ import torch
 
 from ldm.errors import InputError
 from ldm.modules.encoders.modules import (
+    CLIP_L,
     FrozenCLIPEmbedder,
     FrozenOpenCLIPEmbedder,
     token_ids,
@@ -67,16 +68,6 @@ def test_openclip_equals_the_published_model(openclip: FrozenOpenCLIPEmbedder) -
     torch.testing.assert_close(
         openclip.encode_tokens(golden["input_ids"]), golden["penultimate"], rtol=0, atol=1e-5
     )
-
-
-def test_openclip_reads_blocks_that_put_the_sequence_first(
-    openclip: FrozenOpenCLIPEmbedder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = openclip.tokenize(PROMPTS[:2])
-    expected = openclip.encode_tokens(ids)
-    for block in openclip.model.transformer.resblocks:
-        monkeypatch.setattr(block.attn, "batch_first", False)
-    torch.testing.assert_close(openclip.encode_tokens(ids), expected)
 
 
 def test_openclip_last_runs_every_block(openclip: FrozenOpenCLIPEmbedder) -> None:
@@ -189,9 +180,35 @@ def test_clip_layers(clip: FrozenCLIPEmbedder) -> None:
     last = clip(["a red hat"])
     end = clip.tokenize(["a red hat"])[0].tolist().index(49407)
     assert torch.equal(build(layer="pooled")(["a red hat"]), last[:, end : end + 1])
-    hidden = build(layer="hidden", layer_idx=-1)(["a red hat"])
-    norm = clip.transformer["text_model"].final_layer_norm
-    torch.testing.assert_close(norm(hidden), last)
+    # a layer's embedding is normalised as the last one's is
+    assert torch.equal(build(layer="hidden", layer_idx=-1)(["a red hat"]), last)
+    tower = clip.transformer["text_model"]
+    table = tower.embeddings["token_embedding"](clip.tokenize("a red hat"))
+    first = tower.final_layer_norm(table + tower.embeddings["position_embedding"].weight)
+    assert torch.equal(build(layer="hidden", layer_idx=0)(["a red hat"]), first)
+
+
+def test_the_encoders_are_those_of_transformers_and_open_clip_to_the_bit() -> None:
+    from open_clip.transformer import TextTransformer
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    ids = torch.randint(0, 49408, (2, 77))
+    theirs = CLIPTextModel(CLIPTextConfig(**CLIP_L | TINY_CLIP)).eval()
+    theirs = getattr(theirs, "text_model", theirs)  # before transformers 5.6
+    ours = FrozenCLIPEmbedder(text_config=TINY_CLIP)
+    state = {n: t for n, t in theirs.state_dict().items() if not n.endswith("position_ids")}
+    ours.transformer["text_model"].load_state_dict(state)
+    assert torch.equal(ours.encode_tokens(ids), theirs(input_ids=ids).last_hidden_state)
+
+    tower = TextTransformer(
+        output_dim=16, context_length=77, vocab_size=49408, width=32, heads=4, layers=3
+    ).eval()
+    openclip = FrozenOpenCLIPEmbedder(text_config=TINY_OPENCLIP)
+    openclip.model.load_state_dict(tower.state_dict(), strict=False)
+    x = tower.token_embedding(ids) + tower.positional_embedding
+    for block in tower.transformer.resblocks:
+        x = block(x, attn_mask=torch.full((77, 77), -torch.inf).triu(1))
+    torch.testing.assert_close(openclip.encode_tokens(ids), tower.ln_final(x), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("encoder_class", [FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder])
@@ -239,9 +256,11 @@ def test_unusable_arguments_are_named(
         encoder_class(**arguments)
 
 
-def test_importing_the_module_imports_no_large_library() -> None:
+def test_reading_prompts_imports_no_large_library() -> None:
     code = (
-        "import sys, ldm.modules.encoders.modules as m; "
-        "sys.exit(bool({'transformers', 'open_clip'} & set(sys.modules)))"
+        "import sys; from ldm.modules.encoders.modules import *\n"
+        f"FrozenOpenCLIPEmbedder(text_config={TINY_OPENCLIP})(['a'])\n"
+        f"FrozenCLIPEmbedder(text_config={TINY_CLIP})(['a'])\n"
+        "sys.exit(bool({'transformers', 'open_clip', 'torchvision'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=GOLDEN.parents[1]).returncode == 0
