@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each layer may import those before it. A module belongs to the layer with the longest match.
 LAYERS = [
-    ["ldm.errors", "ldm.text", "ldm.checkpoint.files"],
+    ["ldm.errors", "ldm.text", "ldm.checkpoint.files", "ldm.checkpoint.pickles"],
     ["ldm.util", "ldm.modules.tome", "ldm.models.diffusion.schedule", "ldm.lr_scheduler"],
     ["ldm.modules", "ldm.images", "ldm.demo.scenes", "ldm.demo.landscape", "ldm.demo.drawing"],
     [  # samplers know a model by its protocol alone; the model draws samples to show its progress

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -12,8 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint import keys
-from ldm.checkpoint.files import StateDict, open_state_dict
-from ldm.errors import InputError
+from ldm.checkpoint.files import INDEX, SPLIT_ID, StateDict, open_state_dict
+from ldm.checkpoint.prediction import MARKERS, decide_prediction, record
+from ldm.checkpoint.sidecar import neighbouring_config
+from ldm.errors import InputError, escaped
+from ldm.util import part_of, whole_folder
 
 COMPONENTS = {
     "first_stage": "first_stage_model.",
@@ -42,7 +48,8 @@ def convert(
         half: store weights as float16; the schedule stays float32, and integers integers.
         ema: the U-Net's running averages take the place of its weights.
         parameterization: what the U-Net predicts (``eps`` or ``v``), to be recorded in the
-            metadata; by default as the metadata or name of the source say.
+            metadata; by default what the source states (see ``ldm.checkpoint.prediction``), never
+            a guess.
         force: overwrite the target.
         split: make the target a folder with files for each component, of at most so many
             megabytes each; what is not a component's, as the schedule, is left out.
@@ -55,41 +62,59 @@ def convert(
     """
     suffix = ".safetensors" if split is None else ""
     target = Path(source).with_suffix(suffix) if target is None else Path(target)
-    if target.suffix != suffix:
-        kind = ".safetensors file" if split is None else "name for a folder"
-        raise InputError(f"{target} is no {kind}")
-    if target.exists() and not force:
-        raise InputError(f"{target} exists; give --force to overwrite it, or --output another name")
-    if not target.parent.is_dir():
-        raise InputError(f"there is no folder {str(target.parent)!r} to write to")
+    _check_target(target, split, force)
     weights = open_state_dict(source)
-    metadata = {**weights.metadata, "format": "pt"}
-    if prediction := parameterization or _prediction(weights):
-        metadata["modelspec.prediction_type"] = "v" if prediction == "v" else "epsilon"
+    shapes = keys.canonical_shapes(weights)
+    beside = neighbouring_config(weights.path, shapes)
+    prediction = decide_prediction(weights, parameterization, beside)
+    if prediction is None and keys.family(shapes) == "sd2":
+        logger.warning(
+            "%s does not say what it predicts; --parameterization eps or v would record it", source
+        )
+    metadata = {**record(weights.metadata, prediction), "format": "pt"}
+    metadata.pop(SPLIT_ID, None)
     tensors = _tensors(weights, half, ema)
+    if prediction is not None and prediction.kind != "v":
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in MARKERS}
     if split is None:
-        _write(target, tensors, metadata)
+        with part_of(target) as part:
+            _save(target, tensors, part, metadata)
         return target
-    target.mkdir(exist_ok=True)
-    for name, part in _parts(tensors, split * 1e6).items():
-        _write(target / f"{name}.safetensors", part, metadata)
+    with whole_folder(target) as folder:
+        metadata[SPLIT_ID] = _fingerprint(tensors)
+        index: dict[str, str] = {}
+        for name, own in _parts(tensors, split * 1e6).items():
+            file = folder / f"{name}.safetensors"
+            _save(target, own, file, metadata)
+            index |= dict.fromkeys(own, file.name)
+        (folder / INDEX).write_text(json.dumps({"weight_map": index}, indent=0), "utf-8")
     return target
 
 
-def _prediction(weights: StateDict) -> str | None:
-    """``eps`` or ``v``; None, with a warning, where a Stable Diffusion 2 file does not say."""
-    family = keys.family({keys.canonical_name(n): e.shape for n, e in weights.entries.items()})
-    if stated := keys.prediction_in_metadata(weights.metadata):
-        return stated
-    if family != "sd2":
-        return None if family == "custom" else "eps"
-    hinted = keys.prediction_in_name(weights.path.stem)
-    if hinted is None:
-        logger.warning(
-            "%s does not say what it predicts; --parameterization eps or v would record it",
-            weights.path,
-        )
-    return hinted
+def _check_target(target: Path, split: float | None, force: bool) -> None:
+    """Stop before anything is read where the target cannot be written."""
+    suffix = ".safetensors" if split is None else ""
+    if target.suffix != suffix:
+        kind = ".safetensors file" if split is None else "name for a folder"
+        raise InputError(f"{target} is no {kind}")
+    if split is not None and not (math.isfinite(split) and split > 0):
+        raise InputError(f"--split {split:g}: give the megabytes of a file, above 0")
+    if target.exists() and not force:
+        raise InputError(f"{target} exists; give --force to overwrite it, or --output another name")
+    if target.exists() and target.is_dir() != (split is not None):
+        kind = "folder" if target.is_dir() else "file"
+        raise InputError(f"{target} is a {kind} already; give --output another name")
+    if target.is_dir():
+        for file in target.iterdir():
+            if file.suffix != ".safetensors" and file.name != INDEX:
+                raise InputError(
+                    f"{target} holds other files, too ({escaped(file.name)}), and would be "
+                    "replaced as a whole; give --output another name"
+                )
+    if not target.parent.is_dir():
+        raise InputError(f"there is no folder {str(target.parent)!r} to write to")
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(f"{target} cannot be written: its folder is read-only")
 
 
 def _tensors(weights: StateDict, half: bool, ema: bool) -> dict[str, Tensor]:
@@ -124,6 +149,8 @@ def _parts(tensors: dict[str, Tensor], limit: float) -> dict[str, dict[str, Tens
     parts: dict[str, dict[str, Tensor]] = {}
     for component, prefix in COMPONENTS.items():
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if component == "unet":
+            own |= {name: tensors[name] for name in MARKERS if name in tensors}
         files: list[dict[str, Tensor]] = []
         room = 0.0
         for name, tensor in own.items():
@@ -137,12 +164,17 @@ def _parts(tensors: dict[str, Tensor], limit: float) -> dict[str, dict[str, Tens
     return parts
 
 
-def _write(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+def _fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Tells models apart: from names, shapes and the first numbers of each tensor."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        some = tensor.flatten()[:64].to(torch.float64).tolist()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {some}".encode())
+    return found.hexdigest()[:16]
+
+
+def _save(target: Path, tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
     try:
-        save_file(tensors, partial, metadata)
-        partial.replace(target)
+        save_file(tensors, file, metadata)
     except (OSError, SafetensorError) as error:  # a full disk is either of them
-        raise InputError(f"{target} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise InputError(f"{target} cannot be written: {escaped(error)}") from error

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.files import StoredParameters, read_content
+from ldm.checkpoint.files import read_content
 from ldm.checkpoint.keys import TEXT_ENCODER, Shape
+from ldm.checkpoint.pickles import StoredParameters
 from ldm.errors import InputError
 
 MAX_VECTORS = 75  # tokens of a prompt

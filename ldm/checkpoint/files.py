@@ -1,29 +1,53 @@
-"""Reading weight files: one lazy mapping for every format, and nothing in them is executed."""
+"""Reading weight files: one lazy mapping for every format, and nothing in them is executed.
+
+Whatever a file holds passes through one entry: names are short, sizes are those of the file, and a
+tensor that is asked for as a weight is one of real floating-point numbers.
+"""
 
 from __future__ import annotations
 
 import os
-import re
-import warnings
+import stat
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ldm.errors import InputError
+from ldm.checkpoint.pickles import unpickle
+from ldm.errors import InputError, escaped
+from ldm.text import read_json
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
+INDEX = "model.safetensors.index.json"
+"""In a folder: which of its files belong together."""
+SPLIT_ID = "split_id"
+"""Metadata key: files with one value were written together."""
+MAX_NAME = 500  # characters
+MAX_TENSORS = 100_000
+MAX_REPEATED = 64 * 2**20  # bytes by which tensors may be larger than what is stored for them
+# The types of weights, as safetensors calls them.
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_TORCH_NAMES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor: its shape, and how to get at it."""
+    """One stored tensor: what it is, and how to get at it.
+
+    Attributes:
+        shape: of the tensor.
+        kind: its type in safetensors' spelling, or what makes it no plain tensor: sparse, meta, ...
+        read: gives it.
+    """
 
     shape: tuple[int, ...]
+    kind: str
     read: Callable[[], Tensor]
 
 
@@ -37,7 +61,16 @@ class StateDict(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
-        """Hold what a file's header says."""
+        """Hold what a file's header says.
+
+        Raises:
+            InputError: there are too many tensors, or a name is too long.
+        """
+        if len(entries) > MAX_TENSORS:
+            raise InputError(f"{path} holds {len(entries)} tensors, and {MAX_TENSORS} is the limit")
+        for name in entries:
+            if len(name) > MAX_NAME:
+                raise InputError(f"{path} is no checkpoint: a name in it is {escaped(name, 60)}")
         self.path = path
         self.entries = entries
         self.metadata = metadata
@@ -53,6 +86,25 @@ class StateDict(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Number of tensors."""
         return len(self.entries)
+
+    def require_weights(self, names: Iterable[str]) -> None:
+        """Stop at tensors that cannot be weights, without reading any.
+
+        Raises:
+            InputError: one is not of real floating-point numbers, or not a plain tensor.
+        """
+        for name in names:
+            kind = self.entries[name].kind
+            if kind not in FLOATS:
+                raise InputError(
+                    f"{self.path}: {escaped(name)} is {kind}, and a weight must be of "
+                    "floating-point numbers; look for the file in float16 or float32"
+                )
+
+    def shape(self, name: str, rank: int) -> tuple[int, ...] | None:
+        """The shape of a tensor of so many dimensions; None where there is none."""
+        entry = self.entries.get(name)
+        return entry.shape if entry is not None and len(entry.shape) == rank else None
 
 
 def open_state_dict(path: str | os.PathLike[str]) -> StateDict:
@@ -83,17 +135,22 @@ def read_content(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file")
     kind = _kind(path)
-    return _open_safetensors(path) if kind == "safetensors" else _unpickle(path, kind)
+    return _open_safetensors(path) if kind == "safetensors" else unpickle(path, kind)
 
 
 def _kind(path: Path) -> str:
     """The file's format, as of ``_sniff``; InputError where it cannot be read."""
-    if not path.exists():
-        raise InputError(f"there is no checkpoint {str(path)!r}")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} is a pipe or a device, not a checkpoint file")
         return _sniff(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except FileNotFoundError as error:
+        raise InputError(f"there is no checkpoint {str(path)!r}") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{escaped(path)} cannot be read: {reason}") from error
 
 
 def _sniff(path: Path) -> str:
@@ -129,138 +186,111 @@ def _open_safetensors(path: Path) -> StateDict:
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
-        reason = f"{error}".removeprefix("Error while deserializing header: ")
+        reason = escaped(f"{error}".removeprefix("Error while deserializing header: "))
         raise InputError(f"{path} is damaged or truncated ({reason}); fetch it again") from error
 
     def entry(name: str) -> Entry:
-        return Entry(tuple(file.get_slice(name).get_shape()), lambda: file.get_tensor(name))
+        stored = file.get_slice(name)
+        return Entry(tuple(stored.get_shape()), stored.get_dtype(), lambda: read(name))
+
+    def read(name: str) -> Tensor:
+        try:
+            return file.get_tensor(name)
+        except (SafetensorError, KeyError, AttributeError) as error:  # a type torch does not have
+            raise InputError(f"{path}: {escaped(name)} cannot be read: {escaped(error)}") from error
 
     names = file.keys()  # the handle is no mapping
     return StateDict(path, {name: entry(name) for name in names}, file.metadata() or {})
 
 
+# --- folders ----------------------------------------------------------------------------------
+
+
 def _open_folder(path: Path) -> StateDict:
     """All safetensors files of a folder as one model."""
     if (path / "model_index.json").exists():
-        raise InputError(f"{path} is a diffusers folder; give a single checkpoint file instead")
+        whole = [f.name for f in sorted(path.iterdir()) if f.suffix in SUFFIXES and f.is_file()]
+        hint = f"name one of its files, such as {path / whole[0]}" if whole else "give such a file"
+        raise InputError(f"{path} is a diffusers folder, not a single checkpoint file; {hint}")
     parts = [open_state_dict(file) for file in sorted(path.glob("*.safetensors"))]
     if not parts:
         others = sorted(f.name for f in path.iterdir() if f.suffix in SUFFIXES)
         hint = f"; name one of its files: {', '.join(others)}" if others else ""
         raise InputError(f"{path} is a folder without .safetensors files{hint}")
-    owner: dict[str, Path] = {}
+    owner: dict[str, str] = {}
     for part in parts:
         for name in part:
             if name in owner:
                 raise InputError(
-                    f"{path} holds more than one model: {name} is in {owner[name].name} and in "
+                    f"{path} holds more than one model: {escaped(name)} is in {owner[name]} and in "
                     f"{part.path.name}; name one file"
                 )
-            owner[name] = part.path
+            owner[name] = part.path.name
+    _require_one_split(path, parts, owner)
+    unet_last = sorted(parts, key=lambda part: any("diffusion_model." in name for name in part))
     return StateDict(
         path,
         {name: entry for part in parts for name, entry in part.entries.items()},
-        {key: value for part in parts for key, value in part.metadata.items()},
+        {key: value for part in unet_last for key, value in part.metadata.items()},
     )
+
+
+def _require_one_split(path: Path, parts: list[StateDict], owner: Mapping[str, str]) -> None:
+    """Stop at a folder whose files were not written together, or that lacks some."""
+    first = parts[0].metadata.get(SPLIT_ID)
+    for part in parts:
+        if part.metadata.get(SPLIT_ID) != first:
+            raise InputError(
+                f"{path} holds files of two models: {parts[0].path.name} and {part.path.name} were "
+                "not written together; convert the model again"
+            )
+    if not (path / INDEX).exists():
+        return
+    index = read_json(path / INDEX, limit=16 * 2**20).get("weight_map")
+    if not isinstance(index, dict):
+        raise InputError(f"{path / INDEX} has no weight_map, which says what is in which file")
+    for name in {**index, **owner}:
+        if index.get(name) != owner.get(name):
+            said, found = index.get(name, "no file"), owner.get(name, "no file")
+            raise InputError(
+                f"{path} is not as its {INDEX} says: {escaped(name)} is in {found}, not in "
+                f"{escaped(said)}; fetch or convert the model again"
+            )
 
 
 # --- pickles ----------------------------------------------------------------------------------
 
 
-class _Inert:
-    """Takes the place of a class or function named in a pickle, and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return object.__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-class StoredParameters(_Inert):
-    """Takes the place of torch's ParameterDict: its parameters, and nothing that acts."""
-
-    parameters: Mapping[str, Any]
-
-    def __setstate__(self, state: Any) -> None:
-        """Keep what the pickle says of the parameters."""
-        self.parameters = state["_parameters"]
-
-
-# What training programs leave in their files besides tensors. Nothing of it is needed, so none of
-# these is ever imported or called: each name stands for an empty class of its own.
-TOLERATED = [
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-    "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "omegaconf.dictconfig.DictConfig",
-    "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.ContainerMetadata",
-    "omegaconf.base.Metadata",
-    "omegaconf.nodes.AnyNode",
-    "omegaconf.nodes.StringNode",
-    "omegaconf.nodes.IntegerNode",
-    "omegaconf.nodes.FloatNode",
-    "omegaconf.nodes.BooleanNode",
-    "collections.defaultdict",
-    "typing.Any",
-    "builtins.dict",
-    "builtins.list",
-    "builtins.int",
-    "builtins.float",
-    "builtins.str",
-    "argparse.Namespace",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-]
-
-
-def _stubs() -> list[Any]:
-    """A class for each tolerated name, such that torch finds it by that name."""
-    bases: dict[str, type[_Inert]] = dict.fromkeys(TOLERATED, _Inert)
-    bases["torch.nn.modules.container.ParameterDict"] = StoredParameters
-    split = ((*name.rpartition("."), base) for name, base in bases.items())
-    return [type(name, (base,), {"__module__": module}) for module, _, name, base in split]
-
-
-def _unpickle(path: Path, kind: str) -> Mapping[str, Any]:
-    """A file of ``torch.save``, through torch's restricted unpickler; mapped, not read."""
-    if path.suffix == ".safetensors":  # torch goes by the name there
-        raise InputError(f"{path} is a pickle in spite of its name; rename it to .ckpt")
-    try:
-        with torch.serialization.safe_globals(_stubs()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols and archives of other kinds
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
-    except Exception as error:  # a damaged pickle can raise anything
-        foreign = re.search(r"(?:GLOBAL|module) ([\w.]+)", str(error))
-        if foreign:
-            raise InputError(
-                f"{path} asks for the Python object {foreign[1]!r}, which no weights need; it was "
-                "not executed. Look for a .safetensors file of this model"
-            ) from error
-        raise InputError(f"{path} is not a checkpoint, or it is damaged or truncated") from error
-    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]  # Lightning wraps once, some exporters twice
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    return content
-
-
 def _open_pickle(path: Path, kind: str) -> StateDict:
     """The tensors of a pickle."""
-
-    def entry(tensor: Tensor) -> Entry:
-        return Entry(tuple(tensor.shape), tensor.detach)
-
-    content = _unpickle(path, kind).items()
-    entries = {str(n): entry(t) for n, t in content if isinstance(t, Tensor)}
+    content = unpickle(path, kind).items()
+    tensors = {str(n): t for n, t in content if isinstance(t, Tensor)}
+    stored: dict[int, int] = {}
+    total = 0
+    for tensor in tensors.values():
+        if not tensor.is_meta and str(tensor.layout) == "torch.strided":
+            storage = tensor.untyped_storage()
+            stored[storage.data_ptr()] = max(storage.nbytes(), stored.get(storage.data_ptr(), 0))
+            total += tensor.numel() * tensor.element_size()
+    if total > 4 * sum(stored.values()) + MAX_REPEATED:
+        raise InputError(
+            f"{path} is no checkpoint: its tensors repeat {sum(stored.values())} bytes until they "
+            f"are {total}"
+        )
+    entries = {
+        name: Entry(tuple(tensor.shape), _kind_of(tensor), tensor.detach)
+        for name, tensor in tensors.items()
+    }
     return StateDict(path, entries, {})
+
+
+def _kind_of(tensor: Tensor) -> str:
+    """See ``Entry.kind``."""
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.is_meta:
+        return "meta (without numbers)"
+    if str(tensor.layout) != "torch.strided":
+        return str(tensor.layout).removeprefix("torch.")
+    name = str(tensor.dtype).removeprefix("torch.")
+    return _TORCH_NAMES.get(name, name)

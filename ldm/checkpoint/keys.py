@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ldm.checkpoint.files import StateDict
 from ldm.errors import InputError
 
 Shape = tuple[int, ...]
@@ -18,8 +19,14 @@ FIRST_STAGE = "first_stage_model."
 TEXT_ENCODER = "cond_stage_model."
 COMPONENTS = {UNET: "U-Net", FIRST_STAGE: "first stage (VAE)", TEXT_ENCODER: "text encoder"}
 
-# Some exporters leave out the level `text_model.` of the CLIP tower; sgm has another prefix.
+TOKENS = "token_embedding.weight"
+MAX_ADDED_TOKENS = 10_000
+
+# Some exporters leave out the level `text_model.` of the CLIP tower; sgm has another prefix;
+# wrappers of torch (DataParallel, compile) leave levels; VAEs may have diffusers' attention.
+_VAE_ATTENTION = r"^(first_stage_model\..*\.attn(?:_1|\.\d+)\.)"
 RENAMES = [
+    (re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\."), ""),
     (re.compile(r"^conditioner\.embedders\.0\."), TEXT_ENCODER),
     (
         re.compile(
@@ -27,6 +34,11 @@ RENAMES = [
         ),
         r"\1text_model.",
     ),
+    (re.compile(_VAE_ATTENTION + r"(?:to_q|query)\."), r"\1q."),
+    (re.compile(_VAE_ATTENTION + r"(?:to_k|key)\."), r"\1k."),
+    (re.compile(_VAE_ATTENTION + r"(?:to_v|value)\."), r"\1v."),
+    (re.compile(_VAE_ATTENTION + r"(?:to_out\.0|proj_attn)\."), r"\1proj_out."),
+    (re.compile(_VAE_ATTENTION + r"group_norm\."), r"\1norm."),
 ]
 
 # Recomputed from the configuration, because pruned files hold them in half precision.
@@ -52,7 +64,8 @@ SCHEDULE = frozenset(
 # Tensors that many files carry and no picture needs.
 HARMLESS = re.compile(
     r"""
-    model_ema\..*                                # running averages: only used when asked for
+    v_pred | ztsnr                               # what the U-Net predicts: read elsewhere
+    | model_ema\..*                                # running averages: only used when asked for
     | logvar                                     # weight of the training loss
     | first_stage_model\.(loss|model_ema)\..*    # the first stage's own training
     | cond_stage_model\..*\.position_ids         # 0..76, a buffer that is not stored any more
@@ -71,6 +84,18 @@ def canonical_name(name: str) -> str:
     return name
 
 
+def canonical_names(stored: Iterable[str]) -> dict[str, str]:
+    """Name in our models -> name in the file; a tensor that needs no renaming wins."""
+    stored = list(stored)
+    renamed = {canonical_name(name): name for name in stored}
+    return renamed | {name: name for name in stored if name in renamed}
+
+
+def canonical_shapes(weights: StateDict) -> dict[str, Shape]:
+    """Name in our models -> shape."""
+    return {n: weights.entries[raw].shape for n, raw in canonical_names(weights).items()}
+
+
 def ema_name(name: str) -> str:
     """Where the running average of the U-Net parameter ``name`` is kept.
 
@@ -84,6 +109,16 @@ def ema_name(name: str) -> str:
 def has_ema(names: Iterable[str]) -> bool:
     """Whether there are averages, not only the counters that pruned files still hold."""
     return any(name.startswith("model_ema.diffusion_model") for name in names)
+
+
+def is_weight(name: str) -> bool:
+    """Whether a tensor belongs to one of the model's components, and is read for drawing."""
+    return name.startswith(tuple(COMPONENTS)) and not is_harmless(name)
+
+
+def has_encoder(names: Iterable[str]) -> bool:
+    """Whether the first stage can encode; some files have its decoder alone."""
+    return any(name.startswith(f"{FIRST_STAGE}encoder.") for name in names)
 
 
 def is_harmless(name: str) -> bool:
@@ -159,7 +194,7 @@ def input_channels(shapes: Mapping[str, Shape]) -> int | None:
 def context_size(shapes: Mapping[str, Shape]) -> int | None:
     """Width of the text vectors that the U-Net's cross-attention reads; None without one."""
     keys = (n for n in shapes if n.startswith(UNET) and n.endswith(".attn2.to_k.weight"))
-    return next((shapes[name][-1] for name in keys), None)
+    return next((shapes[name][1] for name in keys if len(shapes[name]) == 2), None)
 
 
 def family(shapes: Mapping[str, Shape]) -> str:
@@ -204,7 +239,7 @@ def _signature(
 ) -> Iterable[tuple[str, Any, Any]]:
     """(what, value in the configuration, value in the file) for whatever the file shows."""
     first = shapes.get(f"{UNET}input_blocks.0.0.weight")
-    if first:
+    if first and len(first) == 4:
         yield "in_channels", unet["in_channels"], first[1]
         yield "model_channels", unet["model_channels"], first[0]
     context = context_size(shapes)
@@ -221,7 +256,7 @@ def _signature(
     if count and isinstance(blocks, int):
         yield "the U-Net's number of input blocks", levels * (blocks + 1), count
     latent = shapes.get(f"{FIRST_STAGE}post_quant_conv.weight")
-    if latent and isinstance(stage, Mapping):
+    if latent and len(latent) == 4 and isinstance(stage, Mapping):
         ddconfig = stage["params"]["ddconfig"]
         yield "embed_dim", stage["params"]["embed_dim"], latent[1]
         levels = 1 + max(_number(n, f"{FIRST_STAGE}decoder.up.") for n in shapes)
@@ -236,7 +271,8 @@ def _signature(
 
 def _number(name: str, prefix: str) -> int:
     """The number that follows ``prefix`` in ``name``; -1 where the name starts otherwise."""
-    return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else -1
+    match = re.match(r"(\d{1,4})\.", name[len(prefix) :]) if name.startswith(prefix) else None
+    return int(match[1]) if match else -1
 
 
 def idle_text_names(names: Iterable[str], text_config: Any) -> set[str]:
@@ -255,33 +291,3 @@ def idle_text_names(names: Iterable[str], text_config: Any) -> set[str]:
         last = f"{blocks}{max(_number(name, blocks) for name in names)}."
         idle |= {name for name in names if name.startswith(last)}
     return idle
-
-
-# --- what the U-Net predicts ------------------------------------------------------------------
-
-PREDICTIONS = {
-    "eps": "eps", "epsilon": "eps",
-    "v": "v", "v_prediction": "v", "v-prediction": "v", "velocity": "v",
-}  # fmt: skip
-METADATA_KEYS = ("modelspec.prediction_type", "prediction_type", "parameterization")
-_V_NAME = re.compile(r"(?<!\d)768(?!\d)|(?:^|[-_. ])v(?:[-_. ]|$)|v[-_ ]?pred", re.IGNORECASE)
-_EPS_NAME = re.compile(
-    r"(?<!\d)512(?!\d)|(?:^|[-_. ])(?:base|eps|epsilon)(?:[-_. ]|$)|turbo", re.IGNORECASE
-)
-
-
-def prediction_in_metadata(metadata: Mapping[str, str]) -> str | None:
-    """``eps`` or ``v`` if a safetensors header says so."""
-    for key in METADATA_KEYS:
-        if found := PREDICTIONS.get(metadata.get(key, "").strip().lower()):
-            return found
-    return None
-
-
-def prediction_in_name(stem: str) -> str | None:
-    """``eps`` or ``v`` if a file's name hints at exactly one of them.
-
-    The published files are called 512-base-ema, v2-1_512-... (eps) and 768-v-ema, v2-1_768-... (v).
-    """
-    is_v, is_eps = bool(_V_NAME.search(stem)), bool(_EPS_NAME.search(stem))
-    return None if is_v == is_eps else "v" if is_v else "eps"

@@ -9,30 +9,27 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ldm.checkpoint import keys
 from ldm.checkpoint.files import StateDict, open_state_dict
+from ldm.checkpoint.fill import build_without_weights, fill
+from ldm.checkpoint.prediction import ZERO_SNR_KEYS, decide_prediction, kind_of
+from ldm.checkpoint.sidecar import neighbouring_config, without_training_keys
+from ldm.checkpoint.vae import find_vae, with_vae
 from ldm.config import load_config, model_configs, model_defaults, shipped
-from ldm.device import memory_format
 from ldm.errors import InputError
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.tome.config import ToMeConfig
-from ldm.util import instantiate_from_config
-
-if TYPE_CHECKING:  # Lightning takes seconds to import, and looking at a file needs none of it
-    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 UPSTREAM_DEFAULT = "models/ldm/stable-diffusion-v1/model.ckpt"
 DEMO = "models/demo"
-PARAMETERIZATIONS = ("eps", "x0", "v")
 
 logger = logging.getLogger(__name__)
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
@@ -47,11 +44,14 @@ class CheckpointInfo:
         family: ``sd1``, ``sd1-inpainting``, ``sd2``, ``sd2-inpainting`` or ``custom``.
         prediction: what the U-Net predicts, ``eps`` or ``v``.
         prediction_source: how that is known, in words.
+        zero_snr: its schedule is rescaled so that the last step is noise alone.
         in_channels: input channels of the U-Net; 9 for inpainting.
         has_ema: whether ``ema=True`` can be asked for.
         n_tensors: tensors in the file.
         config: the whole configuration, with the prediction type filled in.
         config_name: where the configuration comes from, for messages.
+        vae: the file that the first stage is from, if that is another one.
+        can_encode: whether the first stage can encode pictures; without it there is txt2img alone.
         defaults: sizes, steps and the like for this model (see ``ldm.config.model_defaults``).
     """
 
@@ -59,18 +59,24 @@ class CheckpointInfo:
     family: str
     prediction: str
     prediction_source: str
+    zero_snr: bool
     in_channels: int
     has_ema: bool
     n_tensors: int
     config: dict[str, Any]
     config_name: str
+    vae: Path | None
+    can_encode: bool
     defaults: dict[str, Any]
 
     def summary(self) -> str:
         """One line for the user."""
+        schedule = ", zero terminal SNR" if self.zero_snr else ""
+        vae = f"; VAE of {self.vae}" if self.vae else ""
         return (
-            f"{self.path}: {self.family}, {self.prediction}-prediction ({self.prediction_source}), "
-            f"{self.n_tensors} tensors{', with EMA' if self.has_ema else ''}; {self.config_name}"
+            f"{self.path}: {self.family}, {self.prediction}-prediction ({self.prediction_source})"
+            f"{schedule}, {self.n_tensors} tensors{', with EMA' if self.has_ema else ''}; "
+            f"{self.config_name}{vae}"
         )
 
 
@@ -111,9 +117,7 @@ def stored_shapes(path: str | os.PathLike[str]) -> dict[str, keys.Shape]:
     Raises:
         InputError: there is nothing to load.
     """
-    weights = open_state_dict(path)
-    names = _canonical_names(weights)
-    return {name: weights.entries[raw].shape for name, raw in names.items()}
+    return keys.canonical_shapes(open_state_dict(path))
 
 
 def inspect_checkpoint(
@@ -121,6 +125,7 @@ def inspect_checkpoint(
     config: ConfigLike | None = None,
     parameterization: str | None = None,
     ema: bool = False,
+    vae: str | os.PathLike[str] | None = None,
 ) -> CheckpointInfo:
     """Find out what a checkpoint is and settle how to load it, from names and shapes alone.
 
@@ -128,15 +133,16 @@ def inspect_checkpoint(
         path: ``.ckpt``, ``.safetensors``, or a folder of ``.safetensors`` that make one model.
         config: a YAML file or its content; None: a YAML of the same name beside the file, or the
             one that its training run stored, else the shipped configuration that fits.
-        parameterization: ``eps`` or ``v``; None: as the file's metadata, the given or neighbouring
-            configuration, or the file's name says.
+        parameterization: ``eps`` or ``v``; None: see ``ldm.checkpoint.prediction``.
         ema: the running averages are wanted.
+        vae: a file whose first stage takes the place of the checkpoint's; None:
+            NAME.vae.safetensors (.pt, .ckpt) beside the checkpoint, if there is one.
 
     Raises:
         InputError: the file cannot be used, or what it is cannot be told; the message says why
             and what to do.
     """
-    return _inspect(open_state_dict(path), config, parameterization, ema)
+    return _inspect(*_open(path, vae), config, parameterization, ema)
 
 
 def load_model(
@@ -148,11 +154,12 @@ def load_model(
     device: str | torch.device = "cpu",
     tome: ToMeConfig | Mapping[str, Any] | None = None,
     attention: str = "sdpa",
+    vae: str | os.PathLike[str] | None = None,
 ) -> LatentDiffusion:
     """Load a checkpoint as a model that is ready to sample.
 
     Args:
-        ckpt, config, parameterization, ema: see ``inspect_checkpoint``.
+        ckpt, config, parameterization, ema, vae: see ``inspect_checkpoint``.
         dtype: of the weights; the schedule stays float32. In half precision the U-Net's
             convolutions have channels last, except on MPS.
         device: where the model goes.
@@ -165,10 +172,10 @@ def load_model(
     Raises:
         InputError: as for ``inspect_checkpoint``; or the tensors do not fill the model.
     """
-    weights = open_state_dict(ckpt)
-    info = _inspect(weights, config, parameterization, ema)
-    model = _build_without_weights(info)
-    _fill(model, weights, info, ema, dtype, device)
+    weights, vae_file = _open(ckpt, vae)
+    info = _inspect(weights, vae_file, config, parameterization, ema)
+    model = build_without_weights(info.config, info.config_name, limit=len(weights))
+    fill(model, weights, info.config, info.config_name, ema, dtype, device)
     model.to(device).eval().requires_grad_(False)
     set_attention_backend(model, attention)
     if tome is not None:
@@ -180,65 +187,81 @@ def load_model(
 # --- what it is -------------------------------------------------------------------------------
 
 
-def _canonical_names(weights: StateDict) -> dict[str, str]:
-    """Name in our models -> name in the file; a tensor that needs no renaming wins."""
-    renamed = {keys.canonical_name(name): name for name in weights}
-    return renamed | {name: name for name in weights if name in renamed}
+def _open(
+    path: str | os.PathLike[str], vae: str | os.PathLike[str] | None
+) -> tuple[StateDict, Path | None]:
+    """A checkpoint's tensors, with those of the VAE that was given or lies beside it; and that."""
+    weights = open_state_dict(path)
+    file = find_vae(weights.path) if vae is None else Path(vae)
+    return (weights, None) if file is None else (with_vae(weights, open_state_dict(file)), file)
 
 
 def _inspect(
-    weights: StateDict, config: ConfigLike | None, parameterization: str | None, ema: bool
+    weights: StateDict,
+    vae: Path | None,
+    config: ConfigLike | None,
+    parameterization: str | None,
+    ema: bool,
 ) -> CheckpointInfo:
     """See ``inspect_checkpoint``."""
     path = weights.path
-    if parameterization not in (None, *PARAMETERIZATIONS):
-        known = ", ".join(PARAMETERIZATIONS)
-        raise InputError(f"parameterization {parameterization!r} is none of {known}")
-    names = _canonical_names(weights)
+    names = keys.canonical_names(weights)
     shapes = {name: weights.entries[raw].shape for name, raw in names.items()}
     keys.refuse_other_families(shapes, str(path))
     _require_components(shapes, path)
+    weights.require_weights(raw for name, raw in names.items() if keys.is_weight(name))
     if ema and not keys.has_ema(shapes):
         raise InputError(f"{path} has no EMA weights to use; leave out the EMA option")
 
-    shipped_fits = [
-        (str(file), whole)
+    shipped_fits = {
+        str(file): whole
         for file, whole in ((file, load_config(file)) for file in model_configs())
         if keys.misfit(whole, shapes) is None
-    ]
-    if config is None:
-        config = _neighbouring_config(path)
-    if config is not None:
-        candidates = [_chosen_config(config, shapes, path, [name for name, _ in shipped_fits])]
-    elif shipped_fits:
-        candidates = shipped_fits
-    else:
+    }
+    given = None if config is None else _given_config(config)
+    beside = None if given else neighbouring_config(path, shapes)
+    chosen = given or beside
+    if chosen is not None:
+        if reason := keys.misfit(chosen[1], shapes):
+            advice = " or ".join(shipped_fits) or "no shipped configuration"
+            raise InputError(f"{chosen[0]} does not fit {path}: {reason}; {advice} fits")
+    elif not shipped_fits:
         raise InputError(
             f"no shipped configuration fits {path}, whose U-Net has {keys.input_channels(shapes)} "
             f"input channels and context size {keys.context_size(shapes)}: give its own one with "
             "--config"
         )
-    prediction, source = parameterization, "as asked for"
+    candidates = dict([chosen]) if chosen else shipped_fits
+    prediction = decide_prediction(weights, parameterization, beside, given, candidates)
     if prediction is None:
-        prediction, source = _deduce_prediction(weights, candidates, is_chosen=config is not None)
-
-    def predicts_alike(candidate: tuple[str, dict[str, Any]]) -> bool:
-        return _prediction_of(candidate[1]) == prediction
-
-    name, whole = next(filter(predicts_alike, candidates), candidates[0])
-    _, relative = next(filter(predicts_alike, shipped_fits), (name, whole))
-    whole["model"]["params"]["parameterization"] = prediction
+        raise InputError(
+            f"{path} is a Stable Diffusion 2 model that predicts either noise (512 models) or v "
+            "(768 models), and nothing in it says which: give --parameterization eps or v"
+        )
+    alike = [n for n, whole in candidates.items() if kind_of(whole) == prediction.kind]
+    name = (alike or list(candidates))[0]
+    whole = candidates[name]
+    relatives = [one for one in shipped_fits.values() if kind_of(one) == prediction.kind]
+    params = whole["model"]["params"]
+    params = {key: value for key, value in params.items() if key not in ZERO_SNR_KEYS}
+    params["parameterization"] = prediction.kind
+    if prediction.zero_snr:
+        params["zero_snr"] = True
+    whole = {**whole, "model": {**whole["model"], "params": params}}
     return CheckpointInfo(
         path=path,
         family=keys.family(shapes),
-        prediction=prediction,
-        prediction_source=source,
+        prediction=prediction.kind,
+        prediction_source=prediction.source,
+        zero_snr=prediction.zero_snr,
         in_channels=keys.input_channels(shapes) or 0,
         has_ema=keys.has_ema(shapes),
         n_tensors=len(weights),
         config=whole,
         config_name=name,
-        defaults={**model_defaults(relative), **(whole.get("defaults") or {})},
+        vae=vae,
+        can_encode=keys.has_encoder(shapes),
+        defaults={**model_defaults((relatives or [whole])[0]), **(whole.get("defaults") or {})},
     )
 
 
@@ -252,179 +275,15 @@ def _require_components(shapes: Mapping[str, keys.Shape], path: Path) -> None:
     if len(missing) == len(keys.COMPONENTS):
         raise InputError(f"{path} is no Stable Diffusion checkpoint: it has no {missing[0]}")
     if missing:
-        raise InputError(f"{path} has no {' and no '.join(missing)}; a full checkpoint is needed")
+        is_vae = len(missing) == 1 and keys.FIRST_STAGE in missing[0]
+        hint = "give one with --vae" if is_vae else "a full checkpoint is needed"
+        raise InputError(f"{path} has no {' and no '.join(missing)}; {hint}")
 
 
-def _neighbouring_config(path: Path) -> Path | None:
-    """A configuration that was put beside the file, or that its training run stored."""
-    sidecar = path.with_suffix(".yaml")
-    if sidecar.is_file():
-        return sidecar
-    # scripts/train.py writes logs/RUN/checkpoints/last.ckpt and logs/RUN/configs/TIME-project.yaml
-    if path.parent.name == "checkpoints":
-        return max(path.parent.parent.glob("configs/*-project.yaml"), default=None)
-    return None
-
-
-def _chosen_config(
-    config: ConfigLike, shapes: Mapping[str, keys.Shape], path: Path, fitting: list[str]
-) -> tuple[str, dict[str, Any]]:
-    """The configuration that was given or lies beside the file, if it fits the tensors."""
+def _given_config(config: ConfigLike) -> tuple[str, dict[str, Any]]:
+    """Name and content of the configuration that the user gave."""
     if isinstance(config, Mapping):
         name, whole = "the given configuration", copy.deepcopy(dict(config))
     else:
         name, whole = str(config), load_config(config)
-    if reason := keys.misfit(whole, shapes):
-        advice = " or ".join(fitting) or "no shipped configuration"
-        raise InputError(f"{name} does not fit {path}: {reason}; {advice} fits")
-    return name, whole
-
-
-def _prediction_of(config: Mapping[str, Any]) -> str:
-    """What the U-Net of a configuration predicts; upstream's default is eps."""
-    return config["model"]["params"].get("parameterization", "eps")
-
-
-def _deduce_prediction(
-    weights: StateDict, candidates: list[tuple[str, dict[str, Any]]], is_chosen: bool
-) -> tuple[str, str]:
-    """``eps`` or ``v``, and how we know; shapes cannot tell.
-
-    The order: the file's metadata, the configuration if there is no choice, the file's name.
-    """
-    path = weights.path
-    said = {_prediction_of(whole) for _, whole in candidates}
-    stated = keys.prediction_in_metadata(weights.metadata)
-    if stated and is_chosen and stated not in said:
-        raise InputError(
-            f"{candidates[0][0]} says {said.pop()}-prediction, but the metadata of {path} say "
-            f"{stated}: give --parameterization to decide"
-        )
-    if stated:
-        return stated, "by its metadata"
-    if len(said) == 1:
-        return said.pop(), "by its configuration"
-    if hinted := keys.prediction_in_name(path.stem):
-        return hinted, "by its name"
-    raise InputError(
-        f"{path} is a Stable Diffusion 2 model that predicts either noise (512 models) or v (768 "
-        "models), and nothing in it says which: give --parameterization eps or v"
-    )
-
-
-# --- loading ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside get parameters without memory, and draw no random numbers for them.
-
-    Buffers are real: masks and schedules are computed from the configuration as always, which
-    building under ``torch.device("meta")`` would prevent.
-    """
-
-    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None:
-            return None
-        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-    hooks: Any = nn.modules.module  # annotated as if a hook returned nothing
-    handle = hooks.register_module_parameter_registration_hook(move)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _build_without_weights(info: CheckpointInfo) -> LatentDiffusion:
-    """The configured model for inference: no EMA copy, no training loss, no file loaded by it."""
-    config = copy.deepcopy(info.config["model"])
-    params = config["params"]
-    params["use_ema"] = False
-    params["first_stage_config"]["params"]["lossconfig"] = {"target": "torch.nn.Identity"}
-    for section in (params, params["first_stage_config"]["params"]):
-        for key in ("ckpt_path", "ignore_keys"):
-            section.pop(key, None)
-    try:
-        with _parameters_on_meta():
-            return instantiate_from_config(config)
-    except InputError:
-        raise
-    except (TypeError, ValueError, KeyError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"no model can be built from {info.config_name}: {reason}") from error
-
-
-def _fill(
-    model: nn.Module,
-    weights: StateDict,
-    info: CheckpointInfo,
-    ema: bool,
-    dtype: torch.dtype,
-    device: str | torch.device,
-) -> None:
-    """Put each tensor of the file where it belongs; refuse what does not fill the model.
-
-    Raises:
-        InputError: tensors are missing or have other shapes, or the U-Net has others besides.
-    """
-    names = _canonical_names(weights)
-    places = {n: t for n, t in model.state_dict().items() if n not in keys.SCHEDULE}
-    idle = keys.idle_text_names(places, info.config["model"]["params"]["cond_stage_config"])
-    sources = {  # name in the model -> name in the file
-        name: names[stored]
-        for name in places
-        for stored in [keys.ema_name(name) if ema and name.startswith(keys.UNET) else name]
-        if stored in names
-    }
-    _refuse_missing(sorted(set(places) - set(sources) - idle), info)
-    wrong = [n for n, raw in sources.items() if weights.entries[raw].shape != places[n].shape]
-    if wrong:
-        found, wanted = weights.entries[sources[wrong[0]]].shape, tuple(places[wrong[0]].shape)
-        raise InputError(
-            f"{info.path} does not fit {info.config_name}: other shapes in {_list(wrong)}; the "
-            f"first is {found}, not {wanted}"
-        )
-    _report_unused(set(names) - set(sources) - set(places), info)
-
-    unet_format = memory_format(dtype, torch.device(device))
-
-    def load(name: str, place: Tensor) -> Tensor:
-        if name not in sources:  # stored by most files, used by no computation
-            return torch.zeros(place.shape, dtype=dtype, device=device)
-        # Converting the loaded model's layout instead would leave the process with 0.6 GB of memory
-        # in pieces that it cannot give back.
-        is_unet_map = name.startswith(keys.UNET) and place.ndim == 4
-        # A copy, as a mapped tensor changes with its file, and its alignment changes last bits.
-        return weights[sources[name]].to(
-            device=device,
-            dtype=dtype if place.is_meta else place.dtype,  # buffers keep their type
-            copy=True,
-            memory_format=unet_format if is_unet_map else torch.contiguous_format,
-        )
-
-    # read, cast and moved one by one: besides the model there is one tensor in memory
-    tensors = {name: load(name, place) for name, place in places.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)
-
-
-def _list(names: list[str]) -> str:
-    """How many tensors, and the first names of them."""
-    first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({first})"
-
-
-def _refuse_missing(names: list[str], info: CheckpointInfo) -> None:
-    if names:
-        raise InputError(f"{info.path} lacks {_list(names)}, needed by {info.config_name}")
-
-
-def _report_unused(names: set[str], info: CheckpointInfo) -> None:
-    """Warn of tensors without a place; in the U-Net they mean another architecture."""
-    unknown = sorted(name for name in names if not keys.is_harmless(name))
-    if not unknown:
-        return
-    what = f"{info.path} has {_list(unknown)} without a place in {info.config_name}"
-    if any(name.startswith(keys.UNET) for name in unknown):
-        raise InputError(what)
-    logger.warning("%s; they are ignored", what)
+    return name, without_training_keys(whole, name)

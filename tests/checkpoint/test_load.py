@@ -12,10 +12,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ldm.checkpoint import keys
 from ldm.checkpoint import load as checkpoint_module
+from ldm.checkpoint.fill import build_without_weights
 from ldm.checkpoint.load import default_checkpoint, inspect_checkpoint, load_model, state_dict_of
 from ldm.config import load_config
 from ldm.errors import InputError
 from ldm.modules.tome.config import ToMeConfig
+from ldm.util import instantiate_from_config
 from tests.golden_util import load_golden_keys
 from tests.tiny_models import tiny_config, tiny_weights, write_header, write_safetensors
 
@@ -290,7 +292,7 @@ def test_attention_and_token_merging(tmp_path, config, weights):
 def test_changing_any_one_tensor_changes_the_picture(version, prefix):
     """Each tensor in turn: loaded where it does something, and nowhere else."""
     config = tiny_config(version=version)
-    model = checkpoint_module.instantiate_from_config(config["model"])
+    model = instantiate_from_config(config["model"])
     from tests.golden_util import fill_parameters
 
     fill_parameters(model, 0)
@@ -620,7 +622,7 @@ def test_every_published_tensor_has_its_place(tmp_path, family):
     """Names and shapes of the built model are exactly those of the published file."""
     path = full_size(tmp_path / "512.safetensors", family)
     info = inspect_checkpoint(path)
-    model = checkpoint_module._build_without_weights(info)
+    model = build_without_weights(info.config, info.config_name, info.n_tensors)
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wanted = {name: entry.shape for name, entry in state_dict_of(path).entries.items()}
     wanted.pop(f"{TEXT}embeddings.position_ids", None)

@@ -191,10 +191,10 @@ def test_a_folder_with_files_of_limited_size(tmp_path):
     torch.save({"state_dict": weights}, source)
     folder = convert(source, half=True, split=0.35)
     assert folder == tmp_path / "model"
-    names = sorted(path.stem for path in folder.iterdir())
-    assert names == ["first_stage", "unet-1", "unet-2"]
-    assert all(path.stat().st_size <= 0.35e6 for path in folder.iterdir())
-    stored = {k: v for path in folder.iterdir() for k, v in content(path)[0].items()}
+    files = sorted(folder.glob("*.safetensors"))
+    assert [path.stem for path in files] == ["first_stage", "unet-1", "unet-2"]
+    assert all(path.stat().st_size <= 0.35e6 for path in files)
+    stored = {k: v for path in files for k, v in content(path)[0].items()}
     assert set(stored) == set(weights) - {"betas"}
     assert all(torch.equal(stored[k], weights[k].half()) for k in stored)
     with pytest.raises(InputError, match="exists; give --force"):

@@ -1,0 +1,223 @@
+"""What a U-Net predicts, noise (eps) or v, and on which schedule: decided here and nowhere else.
+
+The tensors' shapes cannot tell. In this order, the first that says something decides:
+
+1. what the user asked for,
+2. the file's metadata (`METADATA_KEYS`),
+3. keys in the file (`v_pred`, `ztsnr`),
+4. the configuration beside the file, or in its training run's folder,
+5. the exact name of a published file, or the words v-pred and eps in a name,
+6. the configuration that fits, which is a guess where a file says nothing.
+
+Sources: ComfyUI's and kohya-ss's metadata and keys; Lin et al. 2023 (arXiv 2305.08891) for the
+schedule with zero terminal SNR.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoint.files import StateDict
+from ldm.errors import InputError, escaped, shown
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("eps", "x0", "v")
+_SPELLINGS = {
+    "eps": "eps", "epsilon": "eps", "x0": "x0", "sample": "x0",
+    "v": "v", "v_prediction": "v", "v-prediction": "v", "v_pred": "v", "velocity": "v",
+}  # fmt: skip
+METADATA_KEYS = (
+    "modelspec.prediction_type",
+    "modelspec.predict_key",
+    "prediction_type",
+    "parameterization",
+)
+ZERO_SNR_KEYS = ("zero_snr", "ztsnr", "zero_terminal_snr", "rescale_betas_zero_snr")
+ZERO_SNR_METADATA = (*ZERO_SNR_KEYS, "modelspec.ztsnr", "ss_zero_terminal_snr")
+MARKERS = ("v_pred", "ztsnr")
+"""Tensors without numbers, whose presence says something."""
+
+_PUBLISHED = {
+    "512": "eps",
+    "512-base-ema": "eps",
+    "512-inpainting-ema": "eps",
+    "v2-1_512-ema-pruned": "eps",
+    "v2-1_512-nonema-pruned": "eps",
+    "sd_turbo": "eps",
+    "768": "v",
+    "768-v": "v",
+    "768-v-ema": "v",
+    "v2-1_768-ema-pruned": "v",
+    "v2-1_768-nonema-pruned": "v",
+}
+_STORAGE = re.compile(r"([-_.](fp16|fp32|bf16|half|float16|float32))+$", re.IGNORECASE)
+_V_WORD = re.compile(r"(?<![a-z0-9])v[-_ ]?pred(iction)?(?![a-z0-9])", re.IGNORECASE)
+_EPS_WORD = re.compile(r"(?<![a-z0-9])eps(ilon)?([-_ ]?pred(iction)?)?(?![a-z0-9])", re.IGNORECASE)
+_ZERO_WORD = re.compile(r"(?<![a-z0-9])zt?snr(?![a-z0-9])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a U-Net predicts, and how that is known.
+
+    Attributes:
+        kind: ``eps``, ``x0`` or ``v``.
+        zero_snr: the schedule is rescaled so that the last step is noise alone.
+        source: how it is known, in words: "by its metadata".
+        is_stated: something says so; else it is a guess, which is never written anywhere.
+    """
+
+    kind: str
+    zero_snr: bool
+    source: str
+    is_stated: bool = True
+
+
+@dataclass(frozen=True)
+class _Statement:
+    kind: str | None
+    zero_snr: bool
+    where: str
+
+
+def decide_prediction(
+    weights: StateDict,
+    asked: str | None = None,
+    beside: tuple[str, Mapping[str, Any]] | None = None,
+    given: tuple[str, Mapping[str, Any]] | None = None,
+    fitting: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Prediction | None:
+    """Settle what a file's U-Net predicts; see the order above.
+
+    Args:
+        weights: the file.
+        asked: the user's choice.
+        beside: name and content of the configuration that lies beside the file.
+        given: name and content of the one that the user gave.
+        fitting: name -> content of those that fit where there is neither.
+
+    Returns:
+        The decision; None where nothing says anything.
+
+    Raises:
+        InputError: a statement cannot be understood, or contradicts the configuration that the
+            user gave.
+    """
+    if asked not in (None, *KINDS):
+        raise InputError(f"parameterization {shown(asked)} is none of {', '.join(KINDS)}")
+    statements = list(_statements(weights, beside, asked))
+    stated = [one for one in statements if one.kind is not None]
+    has_zero_snr = any(one.zero_snr for one in statements)
+    if asked is None and stated and given is not None:
+        own = kind_of(given[1])
+        if own != stated[0].kind:
+            raise InputError(
+                f"{given[0]} says {own}-prediction, but the {stated[0].where} of {weights.path} "
+                f"say {stated[0].kind}: give --parameterization to decide"
+            )
+    if asked is not None:
+        found = Prediction(asked, False, "as asked for")
+    elif stated:
+        found = Prediction(stated[0].kind or "", False, f"by its {stated[0].where}")
+        for other in stated[1:]:
+            if other.kind != found.kind:
+                logger.warning(
+                    "%s: its %s say %s-prediction, its %s %s; the former holds "
+                    "(--parameterization decides otherwise)",
+                    *(weights.path, stated[0].where, found.kind, other.where, other.kind),
+                )
+    elif given is not None:
+        found = Prediction(kind_of(given[1]), False, "by the given configuration")
+    else:
+        kinds = {kind_of(whole) for whole in (fitting or {}).values()}
+        if len(kinds) != 1:
+            return None
+        found = Prediction(kinds.pop(), False, "by the configuration that fits", is_stated=False)
+    has_zero_snr |= given is not None and has_zero_terminal(given[1])
+    if has_zero_snr and found.kind != "v":
+        logger.warning(
+            "%s asks for a schedule with zero terminal SNR, which needs v-prediction; it is left "
+            "out",
+            weights.path,
+        )
+        has_zero_snr = False
+    return Prediction(found.kind, has_zero_snr, found.source, found.is_stated)
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """What the U-Net of a configuration predicts; upstream's default is eps."""
+    return config["model"]["params"].get("parameterization", "eps")
+
+
+def has_zero_terminal(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration asks for the schedule with zero terminal SNR."""
+    params = config["model"]["params"]
+    return any(params.get(key) is True for key in ZERO_SNR_KEYS)
+
+
+def record(metadata: Mapping[str, str], prediction: Prediction | None) -> dict[str, str]:
+    """Metadata that state the prediction; without one, or with a guess, as they are."""
+    if prediction is None or not prediction.is_stated:
+        return dict(metadata)
+    kept = {
+        key: value
+        for key, value in metadata.items()
+        if key not in ZERO_SNR_METADATA
+        and not (key in METADATA_KEYS and _SPELLINGS.get(_plain(value)) != prediction.kind)
+    }
+    names = {"v": "v", "eps": "epsilon", "x0": "sample"}
+    kept["modelspec.prediction_type"] = names[prediction.kind]
+    return kept | ({"ztsnr": "true"} if prediction.zero_snr else {})
+
+
+def prediction_in_name(stem: str) -> str | None:
+    """``eps`` or ``v`` if a file has the exact name of a published one, or a word that says so."""
+    if published := _PUBLISHED.get(_STORAGE.sub("", stem).lower()):
+        return published
+    is_v, is_eps = bool(_V_WORD.search(stem)), bool(_EPS_WORD.search(stem))
+    return None if is_v == is_eps else "v" if is_v else "eps"
+
+
+def prediction_in_metadata(metadata: Mapping[str, str], whose: str = "the") -> str | None:
+    """``eps``, ``v`` or ``x0`` if a safetensors header says so.
+
+    Raises:
+        InputError: it says something else.
+    """
+    for key in METADATA_KEYS:
+        if key in metadata:
+            if found := _SPELLINGS.get(_plain(metadata[key])):
+                return found
+            raise InputError(
+                f"{whose} metadata say {escaped(key)}: {shown(metadata[key])}, and supported are "
+                "epsilon and v: give --parameterization to decide"
+            )
+    return None
+
+
+def _statements(
+    weights: StateDict, beside: tuple[str, Mapping[str, Any]] | None, asked: str | None
+) -> Iterator[_Statement]:
+    """What each source says, in the order in which they count."""
+    yield _Statement(
+        asked or prediction_in_metadata(weights.metadata, f"{weights.path}: its"),
+        any(_plain(weights.metadata.get(key, "")) in ("true", "1") for key in ZERO_SNR_METADATA),
+        "metadata",
+    )
+    found = {name for name in MARKERS if name in weights}
+    yield _Statement("v" if "v_pred" in found else None, "ztsnr" in found, "keys")
+    if beside is not None:
+        name, whole = beside
+        yield _Statement(kind_of(whole), has_zero_terminal(whole), f"configuration {name}")
+    stem = weights.path.name if weights.path.is_dir() else Path(weights.path).stem
+    yield _Statement(prediction_in_name(stem), bool(_ZERO_WORD.search(stem)), "name")
+
+
+def _plain(text: str) -> str:
+    return text.strip().lower()

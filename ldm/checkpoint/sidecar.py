@@ -1,0 +1,121 @@
+"""Configurations that lie beside a checkpoint, or that its training run stored: values, no targets.
+
+A file that came with a download must not choose what is built. Each section of it describes a
+class that is known beforehand; what that class does not take belongs to training, and is left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoint.keys import TEXT_ENCODER, Shape
+from ldm.checkpoint.prediction import ZERO_SNR_KEYS
+from ldm.config import load_yaml
+from ldm.errors import InputError, escaped
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.ddpm import INERT_ARGUMENTS, LatentDiffusion
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
+from ldm.util import get_obj_from_str
+
+logger = logging.getLogger(__name__)
+
+# What forks of the training program keep in model.params, and no picture needs.
+TRAINING_KEYS = {
+    *("personalization_config", "embedding_reg_weight", "unfreeze_model", "unfreeze_unet"),
+    *("model_lr", "embedding_lr", "reg_weight", "freeze_model", "add_token", "modifier_token"),
+    *("initializer_words", "progressive_words", "placeholder_strings", "num_vectors_per_token"),
+}
+
+
+def neighbouring_config(
+    path: Path, shapes: Mapping[str, Shape]
+) -> tuple[str, dict[str, Any]] | None:
+    """Name and content of the configuration that belongs to a file, if there is one.
+
+    Args:
+        path: the checkpoint.
+        shapes: of its tensors: they say which text encoder it is.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    found = path.with_suffix(".yaml")
+    if not found.is_file():
+        # scripts/train.py writes logs/RUN/checkpoints/last.ckpt and logs/RUN/configs/...
+        is_run = path.parent.name == "checkpoints"
+        stored = path.parent.parent.glob("configs/*-project.yaml") if is_run else ()
+        newest = max(stored, default=None)
+        if newest is None:
+            return None
+        found = newest
+    return str(found), _values(load_yaml(found), str(found), shapes)
+
+
+def without_training_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A configuration less what only training needs, with a line that says so."""
+    params = _section(config, "model")
+    left_out = sorted(set(params) & TRAINING_KEYS)
+    _say(left_out, name)
+    kept = {key: value for key, value in params.items() if key not in left_out}
+    model = config.get("model")
+    return {**config, "model": {**model, "params": kept}} if isinstance(model, Mapping) else {}
+
+
+def _values(config: Mapping[str, Any], name: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The sections of a model, each for the class that belongs there, with what it takes."""
+    is_open_clip = any(key.startswith(f"{TEXT_ENCODER}model.") for key in shapes)
+    text: list[type] = [FrozenOpenCLIPEmbedder, FrozenCLIPEmbedder]
+    model = _section(config, "model")
+    dropped: list[str] = []
+
+    def section(holder: Mapping[str, Any], key: str, classes: list[type]) -> dict[str, Any]:
+        own = holder.get(key)
+        if not isinstance(own, Mapping):
+            raise InputError(f"{name} is no configuration of a latent-diffusion model: no {key}")
+        cls = classes[0]
+        if "target" in own:
+            try:
+                named = get_obj_from_str(own["target"])
+            except InputError:
+                named = None
+            if named in classes:
+                cls = named
+            else:
+                dropped.append(f"{key}.target")
+        known = set(inspect.signature(cls).parameters) | set(ZERO_SNR_KEYS)
+        known |= set(INERT_ARGUMENTS) if cls is LatentDiffusion else set()
+        params = _section(holder, key)
+        dropped.extend(sorted(set(params) - known))
+        kept = {key: value for key, value in params.items() if key in known}
+        return {"target": f"{cls.__module__}.{cls.__name__}", "params": kept}
+
+    whole = section(config, "model", [LatentDiffusion])
+    whole["params"] |= {
+        "unet_config": section(model, "unet_config", [UNetModel]),
+        "first_stage_config": section(model, "first_stage_config", [AutoencoderKL]),
+        "cond_stage_config": section(
+            model, "cond_stage_config", text if is_open_clip else text[::-1]
+        ),
+    }
+    whole["params"].pop("scheduler_config", None)
+    _say(dropped, name)
+    defaults = config.get("defaults")
+    return {"model": whole, "defaults": dict(defaults) if isinstance(defaults, Mapping) else {}}
+
+
+def _section(holder: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = holder.get(key)
+    params = section.get("params") if isinstance(section, Mapping) else None
+    return params if isinstance(params, Mapping) else {}
+
+
+def _say(left_out: list[str], name: str) -> None:
+    if left_out:
+        logger.warning(
+            "%s: not needed for drawing, and left out: %s", name, escaped(", ".join(left_out), 300)
+        )

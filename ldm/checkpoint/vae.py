@@ -1,0 +1,83 @@
+"""A first stage (VAE) from a file of its own, in the place of a checkpoint's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ldm.checkpoint.files import StateDict
+from ldm.checkpoint.keys import FIRST_STAGE, canonical_name
+from ldm.errors import InputError
+
+_ENDINGS = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
+_PREFIXES = (FIRST_STAGE, "vae.", "")
+# diffusers' AutoencoderKL -> upstream's; {up} is a level counted from the other end
+_DIFFUSERS = [
+    (r"^(en|de)coder\.mid_block\.resnets\.0\.", r"\1coder.mid.block_1."),
+    (r"^(en|de)coder\.mid_block\.resnets\.1\.", r"\1coder.mid.block_2."),
+    (r"^(en|de)coder\.mid_block\.attentions\.0\.", r"\1coder.mid.attn_1."),
+    (r"^encoder\.down_blocks\.(\d)\.resnets\.(\d)\.", r"encoder.down.\1.block.\2."),
+    (r"^encoder\.down_blocks\.(\d)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
+    (r"^decoder\.up_blocks\.(\d)\.resnets\.(\d)\.", r"decoder.up.{up}.block.\2."),
+    (r"^decoder\.up_blocks\.(\d)\.upsamplers\.0\.", r"decoder.up.{up}.upsample."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+]
+
+
+def find_vae(checkpoint: Path) -> Path | None:
+    """The VAE that belongs to a checkpoint by its name, such as MODEL.vae.safetensors."""
+    stem = checkpoint if checkpoint.is_dir() else checkpoint.with_suffix("")
+    beside = (stem.with_name(stem.name + ending) for ending in _ENDINGS)
+    return next((file for file in beside if file.is_file() and file != checkpoint), None)
+
+
+def with_vae(weights: StateDict, vae: StateDict) -> StateDict:
+    """A checkpoint whose first stage is that of another file.
+
+    Args:
+        weights: the checkpoint, with a first stage or without.
+        vae: the other file: a VAE in upstream's or diffusers' names, or a whole checkpoint.
+
+    Raises:
+        InputError: there is no VAE in it.
+    """
+    own = _vae_entries(vae)
+    if f"{FIRST_STAGE}decoder.conv_in.weight" not in own:
+        raise InputError(f"{vae.path} is no VAE: it has no decoder.conv_in.weight")
+    vae.require_weights(own.values())
+    rest = {
+        name: entry
+        for name, entry in weights.entries.items()
+        if not canonical_name(name).startswith(FIRST_STAGE)
+    }
+    return StateDict(
+        weights.path,
+        rest | {name: vae.entries[raw] for name, raw in own.items()},
+        weights.metadata,
+    )
+
+
+def _vae_entries(vae: StateDict) -> dict[str, str]:
+    """Name in our models -> name in the file."""
+    plain = {canonical_name(name): name for name in vae}
+    prefix = next(p for p in _PREFIXES if p == "" or any(name.startswith(p) for name in plain))
+    found = {
+        name[len(prefix) :]: raw
+        for name, raw in plain.items()
+        if name.startswith(prefix)
+        and name[len(prefix) :].startswith(("encoder.", "decoder.", "quant_", "post_quant_"))
+    }
+    numbers = (re.match(r"decoder\.up_blocks\.(\d)\.", name) for name in found)
+    last = max((int(match[1]) for match in numbers if match), default=0)
+    return {canonical_name(FIRST_STAGE + _ours(name, last)): raw for name, raw in found.items()}
+
+
+def _ours(name: str, last: int) -> str:
+    """A name of diffusers' in upstream's spelling; others stay."""
+    for pattern, ours in _DIFFUSERS:
+        if match := re.search(pattern, name):
+            if "{up}" in ours:
+                ours = ours.replace("{up}", str(last - int(match[1])))
+            name = re.sub(pattern, ours, name)
+    return name
