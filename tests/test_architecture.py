@@ -39,10 +39,9 @@ DOORS = {
     "omegaconf": {"ldm.util"},
     "pytorch_lightning": {"ldm.training"},
     "PIL": {"ldm.images"},
-    "argparse": {"ldm.cli", "ldm.training.run"},
-    "gradio": {"ldm.web"},
-    "starlette": {"ldm.web"},
-    "uvicorn": {"ldm.web"},
+    "argparse": {"ldm.cli", "ldm.training"},
+    "gradio": {"ldm.web.page"},
+    "starlette": {"ldm.web.page"},
     "transformers": set(),
     "open_clip": {"ldm.evaluation.appendix_f.protocols"},
 }

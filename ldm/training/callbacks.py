@@ -1,15 +1,23 @@
-"""What a training run notes down: its configuration, and each epoch's time and memory."""
+"""What accompanies each step of a training run, and what it notes down."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from ldm.training.checkpoints import Diverged
+from ldm.training.order import seed_all
+
+logger = logging.getLogger(__name__)
 
 
 class SetupCallback(pl.Callback):
@@ -32,6 +40,50 @@ class SetupCallback(pl.Callback):
         for name, config in self.files.items():
             text = yaml.safe_dump(config, sort_keys=False)
             (self.folder / name).write_text(text, encoding="utf-8")
+
+
+class Chance(pl.Callback):
+    """Seed every generator before each step, by the number of its batch; see `ldm.training.order`.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """What this step draws depends on seed, process and batch alone."""
+        number = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        seed_all(self.seed, trainer.global_rank, number)
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        *_: Any,
+    ) -> None:
+        """Losses of different epochs can be compared."""
+        seed_all(self.seed, trainer.global_rank, batch_idx)
+
+
+class FiniteLoss(pl.Callback):
+    """Ends training at the first loss that is no number, before it reaches the weights."""
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """Look at the loss.
+
+        Raises:
+            Diverged: it is not finite.
+        """
+        if not bool(torch.isfinite(loss)):
+            raise Diverged(f"step {trainer.global_step + 1}: the loss is {loss.item()}")
 
 
 class CUDACallback(pl.Callback):
@@ -57,7 +109,8 @@ class CUDACallback(pl.Callback):
             peak = peak_memory()
         seconds = time.perf_counter() - self.start
         memory = "" if peak is None else f", peak {peak / 2**20:.0f} MiB"
-        rank_zero_info(f"Epoch {trainer.current_epoch}: {seconds:.1f} s{memory}")
+        if trainer.is_global_zero:
+            logger.info("Epoch %d: %.1f s%s", trainer.current_epoch, seconds, memory)
 
 
 def peak_memory() -> int | None:

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader, Dataset
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from ldm.data.buckets import ResolutionBuckets
+from ldm.errors import InputError
+from ldm.training.order import EpochBatches, SeededItems, shuffled
 from ldm.util import instantiate_from_config
+
+SPLITS = ("train", "validation", "test", "predict")
 
 
 class DataModuleFromConfig(pl.LightningDataModule):
     """Data loaders from the ``target``/``params`` of their data sets.
 
+    Training batches follow from the run's seed and their number: a run that is resumed goes on
+    with the batch after its last one.
+
     Args:
         batch_size: pictures per step and process.
-        train, validation, test, predict: configuration of each data set, or None.
+        train: configuration of the data set, or None, as ``validation``, ``test``, ``predict``.
         num_workers: loader processes (default: twice the batch size, at most the machine's cores).
+        num_val_workers: those of all sets but ``train`` (default: as many).
         shuffle_val_dataloader: shuffle the validation pictures.
+        shuffle_test_loader: shuffle the test pictures.
+        wrap: without meaning here, as ``use_worker_init_fn``: any data set will do.
 
-    Source: CompVis main.py. Its ``wrap``, ``shuffle_test_loader`` and ``use_worker_init_fn`` serve
-    kinds of data that are not supported here.
+    Attributes:
+        seed: of the run; the training script sets it.
+
+    Source: CompVis main.py.
     """
+
+    seed = 0
 
     def __init__(
         self,
@@ -33,17 +49,29 @@ class DataModuleFromConfig(pl.LightningDataModule):
         test: dict[str, Any] | None = None,
         predict: dict[str, Any] | None = None,
         num_workers: int | None = None,
+        num_val_workers: int | None = None,
         shuffle_val_dataloader: bool = False,
+        shuffle_test_loader: bool = False,
+        wrap: bool = False,
+        use_worker_init_fn: bool = False,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
         limit = os.cpu_count() or 1
         self.num_workers = min(2 * batch_size, limit) if num_workers is None else num_workers
-        self.shuffle_validation = shuffle_val_dataloader
-        self.configs = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.datasets: dict[str, Dataset] = {}
-        for split in ("train", "validation", "test", "predict"):
-            if self.configs[split] is None:  # Lightning takes an overridden loader as a promise
+        self.num_val_workers = self.num_workers if num_val_workers is None else num_val_workers
+        self.shuffled = {
+            split
+            for split, is_shuffled in (
+                ("validation", shuffle_val_dataloader),
+                ("test", shuffle_test_loader),
+            )
+            if is_shuffled
+        }
+        self.configs = dict(zip(SPLITS, (train, validation, test, predict), strict=True))
+        self.datasets: dict[str, Any] = {}
+        for split, config in self.configs.items():
+            if config is None:  # Lightning takes an overridden loader as a promise
                 name = {"validation": "val"}.get(split, split)
                 setattr(self, f"{name}_dataloader", _no_loader)
 
@@ -52,42 +80,88 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the data sets that are configured."""
-        for split, config in self.configs.items():
-            if config is not None and split not in self.datasets:
-                self.datasets[split] = instantiate_from_config(config, Dataset)
+        """Build the data sets that are configured.
 
-    def _loader(self, split: str, shuffle: bool) -> DataLoader:
-        dataset = self.datasets[split]
-        workers: dict[str, Any] = {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-        }
-        if isinstance(dataset, ResolutionBuckets):
-            return DataLoader(dataset, batch_sampler=dataset.batch_sampler, **workers)
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=split == "train",
-            **workers,
-        )
+        Raises:
+            InputError: the training set has fewer pictures than a batch.
+        """
+        for split, config in self.configs.items():
+            if config is None or split in self.datasets:
+                continue
+            dataset = self.datasets[split] = instantiate_from_config(config, Dataset)
+            if split == "train" and not _is_stream(dataset) and len(dataset) < self.batch_size:
+                raise InputError(
+                    f"data.params.batch_size {self.batch_size}: the training set has "
+                    f"{len(dataset)} pictures, so give at most that"
+                )
 
     def train_dataloader(self) -> DataLoader:
-        """Training pictures, shuffled."""
-        return self._loader("train", shuffle=True)
+        """Training pictures, shuffled; full batches only."""
+        dataset = self.datasets["train"]
+        if _is_stream(dataset):
+            return self._loader(dataset, self.num_workers, batch_size=self.batch_size)
+        buckets = getattr(dataset, "batch_sampler", None)
+        draw: Callable[[], list[list[int]]] = (
+            partial(shuffled, len(dataset), self.batch_size)
+            if buckets is None
+            else partial(list, buckets)
+        )
+        batches = EpochBatches(draw, self.seed, self._n_done, *self._place())
+        items = SeededItems(dataset, self.seed)
+        return self._loader(items, self.num_workers, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader:
         """Validation pictures."""
-        return self._loader("validation", shuffle=self.shuffle_validation)
+        return self._in_order("validation")
 
     def test_dataloader(self) -> DataLoader:
         """Test pictures."""
-        return self._loader("test", shuffle=False)
+        return self._in_order("test")
 
     def predict_dataloader(self) -> DataLoader:
         """Pictures to predict."""
-        return self._loader("predict", shuffle=False)
+        return self._in_order("predict")
+
+    def _in_order(self, split: str) -> DataLoader:
+        """Pictures in their order, or in one random order: the same at every reading."""
+        dataset = self.datasets[split]
+        if _is_stream(dataset):
+            return self._loader(dataset, self.num_val_workers, batch_size=self.batch_size)
+        items = SeededItems(dataset, self.seed)
+        rank, n_ranks = self._place()
+        buckets = getattr(dataset, "batch_sampler", None)
+        if buckets is not None:
+            draw: Any = partial(list, buckets)
+            batches = EpochBatches(draw, self.seed, lambda: 0, rank, n_ranks)
+            return self._loader(items, self.num_val_workers, batch_sampler=batches)
+        is_shuffled = split in self.shuffled
+        sampler: Any = DistributedSampler(items, n_ranks, rank, is_shuffled, self.seed)
+        size = self.batch_size
+        return self._loader(items, self.num_val_workers, batch_size=size, sampler=sampler)
+
+    def _loader(self, dataset: Any, n_workers: int, **order: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            num_workers=n_workers,
+            persistent_workers=n_workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),  # so that no other is drawn from
+            **order,
+        )
+
+    def _n_done(self) -> int:
+        """Training batches that the run has had, in this process."""
+        if self.trainer is None:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+    def _place(self) -> tuple[int, int]:
+        """Rank of this process, and how many there are."""
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+
+def _is_stream(dataset: Any) -> bool:
+    return isinstance(dataset, IterableDataset)
 
 
 def _no_loader() -> list:

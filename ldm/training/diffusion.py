@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -188,18 +189,20 @@ class DiffusionTraining(Training):
         ddim_steps: int = 50,
         ddim_eta: float = 0.0,
         unconditional_guidance_scale: float = 5.0,
-        unconditional_guidance_label: str = "",
+        unconditional_guidance_label: str | list[str] = "",
+        use_ema_scope: bool = True,
     ) -> dict[str, Tensor]:
         """Pictures for the image logger, each (B, 3, H, W), about [-1, 1].
 
         Args:
             batch: a training batch.
             N: how many of it to use, at most.
-            sample: whether to draw samples for its captions, with the averaged weights.
+            sample: whether to draw samples for its captions.
             ddim_steps: steps of sampling.
             ddim_eta: 0 is deterministic.
             unconditional_guidance_scale: above 1 there are guided samples also.
-            unconditional_guidance_label: the caption that says nothing.
+            unconditional_guidance_label: the caption that says nothing, or a list of that one.
+            use_ema_scope: draw samples with the averaged weights.
 
         Returns: ``inputs`` (unless the batch has latents alone), ``reconstruction``, ``samples``
             and ``samples_cfg_scale_X``.
@@ -215,14 +218,15 @@ class DiffusionTraining(Training):
         if not sample:
             return pictures
         runs: dict[str, dict[str, Any]] = {"samples": {}}
+        label = unconditional_guidance_label
         if c is not None and unconditional_guidance_scale > 1:
             runs[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = {
                 "unconditional_guidance_scale": unconditional_guidance_scale,
                 "unconditional_conditioning": net.get_unconditional_conditioning(
-                    len(z), unconditional_guidance_label
+                    len(z), label if isinstance(label, str) else "".join(label)
                 ),
             }
-        with net.ema_scope("log_images"):
+        with net.ema_scope("log_images") if use_ema_scope else nullcontext():
             for name, guidance in runs.items():
                 latents, _ = DDIMSampler(net).sample(
                     ddim_steps, len(z), z.shape[1:], c, eta=ddim_eta, verbose=False, **guidance

@@ -1,179 +1,108 @@
 """Train a model: first stage, diffusion model or classifier, from YAML configurations.
 
 The interface is that of upstream's main.py: ``--base`` files are merged from left to right, and
-``key.path=value`` arguments are merged over them.
+``key.path=value`` arguments are merged over them. Everything is checked before the run's folder is
+made; from then on a run ends with a checkpoint and a line that says how to go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import signal
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ldm.errors import InputError
+from ldm.config import load_config
+from ldm.errors import InputError, escaped
+from ldm.training.check import check_sections
+from ldm.training.flags import parse
+from ldm.training.trainer import GONE, OLD_KEYS, TRAINER
+from ldm.util import allow_module
 
-EPILOG = """
-examples:
-  the demo's first stage, then its diffusion model:
-    python scripts/train.py --base configs/demo/first_stage.yaml --train
-    python scripts/train.py --base configs/demo/diffusion.yaml --train
-  go on where a run stopped:
-    python scripts/train.py --resume logs/2026-01-31T12-00-00_diffusion --train
-  change a setting:
-    python scripts/train.py --base configs/demo/diffusion.yaml --train data.params.batch_size=8
-"""
-
-
-def as_bool(text: str) -> bool:
-    """Read upstream's spellings of true and false."""
-    known = {**dict.fromkeys(("yes", "true", "t", "y", "1"), True)}
-    known |= dict.fromkeys(("no", "false", "f", "n", "0"), False)
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return known[text.lower()]
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Upstream's flags, and those of Lightning's trainer that people set by hand."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --base YAML [YAML ...] --train [options] [key.path=value ...]",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    switch: dict[str, Any] = {"type": as_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
-    add(
-        "-b",
-        "--base",
-        nargs="*",
-        default=[],
-        metavar="YAML",
-        help="configurations, merged in order",
-    )
-    add("-t", "--train", default=False, **switch, help="train (else the configuration is shown)")
-    add("-r", "--resume", default="", metavar="PATH", help="a run's folder, or a checkpoint in it")
-    add("-n", "--name", default="", help="added to the name of the run's folder")
-    add("-f", "--postfix", default="", help="added after the name")
-    add("-l", "--logdir", default="logs", help="where runs are kept (default: %(default)s)")
-    add("-s", "--seed", type=int, default=23, help="default: %(default)s")
-    add("--no-test", default=False, **switch, help="do not run the test pictures at the end")
-    scale_help = "multiply the learning rate by devices * batch size * accumulated batches"
-    add("--scale_lr", default=True, **switch, help=scale_help)
-    add("--max_steps", type=int, help="stop after this many steps")
-    add("--max_epochs", type=int, help="stop after this many passes over the data")
-    add("--devices", help="how many devices, or which (Lightning's spelling)")
-    add("--accelerator", help="cpu, gpu, mps or auto")
-    add("--precision", help="32-true, bf16-mixed, 16-mixed, ...")
-    return parser
-
-
-def resolve_resume(resume: str) -> tuple[Path, Path]:
-    """The folder and the checkpoint of the run to go on with."""
-    path = Path(resume)
-    if path.is_file():
-        return path.parent.parent, path
-    checkpoint = path / "checkpoints" / "last.ckpt"
-    if not checkpoint.is_file():
-        raise InputError(f"--resume {resume}: there is no {checkpoint}; name a run's folder")
-    return path, checkpoint
-
-
-def learning_rate(config: dict, trainer: Any, scale: bool) -> float:
-    """The base rate, multiplied as upstream does if ``scale``."""
-    base = config["model"].get("base_learning_rate", 1e-4)
-    if not scale:
-        return base
-    batch_size = config["data"]["params"]["batch_size"]
-    return trainer.accumulate_grad_batches * trainer.world_size * batch_size * base
+DEFAULT_SEED = 23  # upstream's
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, train."""
-    arguments = sys.argv[1:] if argv is None else argv
-    # taken out first, or else a flag with an optional value (--train) would swallow one
-    overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
-    options = build_parser().parse_args([text for text in arguments if text not in overrides])
-    if options.name and options.resume:
-        raise InputError("--name and --resume exclude each other: a resumed run keeps its folder")
-    if not options.base and not options.resume:
-        raise InputError("nothing to train: give --base YAML, or --resume FOLDER")
-    now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    """Parse, check, build, train."""
+    options, overrides = parse(sys.argv[1:] if argv is None else argv)
+    for name in options.allow_module:
+        allow_module(name)
     checkpoint = None
     files = list(options.base)
     if options.resume:
-        logdir, checkpoint = resolve_resume(options.resume)
-        stored = sorted((logdir / "configs").glob("*.yaml"))
-        # every start stores its settings; the newest of each kind hold
-        newest = {path.name.rsplit("-", 1)[1]: str(path) for path in stored}
-        files = [*newest.values(), *files]
-    else:
-        name = options.name or Path(options.base[0]).stem
-        logdir = Path(options.logdir) / f"{now}_{name}{options.postfix}"
-
-    from ldm.config import load_config
-
+        folder, checkpoint = run_of(options.resume)
+        files = [*stored_settings(folder), *files]
     config = load_config(files, overrides)
-    for section in ("model", "data"):
-        if section not in config:
-            raise InputError(f"the configuration has no section {section!r} ({', '.join(files)})")
+    if options.finetune_from:
+        ckpt_path = {"ckpt_path": options.finetune_from}
+        config = _merged(config, {"model": {"params": ckpt_path}})
+    flags = {
+        name: getattr(options, name)
+        for name in (*TRAINER, *OLD_KEYS, *GONE)
+        if getattr(options, name) is not None
+    }
+    config = _merged(config, {"lightning": {"trainer": flags}})
+    seed = options.seed if options.seed is not None else config.get("seed")
+    config["seed"] = DEFAULT_SEED if seed is None else seed
     if not options.train:
         print(yaml.safe_dump(config, sort_keys=False))
         print("This is the configuration; add --train to train.")
         return
-    fit(config, options, logdir, now, checkpoint)
+    check_sections(config)
+
+    from ldm.training.fit import fit
+
+    folder = folder if options.resume else new_folder(options)
+    fit(config, options, folder, checkpoint)
 
 
-def fit(
-    config: dict, options: argparse.Namespace, logdir: Path, now: str, checkpoint: Path | None
-) -> None:
-    """Build model, data and trainer, and run them."""
-    import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
-    from pytorch_lightning.loggers import CSVLogger
-    from torch import nn
+def run_of(resume: str) -> tuple[Path, Path | None]:
+    """The folder of the run to go on with, and the checkpoint if one is named.
 
-    from ldm.training.callbacks import CUDACallback, SetupCallback
-    from ldm.training.wrap import in_training
-    from ldm.util import instantiate_from_config
+    Raises:
+        InputError: there is no such run.
+    """
+    path = Path(resume)
+    if path.is_file():
+        return path.absolute().parent.parent, path
+    if not path.is_dir():
+        raise InputError(f"--resume {escaped(resume)}: there is no such folder; name that of a run")
+    return path, None
 
-    pl.seed_everything(options.seed, workers=True)
-    lightning = config.pop("lightning", {})
-    model = instantiate_from_config(config["model"], nn.Module)
-    data = instantiate_from_config(config["data"], pl.LightningDataModule)
 
-    keep: dict[str, Any] = {"filename": "{epoch:06}-{step:09}", "save_last": True}
-    if getattr(model, "monitor", None):
-        keep |= {"monitor": model.monitor, "save_top_k": 1}
-    keep |= lightning.get("modelcheckpoint", {}).get("params", {})
-    callbacks = [
-        SetupCallback(logdir, now, config, {"lightning": lightning}),
-        ModelCheckpoint(dirpath=logdir / "checkpoints", **keep),
-        LearningRateMonitor(logging_interval="step"),
-        CUDACallback(),
-        *(instantiate_from_config(c, pl.Callback) for c in lightning.get("callbacks", {}).values()),
-    ]
-    settings = dict(lightning.get("trainer", {}))
-    for flag in ("max_steps", "max_epochs", "devices", "accelerator", "precision"):
-        if getattr(options, flag) is not None:
-            settings[flag] = getattr(options, flag)
-    trainer = pl.Trainer(
-        default_root_dir=logdir,
-        logger=CSVLogger(logdir, name="metrics"),
-        callbacks=callbacks,
-        **settings,
-    )
-    rate = learning_rate(config, trainer, options.scale_lr)
-    training = in_training(model, rate)
-    print(f"Learning rate: {rate:.2e}. Run: {logdir}")
-    if hasattr(signal, "SIGUSR1"):  # a cluster's warning before it stops a job; Unix only
-        last = logdir / "checkpoints" / "last.ckpt"
-        signal.signal(signal.SIGUSR1, lambda *_: trainer.save_checkpoint(last))
-    trainer.fit(training, data, ckpt_path=None if checkpoint is None else str(checkpoint))
-    if data.configs["test"] is not None and not options.no_test and not trainer.interrupted:
-        trainer.test(training, data)
+def stored_settings(folder: Path) -> list[str]:
+    """The configurations that a run has kept; every start stores its own, the newest hold.
+
+    Raises:
+        InputError: it has kept none.
+    """
+    stored = sorted((folder / "configs").glob("*.yaml"))
+    newest = {path.name.rsplit("-", 1)[1]: str(path) for path in stored if "-" in path.name}
+    if not newest:
+        raise InputError(f"--resume {escaped(folder)}: there is no YAML in {folder / 'configs'}")
+    return list(newest.values())
+
+
+def new_folder(options: argparse.Namespace) -> Path:
+    """Where a new run is kept; the folder is not made yet."""
+    now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    name = options.name or re.sub(r"[^\w.-]", "_", Path(options.base[0]).stem)[:100]
+    return Path(options.logdir) / f"{now}_{name}{options.postfix}"
+
+
+def _merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with some values changed; where it has no mapping, it stays."""
+    merged = dict(config)
+    for name, value in changes.items():
+        inner = merged.get(name)
+        if inner is None:
+            inner = {}
+        if isinstance(value, dict) and isinstance(inner, dict):
+            merged[name] = _merged(inner, value)
+        elif not isinstance(value, dict):
+            merged[name] = value
+    return merged

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.files import open_state_dict
-from ldm.errors import InputError
+from ldm.errors import InputError, escaped
+from ldm.models.diffusion.arguments import INERT_ARGUMENTS, check_choice, check_inert
 from ldm.models.diffusion.denoiser import DiffusionWrapper
 from ldm.models.diffusion.guidance import PARAMETERIZATIONS, Conditioning
 from ldm.models.diffusion.schedule import make_beta_schedule, schedule_buffers, variational_weights
@@ -22,20 +23,6 @@ from ldm.modules.tome.merger import TokenMerger
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
-
-# Arguments of upstream's configurations that select something which is not included. The values
-# are the ones that mean "without it"; None allows every value, as the argument changes nothing.
-INERT_ARGUMENTS: dict[str, tuple[Any, ...] | None] = {
-    "num_timesteps_cond": (None, 1),
-    "cond_stage_forward": (None,),
-    "use_positional_encodings": (False,),
-    "make_it_fit": (False,),
-    "reset_ema": (False,),
-    "reset_num_ema_updates": (False,),
-    "finetune_keys": (None,),
-    "clip_denoised": None,
-    "log_every_t": None,
-}
 
 
 class LatentDiffusion(nn.Module):
@@ -106,6 +93,7 @@ class LatentDiffusion(nn.Module):
     scale_factor: float | Tensor
     first_stage_model: Any
     cond_stage_model: Any
+    inert_arguments = tuple(INERT_ARGUMENTS)
 
     def __init__(
         self,
@@ -147,9 +135,9 @@ class LatentDiffusion(nn.Module):
         **inert: Any,
     ) -> None:
         super().__init__()
-        _check_inert(inert)
-        _check_choice("parameterization", parameterization, PARAMETERIZATIONS)
-        _check_choice("loss_type", loss_type, ("l2", "l1"))
+        check_inert(inert)
+        check_choice("parameterization", parameterization, PARAMETERIZATIONS)
+        check_choice("loss_type", loss_type, ("l2", "l1"))
         if conditioning_key is None:
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == "__is_unconditional__" and not force_null_conditioning:
@@ -380,6 +368,10 @@ class LatentDiffusion(nn.Module):
             names = [name for name in names if name.startswith("model.diffusion_model.")]
         state = {name: weights[name] for name in names}
         missing, unexpected = self.load_state_dict(state, strict=False)
+        if len(unexpected) == len(state):
+            raise InputError(f"{escaped(path)} has no weights of this model in it")
+        if self.use_ema and not any(name.startswith("model_ema.") for name in state):
+            self.model_ema = LitEma(self.model)  # an average of these weights, not of random ones
         counts = len(state), len(missing), len(unexpected)
         logger.info("%s: %d tensors, %d missing, %d without a place", path, *counts)
 
@@ -387,17 +379,3 @@ class LatentDiffusion(nn.Module):
 def _frozen(module: nn.Module) -> nn.Module:
     """The module, in evaluation mode and without gradients."""
     return module.eval().requires_grad_(False)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
-
-
-def _check_inert(arguments: Mapping[str, Any]) -> None:
-    for name, value in arguments.items():
-        if name not in INERT_ARGUMENTS:
-            raise InputError(f"LatentDiffusion has no argument {name!r}")
-        allowed = INERT_ARGUMENTS[name]
-        if allowed is not None and value not in allowed:
-            raise InputError(f"LatentDiffusion: {name}={value!r} is not supported, leave it out")

@@ -1,0 +1,38 @@
+"""Arguments of a diffusion model that have few values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ldm.errors import InputError
+
+# Arguments of upstream's configurations that select something which is not included. The values
+# are the ones that mean "without it"; None allows every value, as the argument changes nothing.
+INERT_ARGUMENTS: dict[str, tuple[Any, ...] | None] = {
+    "num_timesteps_cond": (None, 1),
+    "cond_stage_forward": (None,),
+    "use_positional_encodings": (False,),
+    "make_it_fit": (False,),
+    "reset_ema": (False,),
+    "reset_num_ema_updates": (False,),
+    "finetune_keys": (None,),
+    "clip_denoised": None,
+    "log_every_t": None,
+}
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise InputError unless the value is one of the choices."""
+    if value not in choices:
+        raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
+
+
+def check_inert(arguments: Mapping[str, Any]) -> None:
+    """Raise InputError where an argument is unknown, or selects what is not included."""
+    for name, value in arguments.items():
+        if name not in INERT_ARGUMENTS:
+            raise InputError(f"LatentDiffusion has no argument {name!r}")
+        allowed = INERT_ARGUMENTS[name]
+        if allowed is not None and value not in allowed:
+            raise InputError(f"LatentDiffusion: {name}={value!r} is not supported, leave it out")

@@ -1,0 +1,337 @@
+"""One training run, from a configuration to its last checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import math
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_only
+from torch import nn
+
+from ldm.errors import InputError, OutOfMemory, escaped, is_out_of_memory, shown
+from ldm.training.callbacks import Chance, CUDACallback, FiniteLoss, SetupCallback
+from ldm.training.check import check_arguments, check_object, known
+from ldm.training.checkpoints import (
+    Diverged,
+    RunCheckpoints,
+    WholeCheckpoints,
+    check_whole,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from ldm.training.data import DataModuleFromConfig
+from ldm.training.images import ImageLogger
+from ldm.training.module import Training
+from ldm.training.order import seed_all
+from ldm.training.stop import Stopped, StopSafely
+from ldm.training.trainer import trainer_settings
+from ldm.training.trial import LESS_TO_TRAIN, blamed_on, logged_names
+from ldm.training.wrap import in_training
+from ldm.util import instantiate_from_config
+
+logger = logging.getLogger(__name__)
+# Lightning's advice that does not hold here
+_NO_NEWS = (
+    "You're resuming from a checkpoint that ended",
+    "Checkpoint directory .* exists",
+    "Be aware that when using `ckpt_path`",
+    ".* does not have many workers",
+    "The number of training batches",
+    "Found .* in eval mode at the start of training",
+    "You defined a `validation_step` but have no",
+    "`isinstance.treespec, LeafSpec.` is deprecated",
+)
+OWN_CALLBACKS = {
+    "learning_rate_logger": (LearningRateMonitor, {"logging_interval": "step"}),
+    "cuda_callback": (CUDACallback, {}),
+}
+CALLBACK_TARGETS = {"image_logger": "ldm.training.ImageLogger"}  # where a YAML leaves it out
+
+
+def _quiet() -> None:
+    """Keep Lightning's advice, which does not hold here, from the user."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in _NO_NEWS:
+        warnings.filterwarnings("ignore", message)
+
+
+def fit(
+    config: dict[str, Any], options: argparse.Namespace, folder: Path, checkpoint: Path | None
+) -> None:
+    """Build model, data and trainer, try them, and train.
+
+    Args:
+        config: checked by `check_sections`.
+        options: of the command line.
+        folder: of the run; a new run makes it.
+        checkpoint: to go on from; None takes the newest of a run that is resumed.
+
+    Raises:
+        InputError: something of the configuration cannot be; then there is no folder.
+        Diverged: a loss is no number.
+    """
+    lightning = {key: value or {} for key, value in config["lightning"].items()}
+    finds_unused = bool(lightning.get("find_unused_parameters"))
+    settings = trainer_settings(lightning["trainer"], torch.cuda.device_count, finds_unused)
+    check_object(config["model"], "model", nn.Module)
+    check_object(config["data"], "data", pl.LightningDataModule)
+    if lightning.get("logger"):
+        name = escaped(lightning["logger"].get("target"))
+        logger.info("lightning.logger %s has no meaning here: metrics are in metrics.csv", name)
+    callbacks = _callbacks(lightning.get("callbacks", {}))
+    kept = _checkpointing(lightning.get("modelcheckpoint", {}))
+    resumed = _resumed(options, folder, checkpoint)
+    if resumed is not None and 0 < settings.get("max_steps", -1) <= resumed[1]:
+        limit = settings["max_steps"]
+        print(f"This run has done {resumed[1]} steps of {limit}; give --max_steps more.")
+        return
+
+    seed = config["seed"]
+    seed_all(seed)
+    with blamed_on("model"):
+        model = instantiate_from_config(config["model"], nn.Module)
+        training: Any = in_training(model)
+    with blamed_on("data"):
+        data = instantiate_from_config(config["data"], pl.LightningDataModule)
+        if isinstance(data, DataModuleFromConfig):
+            data.seed = seed
+            data.setup()
+            if "train" not in data.datasets:
+                raise InputError("data.params.train is missing: there is nothing to train on")
+    monitor = kept.get("monitor", getattr(training, "monitor", None))
+    if isinstance(training, Training) and isinstance(data, DataModuleFromConfig):
+        names = logged_names(training, data, seed)
+        monitor = _known_monitor(monitor, names, has_validation="validation" in data.datasets)
+        _check_pictures(training, callbacks)
+    if monitor is not None:
+        kept = {"save_top_k": 1, **kept, "monitor": monitor}
+
+    with _run_folder(folder, is_new=resumed is None) as folder:
+        stop = StopSafely(folder / "checkpoints" / "last.ckpt")
+        trainer = _trainer(settings, folder, callbacks, kept, stop, config, lightning)
+        rate = learning_rate(config, trainer, options.scale_lr)
+        training.learning_rate = rate
+        print(f"Learning rate: {rate:.2e}. Run: {folder}")
+        if resumed is not None:
+            print(f"Going on from {resumed[0]}, step {resumed[1]}.")
+        with _said(trainer, folder), stop.listening():
+            trainer.fit(training, data, ckpt_path=None if resumed is None else str(resumed[0]))
+            has_test = isinstance(data, DataModuleFromConfig) and data.configs["test"] is not None
+            if has_test and not options.no_test:
+                trainer.test(training, data)
+        print(f"Done: step {trainer.global_step}, in {folder / 'checkpoints'}")
+
+
+# --- before the run ---------------------------------------------------------------------------
+
+
+def _callbacks(config: Any) -> dict[str, pl.Callback]:
+    """The callbacks of a configuration by their names, and those that a run always has."""
+    known(config, list(config) if isinstance(config, Mapping) else [], "lightning.callbacks")
+    made: dict[str, pl.Callback] = {}
+    for name, entry in config.items():
+        place = f"lightning.callbacks.{escaped(name)}"
+        if isinstance(entry, Mapping) and name in CALLBACK_TARGETS:
+            entry = {"target": CALLBACK_TARGETS[name], **entry}
+        check_object(entry, place, pl.Callback)
+        with blamed_on(place):
+            made[name] = instantiate_from_config(entry, pl.Callback)
+    for name, (kind, arguments) in OWN_CALLBACKS.items():
+        if not any(isinstance(callback, kind) for callback in made.values()):
+            made[name] = kind(**arguments)
+    return made
+
+
+def _checkpointing(config: Any) -> dict[str, Any]:
+    """Arguments of ModelCheckpoint."""
+    known(config, ("target", "params"), "lightning.modelcheckpoint")
+    params = dict(config.get("params") or {})
+    if "period" in params:
+        params["every_n_epochs"] = params.pop("period")
+    for name in ("dirpath", "enable_version_counter"):
+        if name in params:
+            raise InputError(
+                f"lightning.modelcheckpoint.params.{name}: leave it out, checkpoints are kept in "
+                "the run's folder"
+            )
+    check_arguments(ModelCheckpoint, params, "lightning.modelcheckpoint.params")
+    if "/" in str(params.get("filename", "")) or ".." in str(params.get("filename", "")):
+        raise InputError(
+            f"lightning.modelcheckpoint.params.filename {shown(params['filename'])}: must be a "
+            "name, without folders"
+        )
+    kept = {"filename": "{epoch:06}-{step:09}", "save_last": True, **params}
+    with blamed_on("lightning.modelcheckpoint"):
+        ModelCheckpoint(**kept)
+    return kept
+
+
+def _resumed(
+    options: argparse.Namespace, folder: Path, checkpoint: Path | None
+) -> tuple[Path, int] | None:
+    if not options.resume:
+        return None
+    if checkpoint is None:
+        return newest_checkpoint(folder)
+    check_whole(checkpoint)
+    return checkpoint, read_checkpoint(checkpoint, is_glance=True)["global_step"]
+
+
+def _known_monitor(monitor: str | None, names: set[str], has_validation: bool) -> str | None:
+    """The value by which checkpoints are kept, if it will be logged."""
+    if monitor is None or monitor in names:
+        return monitor
+    if monitor.startswith("val/") and not has_validation:
+        logger.info(
+            "There are no validation data, so %s is not known: the newest checkpoint is kept.",
+            escaped(monitor),
+        )
+        return None
+    raise InputError(f"monitor {shown(monitor)}: choose from {', '.join(sorted(names))}, or null")
+
+
+def _check_pictures(training: Any, callbacks: Mapping[str, pl.Callback]) -> None:
+    for name, callback in callbacks.items():
+        if isinstance(callback, ImageLogger) and hasattr(training, "log_images"):
+            place = f"lightning.callbacks.{escaped(name)}.params.log_images_kwargs"
+            steps, most = (
+                callback.kwargs.get("ddim_steps", 1),
+                getattr(training.net, "num_timesteps", 1),
+            )
+            if isinstance(steps, int) and not 1 <= steps <= most:
+                raise InputError(f"{place}.ddim_steps {steps}: allowed is 1 to {most}")
+            check_arguments(training.log_images, {"batch": {}, **callback.kwargs}, place)
+
+
+def learning_rate(config: dict[str, Any], trainer: pl.Trainer, scale: bool) -> float:
+    """The base rate, multiplied as upstream does if ``scale``.
+
+    Raises:
+        InputError: there is nothing to scale it by, or it is no rate.
+    """
+    base = config["model"].get("base_learning_rate", 1e-4)
+    if isinstance(base, bool) or not isinstance(base, int | float):
+        raise InputError(f"model.base_learning_rate {shown(base)}: must be a number")
+    factor = 1
+    if scale:
+        batch_size = (config["data"].get("params") or {}).get("batch_size", 1)
+        factor = trainer.accumulate_grad_batches * trainer.world_size * batch_size
+    rate = float(base * factor)
+    if not 0 < rate < math.inf:
+        raise InputError(f"model.base_learning_rate {shown(base)}: times {factor} is no rate")
+    return rate
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _run_folder(folder: Path, is_new: bool) -> Iterator[Path]:
+    """The folder of a run, made now if it is new, and removed where no step was done."""
+    if not is_new or getattr(rank_zero_only, "rank", 0) != 0:
+        yield folder
+        return
+    made, number = folder, 1
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                made.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+                made = folder.with_name(f"{folder.name}_{number}")
+    except OSError as error:
+        raise InputError(f"--logdir {escaped(folder.parent)}: {error.strerror}") from None
+    try:
+        yield made
+    except BaseException:
+        if not any((made / "checkpoints").glob("*.ckpt")):
+            shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _trainer(
+    settings: dict[str, Any],
+    folder: Path,
+    callbacks: Mapping[str, pl.Callback],
+    kept: dict[str, Any],
+    stop: StopSafely,
+    config: dict[str, Any],
+    lightning: dict[str, Any],
+) -> pl.Trainer:
+    now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    own = {key: value for key, value in config.items() if key != "lightning"}
+    _quiet()
+    with blamed_on("lightning.trainer"):
+        return pl.Trainer(
+            default_root_dir=folder,
+            logger=CSVLogger(folder, name="metrics"),
+            callbacks=[
+                SetupCallback(folder, now, own, {"lightning": lightning}),
+                Chance(config["seed"]),
+                FiniteLoss(),
+                *callbacks.values(),
+                RunCheckpoints(folder / "checkpoints", enable_version_counter=False, **kept),
+                stop,
+            ],
+            plugins=[WholeCheckpoints()],
+            use_distributed_sampler=False,
+            **settings,
+        )
+
+
+@contextmanager
+def _said(trainer: pl.Trainer, folder: Path) -> Iterator[None]:
+    """Turn the ways in which training ends early into one line."""
+    try:
+        yield
+    except Stopped as stopped:
+        _end(stopped, trainer, folder)
+    except Diverged as error:
+        raise Diverged(f"{error}; {_way_on(folder)}") from None
+    except InputError as error:
+        # a loader's process sends its whole traceback, the last line is the message
+        lines = str(error).strip().splitlines()
+        raise type(error)(lines[-1].removeprefix("ldm.errors.InputError: ")) from None
+    except Exception as error:
+        if is_out_of_memory(error) or "killed by signal: Killed" in str(error):
+            raise OutOfMemory(LESS_TO_TRAIN) from None
+        raise
+
+
+def _way_on(folder: Path) -> str:
+    try:
+        path, step = newest_checkpoint(folder)
+    except InputError:
+        return "nothing was saved yet; lower model.base_learning_rate"
+    return (
+        f"{path} holds step {step}: lower model.base_learning_rate or set "
+        f"lightning.trainer.gradient_clip_val, and go on with --resume {folder} --train"
+    )
+
+
+def _end(stopped: Stopped, trainer: pl.Trainer, folder: Path) -> NoReturn:
+    word, code = ("ended", 143) if stopped.number == signal.SIGTERM else ("interrupted", 130)
+    if stopped.saved is None and not any((folder / "checkpoints").glob("*.ckpt")):
+        text = "no step was finished, nothing was saved"
+    elif stopped.saved is None:
+        text = f"go on with --resume {folder} --train"
+    else:
+        text = f"saved after step {stopped.saved}; go on with --resume {folder} --train"
+    print(f"{word}: {text}", file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,217 @@
+"""The training script on a first stage of a few thousand parameters."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ldm.errors import InputError
+from ldm.training.flags import as_bool
+from ldm.training.run import main
+from tests.tiny_models import tiny_config, tiny_weights
+from tests.training.toy import diffusion_config, pictures, toy_config, train, write
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+
+
+@pytest.fixture
+def config(tmp_path):
+    stage = yaml.safe_load((SCRIPT.parents[1] / "configs/demo/first_stage.yaml").read_text())
+    ddconfig = stage["model"]["params"]["ddconfig"]
+    ddconfig |= {"ch": 8, "ch_mult": [1, 1], "resolution": 16}
+    stage["model"]["params"]["monitor"] = None
+    pictures = {"n_pictures": 8, "size": 16, "crop": None}
+    data = stage["data"]["params"]
+    data["batch_size"] = 2
+    for split in ("train", "validation"):
+        data[split]["params"] |= {**pictures, "cache_dir": None}
+    stage["lightning"]["trainer"] |= {"max_steps": 2, "precision": "32-true", "accelerator": "cpu"}
+    stage["lightning"]["trainer"] |= {"val_check_interval": 1, "enable_progress_bar": False}
+    stage["lightning"]["modelcheckpoint"]["params"]["every_n_train_steps"] = 1
+    stage["lightning"]["callbacks"]["image_logger"]["params"]["batch_frequency"] = 2
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(stage))
+    return path
+
+
+def run_of(folder):
+    (run,) = folder.iterdir()
+    return run
+
+
+def test_trains_logs_and_resumes(config, tmp_path, capsys):
+    logs = tmp_path / "logs"
+    arguments = ["--base", str(config), "--logdir", str(logs)]
+    main([*arguments, "--train", "--name", "tiny", "--scale_lr", "false"])
+    run = run_of(logs)
+    assert run.name.endswith("_tiny")
+    assert "Learning rate: 1.00e-04" in capsys.readouterr().out
+    assert len(list((run / "configs").glob("*-project.yaml"))) == 1
+    assert list((run / "images" / "train").glob("reconstructions_gs-000002_*.png"))
+    assert list((run / "images" / "val").glob("inputs_gs-*.png"))
+    first = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert first["global_step"] == 2
+
+    # four steps are an epoch: the run goes on in the middle of one and ends in the next
+    change = "model.base_learning_rate=0.002"
+    main(["--resume", str(run), "--train", "--max_steps", "5", change])
+    second = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert second["global_step"] == 5
+    changed = [
+        not torch.equal(first["state_dict"][name], second["state_dict"][name])
+        for name in first["state_dict"]
+    ]
+    assert any(changed)
+    stored = sorted((run / "configs").glob("*-project.yaml"))[-1]
+    assert yaml.safe_load(stored.read_text())["model"]["base_learning_rate"] == 0.002
+
+
+def test_without_train_the_configuration_is_shown(config, tmp_path, capsys):
+    main(["--base", str(config), "--logdir", str(tmp_path / "logs"), "model.params.x=7"])
+    shown = capsys.readouterr().out
+    assert "x: 7" in shown
+    assert "add --train to train" in shown
+    assert not (tmp_path / "logs").exists()
+
+
+MODEL = "model.params.unet_config.params."
+NO_RUN = [  # what a user may type or write -> what the line says
+    ([], "nothing to train: give --base YAML"),
+    (["--resume", "nowhere"], "--resume nowhere: there is no such folder"),
+    (["--name", "a", "--resume", "b"], "exclude each other"),
+    (["--base", "missing.yaml"], "missing.yaml"),
+    (["--base", "TOY", "--max_steps", "0"], "max_steps 0: allowed is"),
+    (["--base", "TOY", "--seed", "-1"], "--seed.*allowed is 0 to"),
+    (["--base", "TOY", "--name", "../x"], "--name '../x': allowed are"),
+    (["--base", "TOY", "--precision", "12"], "precision 12: allowed is 32-true"),
+    (["--base", "TOY", "--nonsense", "1"], "unrecognized arguments: --nonsense"),
+    (["--base", "TOY", "--finetune_from", "none.ckpt"], "none.ckpt': there is no such file"),
+    (["--base", "TOY", "--scale_lr", "maybe"], "neither true nor false"),
+    (["--base", "TOY", "--allow-module", "a b"], "not the name of a Python module"),
+    (["--base", "TOY", "extra=1"], "the configuration has no key 'extra'; it has model, data"),
+    (["--base", "TOY", "data.params.batch_size=0"], "batch_size 0: allowed is 1 to 65536"),
+    (["--base", "TOY", "data.params.batch_size=9"], "batch_size 9: the training set has 7"),
+    (["--base", "TOY", "data.params.batch_size=two"], "batch_size 'two': must be a whole number"),
+    (["--base", "TOY", "data.params.bath_size=2"], "data.params has no key 'bath_size'"),
+    (["--base", "TOY", "data.params.train.params.folder=none"], "none: there is no such folder"),
+    (["--base", "TOY", "data.params.train=null"], "data.params.train is missing"),
+    (["--base", "TOY", "model.target=os.system"], "model: target 'os.system' is not in ldm"),
+    (["--base", "TOY", "model.target=torch.nn.Identity"], "a Identity cannot be trained"),
+    (["--base", "TOY", "model.params.embed_dim=0"], "embed_dim 0: allowed is 1"),
+    (["--base", "TOY", "model.params.ddconfig.in_channels=5"], "the model cannot take what"),
+    (["--base", "TOY", "model.params.image_key=jpg"], "gives no 'jpg', which the model reads"),
+    (["--base", "TOY", "model.params.monitor=val/los"], "monitor 'val/los': choose from"),
+    (["--base", "TOY", "model.base_learning_rate=0"], "base_learning_rate 0: allowed is"),
+    (["--base", "TOY", "model.base_learning_rate=fast"], "base_learning_rate 'fast': must be"),
+    (["--base", "TOY", "lightning.trainer.max_step=3"], "no setting 'max_step'"),
+    (["--base", "TOY", "lightning.trainer=3"], "lightning.trainer 3: must be"),
+    (["--base", "TOY", "lightning.modelcheckpoint.params.mode=up"], "mode 'up'|lightning.modelch"),
+    (["--base", "TOY", "lightning.callbacks.x.target=ldm.data.folder.FolderPictures"], "no Callba"),
+    (["--base", "TOY", "--accelerator", "gpu"], "lightning.trainer"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), NO_RUN)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tmp_path):
+    toy = write(tmp_path / "toy.yaml", toy_config(pictures(tmp_path / "pictures")))
+    given = [str(toy) if argument == "TOY" else argument for argument in arguments]
+    with pytest.raises(InputError, match=message) as caught:
+        main([*given, "--train", "--logdir", str(tmp_path / "logs")])
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "logs").glob("*"))
+
+
+def test_a_missing_section_is_named(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {target: torch.nn.Identity}\n")
+    with pytest.raises(InputError, match="no section 'data'"):
+        main(["--base", str(path), "--train"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("yes", True), ("T", True), ("0", False)])
+def test_upstreams_spellings_of_truth(text, value):
+    assert as_bool(text) is value
+
+
+def test_upstreams_configurations_and_commands(tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "ldm")
+    config = diffusion_config(pictures(tmp_path / "pictures"))
+    config["model"]["params"] |= {"monitor": "val/loss_simple_ema", "log_every_t": 200}
+    config["data"]["params"] |= {"wrap": True, "num_val_workers": 0}
+    config["lightning"] |= {
+        "find_unused_parameters": False,
+        "logger": {"target": "pytorch_lightning.loggers.TestTubeLogger", "params": {"name": "x"}},
+        "trainer": {
+            "benchmark": True,
+            "accelerator": "ddp",
+            "gpus": "0,",
+            "max_epochs": 1000,
+            "precision": 32,
+            "num_sanity_val_steps": 0,
+            "accumulate_grad_batches": 1,
+            "weights_summary": None,
+            "progress_bar_refresh_rate": 0,
+            "track_grad_norm": 2,
+        },
+        "modelcheckpoint": {"params": {"every_n_train_steps": 2, "save_top_k": -1}},
+        "callbacks": {
+            "image_logger": {
+                "target": "main.ImageLogger",
+                "params": {
+                    "batch_frequency": 2,
+                    "max_images": 4,
+                    "clamp": True,
+                    "increase_log_steps": False,
+                    "rescale": True,
+                    "disabled": False,
+                    "log_on_batch_idx": False,
+                    "log_first_step": True,
+                    "log_all_val": True,
+                    "log_images_kwargs": {
+                        "N": 4,
+                        "ddim_steps": 2,
+                        "use_ema_scope": False,
+                        "inpaint": False,
+                        "quantize_denoised": False,
+                        "plot_progressive_rows": False,
+                        "plot_diffusion_rows": False,
+                        "plot_denoise_rows": False,
+                        "unconditional_guidance_scale": 3.0,
+                        "unconditional_guidance_label": [""],
+                    },
+                },
+            }
+        },
+    }
+    weights = tmp_path / "weights.ckpt"
+    params = config["model"]["params"]
+    torch.save({"state_dict": tiny_weights(tiny_config())}, weights)
+    flags = ["--gpus", "0,", "--num_nodes", "1", "--actual_resume", str(weights), "--no_test"]
+    flags += ["-p", "mine", "--max_steps", "2", "--scale_lr", "False", "-n", "up"]
+    run = train(write(tmp_path / "up.yaml", config), tmp_path / "logs", *flags)
+    assert "Learning rate: 1.00e-03" in capsys.readouterr().out
+    said = " ".join(caplog.messages)
+    assert "there is no GPU here" in said or torch.cuda.is_available()
+    assert "track_grad_norm" in said
+    assert "TestTubeLogger" in said
+    drawn = {path.name.split("_gs-")[0] for path in (run / "images" / "train").iterdir()}
+    assert drawn == {"inputs", "reconstruction", "samples", "samples_cfg_scale_3.00"}
+    steps = {path.name.split("gs-")[1][:6] for path in (run / "images" / "train").iterdir()}
+    assert steps == {"000001", "000002"}
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    # the average begins with the weights of the file, not with those of the constructor
+    name = "model.diffusion_model.out.2.weight"
+    near = torch.load(weights, weights_only=True)["state_dict"][name]
+    assert (state["model_ema.diffusion_modelout2weight"] - near).abs().max() < 0.01
+    assert params["use_ema"]
+
+
+def test_help_needs_no_torch():
+    code = "import runpy, sys; sys.argv = ['train.py', '--help']; sys.modules['torch'] = None\n"
+    code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "key.path=value" in done.stdout
