@@ -49,7 +49,11 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["ldm", "ldm.*"]),
-    package_data={"ldm.evaluation": ["*.html"], "ldm.evaluation.appendix_f": ["*.html"]},
+    package_data={
+        "ldm.evaluation": ["*.html"],
+        "ldm.evaluation.appendix_f": ["*.html"],
+        "ldm.web": ["*.css", "*.js"],
+    },
     cmdclass={"build_py": BuildWithShippedFiles},
     entry_points={"console_scripts": [f"sd-{name} = ldm.cli.commands:{name}" for name in COMMANDS]},
     install_requires=[

@@ -106,8 +106,9 @@ def tome_keys(wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     usual = plain(ToMeConfig())
     known = {key: value for key, value in wanted.items() if key in KEYS}
     given = {key: value for key, value in known.items() if value not in (None, [])}
-    for names in ([key for key in given if given[key] != usual.get(key)], list(given)):
-        keys = {key: given[key] for key in names}
+    other = [key for key in known if known[key] != [] and known[key] != usual.get(key)]
+    for names in (other, list(given)):
+        keys = {key: known[key] for key in names}
         if isinstance(keys.get("rules"), list):
             keys["rules"] = [_rule(entry) for entry in keys["rules"]]
         if isinstance(keys.get("hires"), Mapping):

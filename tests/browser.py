@@ -154,6 +154,28 @@ class Browser:
             field.dispatchEvent(new Event(name, {{bubbles: true}}));
         }})()""")
 
+    def key(self, name: str, control: bool = False) -> None:
+        """Press a key."""
+        codes = {"key": name, "code": name, "modifiers": 2 if control else 0}
+        for kind in ("rawKeyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, **codes)
+
+    def drag(self, selector: str, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Press the mouse at one place of an element and let it go at another, as shares of it."""
+        node = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{node}.scrollIntoView({{block: 'center'}})")
+        frame = self.run(
+            f"(() => {{ const r = {node}.getBoundingClientRect();"
+            " return [r.left, r.top, r.width, r.height]; })()"
+        )
+        for kind, (x, y) in (("Pressed", start), ("Moved", end), ("Released", end)):
+            place = {"x": frame[0] + x * frame[2], "y": frame[1] + y * frame[3]}
+            self.send(
+                "Input.dispatchMouseEvent",
+                **{"type": f"mouse{kind}", "button": "left", "buttons": 1, "clickCount": 1},
+                **place,
+            )
+
     def choose_file(self, selector: str, path: Path) -> None:
         """Give a file to a file field."""
         document = self.send("DOM.getDocument")["root"]["nodeId"]

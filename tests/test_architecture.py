@@ -40,8 +40,9 @@ DOORS = {
     "pytorch_lightning": {"ldm.training"},
     "PIL": {"ldm.images"},
     "argparse": {"ldm.cli", "ldm.training"},
-    "gradio": {"ldm.web.page"},
-    "starlette": {"ldm.web.page"},
+    "gradio": {"ldm.web"},
+    "starlette": {"ldm.web"},
+    "uvicorn": {"ldm.web"},
     "transformers": set(),
     "open_clip": {"ldm.evaluation.appendix_f.protocols"},
 }

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {
     **{"PIL": "pillow", "open_clip": "open_clip_torch", "yaml": "omegaconf"},
     "starlette": "gradio",
+    "uvicorn": "gradio",
 }
 
 

@@ -1,153 +1,200 @@
 """What the page's fields say, as settings, and settings as what the fields say.
 
-The fields are flags by their names; see `ldm.cli.values`.
+Values from the page, from pictures and from the API are checked as values by `ldm.cli.values`:
+none is a word of a command line, a path, or more than what it stands for.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ldm.cli import options
-from ldm.cli.jobs import Job
 from ldm.cli.parser import Arguments
-from ldm.cli.values import typed
-from ldm.config import load_preset, preset_names
-from ldm.errors import InputError
-from ldm.modules.tome.config import ToMeConfig
-from ldm.settings import Settings
+from ldm.cli.values import Wishes, typed
+from ldm.config import TomeKeys, load_preset, preset_names
+from ldm.errors import InputError, escaped, shown
+from ldm.infotext import Found
+from ldm.modules.tome.config import KEYS, ToMeConfig
+from ldm.web.runner import Draw
 
-# Fields that are flags; beside them the form has "preset", "ratio" and "more".
-FLAGS = (
-    *("prompt", "negative_prompt", "W", "H", "sampler", "steps", "scale", "seed", "n_iter"),
-    "strength",
+# Fields that are settings; beside them the form has "preset", "ratio", "hires_ratio" and "more".
+SETTINGS = (
+    *("prompt", "negative_prompt", "W", "H", "n_iter", "n_samples", "sampler", "schedule"),
+    *("steps", "scale", "seed", "strength", "emphasis", "long_prompt"),
+    *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
 )
-MODEL_FLAGS = ("W", "H", "sampler", "steps", "scale")  # which have defaults of the model
+MODEL_SETTINGS = ("W", "H", "sampler", "steps", "scale")  # which have defaults of the model
 NO_PRESET = "none"
-# Settings that a field or the picture's number within its run stands for.
-_COVERED = {*FLAGS, "n_samples", "C", "f"}
-_FLAG_NAMES = {"eta": "ddim-eta"}  # where it is not the setting's own
+OURS = ("quality", "balanced", "fast")  # presets that come first
 
 Form = dict[str, Any]
 
 
-def first_form(args: Arguments, defaults: Mapping[str, Any]) -> Form:
-    """What the fields say at first: the command line's flags over the model's defaults."""
-    form: Form = {name: getattr(args, name) for name in FLAGS}
-    form |= {name: defaults.get(name) for name in FLAGS if form[name] is None}
-    form["preset"] = args.tome_preset or NO_PRESET
-    form["ratio"] = preset_ratio(form["preset"]) or 0.0
-    is_auto = args.tome_ratio == "auto"
-    if args.tome_ratio is not None and not is_auto:
-        form["ratio"] = float(args.tome_ratio)
-    return {**form, "more": "tome.ratio auto" if is_auto else ""}
+@dataclass(frozen=True)
+class Base:
+    """What the command line says; the fields lie over it.
+
+    Attributes:
+        wishes: the flags.
+        presets: that can be named, with their keys.
+    """
+
+    wishes: Wishes
+    presets: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def from_arguments(cls, args: Arguments) -> Base:
+        """Read the program's arguments."""
+        wishes = options.wishes(args)
+        names = [name for name in OURS if name in preset_names()]
+        names += [name for name in preset_names() if name not in OURS]
+        presets = {name: load_preset(name) for name in names}
+        if wishes.preset_name is not None:  # of the user's own shell, so perhaps a file
+            presets[wishes.preset_name] = dict(wishes.preset)
+        return cls(wishes, presets)
+
+    def preset_ratio(self, preset: Any) -> float | None:
+        """The ratio that a preset sets, which the form then can change; None: it sets none.
+
+        Raises:
+            InputError: no such preset is offered.
+        """
+        if preset == NO_PRESET:
+            return 0.0
+        if not isinstance(preset, str) or preset not in self.presets:
+            known = ", ".join([NO_PRESET, *self.presets])
+            raise InputError(f"ToMe preset {shown(preset)}: choose one of {known}")
+        ratio = self.presets[preset].get("ratio")
+        return float(ratio) if isinstance(ratio, float | int) else None
+
+    def first_form(self, defaults: Mapping[str, Any]) -> Form:
+        """What the fields say at first: the command line's flags over the model's defaults."""
+        form: Form = {name: self.wishes.given.get(name, defaults.get(name)) for name in SETTINGS}
+        form["preset"] = self.wishes.preset_name or NO_PRESET
+        form["ratio"] = self.preset_ratio(form["preset"]) or 0.0
+        form |= {"hires_ratio": self.wishes.hires_ratio, "more": ""}
+        ratio = self.wishes.keys.get("ratio")
+        if isinstance(ratio, float | int):
+            form["ratio"] = float(ratio)
+        elif ratio is not None:
+            form["more"] = f"tome.ratio {ratio}"
+        return form
 
 
-def preset_ratio(preset: str) -> float | None:
-    """The ratio that a preset sets, which the form then can change; None where it sets none."""
-    ratio = 0.0 if preset == NO_PRESET else load_preset(preset).get("ratio")
-    return float(ratio) if isinstance(ratio, float | int) else None
-
-
-def read_form(args: Arguments, form: Mapping[str, Any]) -> Job:
-    """The settings that a form asks for, over those of the command line.
+def read_form(base: Base, form: Mapping[str, Any]) -> Draw:
+    """The settings that a form asks for.
 
     Args:
-        args: what was given to the program.
+        base: of the command line.
         form: the fields; an empty field (None) leaves the choice to the model.
 
     Raises:
-        InputError: a value is out of range, or a line of ``more`` is no setting.
+        InputError: a value is of another kind or out of range, or a line of ``more`` is no setting.
     """
-    changes: dict[str, Any] = {name: form[name] for name in FLAGS}
-    more = _more(form["more"])
-    if form["preset"] != args.tome_preset:  # which may be a file of the user's own
-        changes["tome-preset"] = None if form["preset"] == NO_PRESET else form["preset"]
-    changes |= {"tome-ratio": None, "no-tome": None}  # what the fields say stands instead
-    if form["preset"] != NO_PRESET:
-        if preset_ratio(form["preset"]) not in (None, form["ratio"]):
-            changes["tome-ratio"] = form["ratio"]
-    elif form["ratio"]:
-        changes["tome-ratio"] = form["ratio"]
-    own = options.wishes(args).changed({**changes, **more})
-    tome = own.tome
-    if tome is None and form["preset"] == NO_PRESET:
+    changes: Form = {name: form[name] for name in SETTINGS}
+    changes["seed"] = -1 if form["seed"] is None else form["seed"]
+    preset, ratio = form["preset"], form["ratio"] or 0.0
+    usual = base.preset_ratio(preset)
+    if preset != base.wishes.preset_name:
+        changes["tome.preset"] = None if preset == NO_PRESET else preset
+    changes |= {"no-tome": None, "tome.ratio": None if usual in (None, ratio) else ratio}
+    wishes = base.wishes.changed({**changes, **_more(form["more"])})
+    settings = wishes.settings()
+    again = form["hires_ratio"] if settings.hires_scale > 1 else None
+    tome = wishes.changed({"tome.hires_ratio": again}).tome
+    if tome is None and preset == NO_PRESET:
         tome = False  # the fields say so, whatever the model's YAML does
-    return Job(own.settings(), tome)
+    return Draw(settings, tome)
 
 
-def _more(text: str) -> dict[str, Any]:
-    """Further settings, a line each: a flag's name and its value."""
+def _more(text: Any) -> dict[str, Any]:
+    """Further settings, a line each: a name and its value."""
+    if not isinstance(text, str):
+        raise InputError(f"more {shown(text)}: allowed is a text")
     changes: dict[str, Any] = {}
-    for line in filter(str.strip, text.splitlines()):
+    for line in filter(None, map(str.strip, text.split("\n"))):
         try:
             name, *words = shlex.split(line)
         except ValueError as error:
-            raise InputError(f"{line}: {error}") from None
+            raise InputError(f"{shown(line)}: {error}") from None
         changes[name] = typed(name, words)
     return changes
 
 
+# --- from a picture's settings to the fields ------------------------------------------------
+
+
 def form_of(
-    args: Arguments,
-    about: Mapping[str, Any],
-    resolve: Callable[[Any], ToMeConfig],
-) -> tuple[Form, str]:
-    """The fields with which a picture was made, and what of it they cannot say.
+    base: Base, found: Found, resolve: Callable[[TomeKeys], ToMeConfig], usual: Form
+) -> tuple[Form, list[str]]:
+    """The fields with which a picture was made, and what of it they cannot say, field by field.
 
     Args:
-        args: what was given to the program.
-        about: the picture's settings; see Pipeline.about.
-        resolve: what Token Merging settings come to; see Pipeline.tome_config.
+        base: of the command line.
+        found: what the picture says. Nothing of it is believed.
+        resolve: what Token Merging settings come to; see Runner.resolve.
+        usual: the fields where the picture says nothing.
     """
-    known = {field.name for field in dataclasses.fields(Settings)}
-    form: Form = {name: about.get(name, getattr(args, name)) for name in FLAGS}
-    form["n_iter"] = 1
-    lines = [
-        f"{_FLAG_NAMES.get(name, name)} {_text(about[name])}"
-        for name in sorted((known - _COVERED) & about.keys())
-        if about[name] != getattr(args, name) and about[name] is not None
-    ]
-    wanted = about.get("tome", {})
-    for preset, ratio, more in _tome_fields(wanted):
-        candidate = {**form, "preset": preset, "ratio": ratio, "more": "\n".join([*lines, *more])}
+    form, notes, lines = dict(usual), list(found.left_out), []
+    form |= {"preset": NO_PRESET, "ratio": 0.0, "hires_ratio": None, "hires_scale": 1.0}
+    form |= {"n_iter": 1, "n_samples": 1}
+    for name, value in found.settings.items():
+        if name in ("n_iter", "n_samples", "C", "f"):
+            continue
         try:
-            config = resolve(read_form(args, candidate).tome)
+            base.wishes.changed({"sampler": None, "schedule": None, "eta": None}).changed(
+                {name: value}
+            ).check()
+        except InputError as error:
+            notes.append(escaped(error, 300))
+            continue
+        if name in SETTINGS:
+            form[name] = value
+        elif value != base.wishes.given.get(name):
+            lines.append(f"{name} {_text(value)}")
+    form["more"] = "\n".join(lines)
+    if not found.tome:
+        return form, notes
+    try:
+        wanted = resolve(found.tome)
+    except (InputError, ValueError, TypeError) as error:
+        return form, [*notes, escaped(error, 300)]
+    for candidate in _tome_forms(base, form, found.tome):
+        try:
+            if resolve(read_form(base, {**candidate, "seed": 0}).tome) == wanted:
+                return candidate, notes
         except InputError:
-            continue  # these keys do not go together; another candidate may
-        if _plain(config) == wanted:
-            return candidate, ""
-    note = "its Token Merging settings are more than the fields can say; they are left out"
-    return {**form, "preset": NO_PRESET, "ratio": 0.0, "more": "\n".join(lines)}, note
+            continue  # these do not go together; another may
+    return form, [*notes, "its Token Merging settings are more than the fields can say"]
 
 
-def _tome_fields(wanted: Mapping[str, Any]) -> list[tuple[str, float, list[str]]]:
-    """Presets, ratios and lines that might stand for a configuration, the shortest first."""
-    ratio = wanted.get("ratio")
-    amount = float(ratio) if isinstance(ratio, float | int) else 0.0
-    found: list[tuple[str, float, list[str]]] = [
-        (preset, amount, []) for preset in (NO_PRESET, *preset_names())
-    ]
-    usual = _plain(ToMeConfig())
-    keys = [k for k in wanted if k != "ratio" and wanted[k] is not None]
-    for names in ([k for k in keys if wanted[k] != usual.get(k)], keys):
-        lines = [f"tome.{key} {_text(wanted[key])}" for key in names if wanted[key] != []]
-        found.append((NO_PRESET, amount, lines))
-    return found
-
-
-def _plain(config: ToMeConfig) -> dict[str, Any]:
-    """A configuration as a picture's JSON has it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def _tome_forms(base: Base, form: Form, keys: Mapping[str, Any]) -> Iterable[Form]:
+    """Forms that might stand for a configuration's keys, those with the fewest lines first."""
+    own = dict(keys)
+    hires = own.get("hires")
+    if isinstance(hires, Mapping) and isinstance(hires.get("ratio"), float | int):
+        form = {**form, "hires_ratio": hires["ratio"]}
+        del own["hires"]
+    ratio = own.get("ratio")
+    if isinstance(ratio, float | int):
+        form = {**form, "ratio": float(ratio)}
+        del own["ratio"]
+    for preset in (NO_PRESET, *base.presets):
+        yield {**form, "preset": preset}
+    lines = [f"tome.{key} {_text(own[key])}" for key in KEYS if own.get(key, []) != []]
+    yield {**form, "more": "\n".join(filter(None, [form["more"], *lines]))}
 
 
 def _text(value: Any) -> str:
-    """A value as a flag has it."""
+    """A value as a line has it; a newline in it does not begin another line."""
     if isinstance(value, list) and value and isinstance(value[0], list):
-        return ",".join(":".join(map(str, pair)) for pair in value)
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
+        text = ",".join(":".join(map(str, pair)) for pair in value)
+    elif isinstance(value, list):
+        text = " ".join(map(str, value))
+    else:
+        is_word = value is None or isinstance(value, bool)
+        text = str(value).lower() if is_word else shlex.quote(str(value))
+    return text.replace("\n", " ").replace("\r", " ")

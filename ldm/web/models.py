@@ -1,13 +1,15 @@
-"""Which checkpoints the page offers."""
+"""Which checkpoints, LoRAs and embeddings the page offers. Only what is offered can be named."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from ldm.checkpoint.load import DEMO, default_checkpoint
 from ldm.config import shipped
 
-SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth")
+SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
+ADDONS = ("lora", "embeddings", "vae", "controlnet")  # folders below models/ with other things
 
 
 def find_models(ckpt: str | None = None) -> dict[str, Path]:
@@ -19,21 +21,50 @@ def find_models(ckpt: str | None = None) -> dict[str, Path]:
         ckpt: the one to begin with; None: the scripts' default.
     """
     demo = shipped(DEMO)
-    folders = list(dict.fromkeys([Path("models").resolve(), shipped("models").resolve()]))
-    found = [Path(ckpt) if ckpt is not None else default_checkpoint()[0]]
-    for folder in folders:
-        files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)
-        found += [path for path in files if demo.resolve() not in path.resolve().parents]
+    first = Path(ckpt) if ckpt is not None else default_checkpoint()[0]
+    others = [
+        path
+        for folder in _folders()
+        for path in _files(folder)
+        if demo.resolve() not in path.resolve().parents
+        and path.relative_to(folder).parts[0] not in ADDONS
+    ]
     if any(demo.glob("*.safetensors")):
-        found.append(demo)
-    models: dict[str, Path] = {}
-    for path in {path.resolve(): path for path in reversed(found)}.values():
-        models[_name(path.resolve(), folders, models)] = path
-    return dict(reversed(models.items()))
+        others.append(demo)
+    return _named([first, *others], _folders())
 
 
-def _name(path: Path, folders: list[Path], taken: dict[str, Path]) -> str:
-    """A path as the page shows it: from the folder of models on, elsewhere the file's name."""
-    inside = [folder for folder in folders if folder in path.parents]
-    name = str(path.relative_to(inside[0])) if inside else path.name
-    return str(path) if name in taken else name
+def find_addons(kind: str) -> dict[str, Path]:
+    """The files of ``models/KIND`` by the names to show, which have no ending.
+
+    Args:
+        kind: ``lora``, ``embeddings`` or ``vae``.
+    """
+    folders = [folder / kind for folder in _folders()]
+    files = [path for folder in folders for path in _files(folder)]
+    return {name.removesuffix(path.suffix): path for name, path in _named(files, folders).items()}
+
+
+def _folders() -> list[Path]:
+    return list(dict.fromkeys([Path("models").resolve(), shipped("models").resolve()]))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def _named(paths: Iterable[Path], folders: list[Path]) -> dict[str, Path]:
+    """Paths by their names, each file once, at its first place.
+
+    A name is the path from the folder on, elsewhere the file's own; the whole path where that is
+    taken.
+    """
+    once: dict[Path, Path] = {}
+    for path in paths:
+        once.setdefault(path.resolve(), path)
+    named: dict[str, Path] = {}
+    for real, path in once.items():
+        inside = [folder for folder in folders if folder in real.parents]
+        name = str(real.relative_to(inside[0])) if inside else path.name
+        named[str(path) if name in named else name] = path
+    return named

@@ -1,486 +1,215 @@
-"""The page's layout, and what its buttons do. The only module that knows gradio."""
+"""The page: its layout, and what happens in it. Jobs live in the queue, not here."""
 
 from __future__ import annotations
 
-import html
+import hashlib
+import json
 import logging
-import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from starlette.middleware import Middleware
 
-from ldm.cli.parser import Arguments
-from ldm.config import preset_names
-from ldm.errors import InputError
-from ldm.images import read_settings
-from ldm.settings import SAMPLERS
-from ldm.web.form import (
-    MODEL_FLAGS,
-    NO_PRESET,
-    Form,
-    first_form,
-    form_of,
-    preset_ratio,
-    read_form,
-)
-from ldm.web.guard import Guard
-from ldm.web.runner import Drawn, Event, Finished, Message, Progress, Runner, Stopped, Task
+from ldm.errors import InputError, OutOfMemory, is_out_of_memory
+from ldm.web.compare import CompareTab
+from ldm.web.desk import Desk
+from ldm.web.draw import DrawTab
+from ldm.web.fields import QUIET, Fields, failure
+from ldm.web.form import MODEL_SETTINGS, Base
+from ldm.web.gallery import GallerySide
+from ldm.web.inpaint import InpaintTab
+from ldm.web.pictures import Pictures
+from ldm.web.uploads import tidy
 
-N_SHOWN = 24  # pictures in the gallery
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-UPLOAD_LIMIT = "64mb"
-CSS = """
-.status p { margin: 0 0 4px 0; overflow-wrap: anywhere; }
-.status progress { width: 100%; height: 10px; appearance: none; border: 0; }
-.status progress::-webkit-progress-bar { background: var(--border-color-primary); }
-.status progress::-webkit-progress-value { background: var(--color-accent); }
-.status progress::-moz-progress-bar { background: var(--color-accent); }
-.status .error { color: var(--error-text-color, #b91c1c); font-weight: 600; }
-.dark .status .error { color: #fca5a5; }
-.status .tome, .tome-line p { font-family: var(--font-mono); font-size: 0.85em; }
-.view img { width: 100%; object-fit: contain; }
-@media (max-width: 640px) { .view { height: 340px !important; } }
-footer { display: none !important; }
-"""
-
-Update = dict[Any, Any]
+TITLE = "Stable Diffusion with Token Merging"
+TABS = ("draw", "inpaint", "compare")
+STORED = ("model", "mode", "what", "compare")  # kept in the browser, besides the form
+HERE = Path(__file__).parent
 logger = logging.getLogger(__name__)
 
 
 class Page:
-    """The page, around a runner.
+    """The page, around a desk.
 
     Args:
-        runner: does the work.
-        args: what was given to the program: the fields' first values, and what has no field.
+        desk: takes the jobs.
+        base: what was given to the program.
+        pictures: finished ones.
     """
 
-    def __init__(self, runner: Runner, args: Arguments) -> None:
-        self.runner = runner
-        self.args = args
-        self._stops: dict[str, set[threading.Event]] = defaultdict(set)  # by browser tab
-        with gr.Blocks(
-            title="Stable Diffusion with Token Merging", analytics_enabled=False, fill_width=True
-        ) as self.blocks:
-            self._lay_out()
+    def __init__(self, desk: Desk, base: Base, pictures: Pictures) -> None:
+        self.desk = desk
+        runner = desk.runner
+        model = runner.loaded or next(iter(runner.models))
+        first = base.first_form(runner.info(model).defaults)
+        self.fields = Fields(runner, base, first)
+        self.draw_tab = DrawTab(desk, self.fields)
+        self.inpaint_tab = InpaintTab(desk, self.fields)
+        self.compare_tab = CompareTab(desk, self.fields)
+        self.side = GallerySide(runner, self.fields, pictures)
+        # What is stored belongs to one command line: another one's flags win over it.
+        key = hashlib.sha256(json.dumps([first, list(runner.models)]).encode()).hexdigest()[:16]
+        with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as self.blocks:
+            self.stored = gr.BrowserState(None, storage_key=f"ldm-form-{key}", secret="ldm")
+            gr.Markdown(f"# {TITLE}", elem_id="title")
+            with gr.Row():
+                with gr.Column(scale=2, min_width=300):
+                    self._lay_out_form()
+                with gr.Column(scale=3, min_width=300):
+                    self.side.lay_out()
             self._connect()
-        self.blocks.queue(default_concurrency_limit=None)  # the runner has one job at a time
+        self.blocks.queue(default_concurrency_limit=8, max_size=None)
 
-    # --- layout -----------------------------------------------------------------------------
-
-    def _lay_out(self) -> None:
-        defaults = self.runner.pipeline.defaults if self.runner.pipeline else {}
-        first = first_form(self.args, defaults)
-        presets = [NO_PRESET, *preset_names()]
-        if first["preset"] not in presets:
-            presets.append(first["preset"])
-        names = list(self.runner.models)
-        self.fields: dict[str, Any] = {}
-        gr.Markdown("## Stable Diffusion with Token Merging")
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                self.model = gr.Dropdown(
-                    names, value=self.runner.loaded or names[0], label="Model", elem_id="model"
-                )
-                self._text("prompt", "Prompt", first, lines=3)
-                self._text("negative_prompt", "Negative prompt", first, lines=1)
-                self.mode = gr.Radio(
-                    ["txt2img", "img2img"], value="txt2img", label="Draw", elem_id="mode"
-                )
-                with gr.Group(visible=False) as self.start:
-                    self.init = gr.Image(
-                        label="Picture to start from",
-                        type="filepath",
-                        image_mode=None,
-                        sources=["upload", "clipboard"],
-                        height=240,
-                        elem_id="init",
-                    )
-                    self.fields["strength"] = gr.Slider(
-                        minimum=0,
-                        maximum=1,
-                        value=first["strength"],
-                        step=0.01,
-                        label="Strength",
-                        info="how much is redrawn; 1 ignores the picture",
-                        elem_id="strength",
-                    )
-                with gr.Row():
-                    self._number("W", "Width", first)
-                    self._number("H", "Height", first)
-                    self._number("n_iter", "Pictures", first)
-                with gr.Row():
-                    self.fields["sampler"] = gr.Dropdown(
-                        list(SAMPLERS),
-                        value=first["sampler"],
-                        label="Sampler",
-                        min_width=120,
-                        elem_id="sampler",
-                    )
-                    self._number("steps", "Steps", first)
-                with gr.Row():
-                    self._number("scale", "Guidance scale", first, precision=None)
-                    self._number("seed", "Seed (-1: any)", first)
-                with gr.Group():
-                    self.fields["preset"] = gr.Dropdown(
-                        presets, value=first["preset"], label="ToMe preset", elem_id="preset"
-                    )
-                    ratio = preset_ratio(first["preset"])
-                    self.fields["ratio"] = gr.Slider(
-                        minimum=0,
-                        maximum=0.95,
-                        value=first["ratio"],
-                        step=0.0025,
-                        label="ToMe ratio",
-                        info="share of tokens merged away; 0 is off",
-                        interactive=ratio is not None,
-                        elem_id="ratio",
-                    )
-                    self.tome_line = gr.HTML(
-                        self._tome_line(first), padding=True, elem_classes="tome-line"
-                    )
-                    self.compare = gr.Checkbox(
-                        label="Compare: draw it without merging, too", elem_id="compare"
-                    )
-                with gr.Accordion("More settings", open=bool(first["more"])):
-                    self._text(
-                        "more",
-                        "A flag and its value on each line",
-                        first,
-                        lines=2,
-                        placeholder="tome.window 5\nschedule karras\nhires-scale 2",
-                    )
-            with gr.Column(scale=3, min_width=300):
-                with gr.Row():
-                    self.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
-                    self.stop = gr.Button("Stop", elem_id="stop", min_width=100)
-                self.status = gr.HTML(elem_id="status", elem_classes="status")
-                self.view = gr.Image(
-                    label="Picture",
-                    interactive=False,
-                    format="png",
-                    height=512,
-                    buttons=["download", "fullscreen"],
-                    elem_id="view",
-                    elem_classes="view",
-                )
-                self.wipe = gr.ImageSlider(
-                    label="Merged | unmerged",
-                    interactive=False,
-                    format="png",
-                    visible=False,
-                    max_height=512,
-                    elem_id="wipe",
-                )
-                self.gallery = gr.Gallery(
-                    label="Gallery",
-                    interactive=False,
-                    columns=4,
-                    height="auto",
-                    object_fit="contain",
-                    allow_preview=False,
-                    buttons=[],
-                    elem_id="gallery",
-                )
-                with gr.Row():
-                    self.send = gr.Button("Send to img2img", elem_id="send", min_width=140)
-                    self.reuse = gr.Button("Use its settings", elem_id="reuse", min_width=140)
-                self.dropped = gr.File(
-                    label="Drop a picture here to use its settings",
-                    file_types=[".png"],
-                    height=120,
-                    elem_id="dropped",
-                )
-        self.paths = gr.State([])  # of the gallery
-        self.chosen = gr.State(None)  # path of the picture that the buttons are about
-
-    def _text(self, name: str, label: str, first: Form, **kwargs: Any) -> None:
-        self.fields[name] = gr.Textbox(first[name], label=label, elem_id=name, **kwargs)
-
-    def _number(self, name: str, label: str, first: Form, precision: int | None = 0) -> None:
-        self.fields[name] = gr.Number(
-            first[name], label=label, precision=precision, min_width=90, elem_id=name
-        )
+    def _lay_out_form(self) -> None:
+        self.fields.lay_out_prompt()
+        with gr.Row(elem_id="buttons", elem_classes="buttons"):
+            self.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
+            self.stop = gr.Button("Stop", elem_id="stop", min_width=70)
+            self.skip = gr.Button("Skip", elem_id="skip", min_width=70)
+        parts = (self.draw_tab, self.inpaint_tab, self.compare_tab)
+        layouts: list[Callable[[], None]] = [part.lay_out for part in parts]
+        titles = ("Draw", "Inpaint", "Compare")
+        self.tabs = gr.Tabs(elem_id="tabs")
+        self.tab: dict[str, Any] = {}
+        with self.tabs:
+            for name, title, lay_out in zip(TABS, titles, layouts, strict=True):
+                with gr.Tab(title, id=name, render_children=True) as self.tab[name]:
+                    lay_out()
+        self.what = gr.Textbox(TABS[0], visible="hidden", elem_id="what")  # the tab that is open
+        self.fields.lay_out_settings()
 
     # --- what happens -----------------------------------------------------------------------
 
     def _connect(self) -> None:
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        form = list(self.fields.values())
-        ratio = self.fields["ratio"]
-        self.blocks.load(
-            self._on_load, outputs=[self.model, self.gallery, self.paths, self.chosen], **quiet
+        form = list(self.fields.by_name.values())
+        for part in (self.fields, self.draw_tab, self.inpaint_tab):
+            part.connect()
+        self.side.connect(
+            self.draw_tab.mode, self.draw_tab.init, self.inpaint_tab.init, self.tabs, self.what
         )
-        self.model.input(
-            self._on_model,
-            inputs=[self.model],
-            outputs=[self.status, self.tome_line, *(self.fields[name] for name in MODEL_FLAGS)],
-            **quiet,
-        )
-        self.mode.change(
-            lambda mode: gr.update(visible=mode == "img2img"), self.mode, self.start, **quiet
-        )
-        self.init.upload(  # the picture's own size, not the model's
-            lambda: (None, None), outputs=[self.fields["W"], self.fields["H"]], **quiet
-        )
-        self.fields["preset"].input(_ratio_of, self.fields["preset"], ratio, **quiet)
+        for name, tab in self.tab.items():
+            tab.select(None, js=f"() => '{name}'", outputs=self.what, **QUIET)
+        kept = [self.fields.model, self.draw_tab.mode, self.what, self.fields.compare, *form]
         gr.on(
-            [self.fields["preset"].change, ratio.change, self.fields["more"].change],
-            lambda *values: self._tome_line(dict(zip(self.fields, values, strict=True))),
-            inputs=form,
-            outputs=self.tome_line,
-            trigger_mode="always_last",
-            **quiet,
+            [component.change for component in kept],
+            None,
+            js="(...values) => [values]",
+            inputs=kept,
+            outputs=self.stored,
+            **QUIET,
         )
-        results = [self.status, self.view, self.wipe, self.gallery, self.paths, self.chosen]
+        self.blocks.load(
+            _safe(self._on_load, self.side.said),
+            inputs=self.stored,
+            outputs=[self.side.said, self.tabs, *kept],
+            **QUIET,
+        )
+        self.fields.model.input(
+            _safe(self._on_model, self.side.said),
+            inputs=self.fields.model,
+            outputs=[self.side.said, *(self.fields.by_name[name] for name in MODEL_SETTINGS)],
+            **QUIET,
+        )
+        mask = self.inpaint_tab.mask
         self.draw.click(
-            self._on_draw,
-            inputs=[self.paths, self.model, self.mode, self.init, self.compare, *form],
-            outputs=results,
+            _safe(self._on_draw, self.side.said),
+            js="(mask, ...rest) => [ldm.mask(rest[0]), ...rest]",
+            inputs=[
+                *(mask, self.what, self.fields.model, self.fields.compare, self.draw_tab.mode),
+                *(self.draw_tab.init, self.inpaint_tab.init, *self.compare_tab.inputs, *form),
+            ],
+            outputs=self.side.said,
             trigger_mode="multiple",
-            **quiet,
+            concurrency_limit=1,  # in the order of the clicks
+            concurrency_id="draw",
+            **QUIET,
         )
-        self.stop.click(self._on_stop, queue=False, **quiet)
-        self.gallery.select(
-            self._on_select, inputs=self.paths, outputs=[self.view, self.wipe, self.chosen], **quiet
-        )
-        self.send.click(
-            self._on_send,
-            inputs=self.chosen,
-            outputs=[self.status, self.mode, self.init, self.fields["W"], self.fields["H"]],
-            **quiet,
-        )
-        for trigger, source in ((self.reuse.click, self.chosen), (self.dropped.upload, None)):
-            trigger(
-                self._on_reuse, inputs=source or self.dropped, outputs=[self.status, *form], **quiet
-            )
-
-    def _on_load(self) -> tuple[Any, ...]:
-        folder = self.runner.gallery.folder / "samples"
-        paths = sorted(map(str, folder.glob("*.png")))[: -N_SHOWN - 1 : -1]
-        return self.runner.loaded, paths, paths, paths[0] if paths else None
-
-    def _on_model(self, model: str, request: gr.Request) -> Iterator[Update]:
-        lines = _Lines()
-        for _ in self._follow(lines, request, lambda stop: self.runner.load(model, stop)):
-            yield {self.status: lines.html()}
-        if self.runner.pipeline is not None and self.runner.loaded == model:
-            defaults = self.runner.pipeline.defaults
-            values = {self.fields[name]: defaults.get(name) for name in MODEL_FLAGS}
-            yield {self.status: lines.html(), **values}
+        self.stop.click(None, js="() => ldm.post('stop')", **QUIET)
+        self.skip.click(None, js="() => ldm.post('skip')", **QUIET)
 
     def _on_draw(
         self,
-        request: gr.Request,
-        paths: list[str],
+        mask: str | None,
+        what: str,
         model: str,
+        compare: bool,
         mode: str,
         init: str | None,
-        compare: bool,
+        paint: str | None,
         *values: Any,
-    ) -> Iterator[Update]:
-        form = dict(zip(self.fields, values, strict=True))
+    ) -> dict[Any, Any]:
+        n_axes = len(self.compare_tab.inputs)
+        axes, form = values[:n_axes], self.fields.form(values[n_axes:])
+        if what == "compare":
+            self.compare_tab.draw(model, form, *axes)
+        elif what == "inpaint":
+            self.inpaint_tab.draw(model, form, compare, paint, mask)
+        else:
+            self.draw_tab.draw(model, form, compare, mode, init)
+        tidy(Path(os.environ["GRADIO_TEMP_DIR"]))
+        return {self.side.said: ""}
 
-        def start(stop: threading.Event) -> Iterator[Event]:
-            if mode == "img2img" and init is None:
-                raise InputError("img2img needs a picture to start from: drop one on the field")
-            file = Path(init) if mode == "img2img" and init is not None else None
-            job = read_form(self.args, form)
-            task = Task(model, job, file, file.name if file else "", compare)
-            return self.runner.draw(task, stop)
+    def _on_model(self, model: str) -> dict[Any, Any]:
+        defaults = self.desk.runner.info(model).defaults
+        values = {self.fields.by_name[name]: defaults.get(name) for name in MODEL_SETTINGS}
+        return {self.side.said: "", **values}
 
-        lines = _Lines()
-        pair: dict[bool, str] = {}
-        for event in self._follow(lines, request, start):
-            update: Update = {self.status: lines.html()}
-            if isinstance(event, Progress) and event.preview is not None:
-                update |= {
-                    self.view: gr.update(value=event.preview, visible=True),
-                    self.wipe: gr.update(visible=False),
-                }
-            elif isinstance(event, Drawn):
-                path = str(event.path)
-                pair.setdefault(event.is_merged, path)
-                paths = [path, *paths][:N_SHOWN]
-                update |= {self.gallery: paths, self.paths: paths, self.chosen: path}
-                if len(pair) < 2:
-                    update |= _shown(self, path)
-                else:
-                    update |= {
-                        self.view: gr.update(visible=False),
-                        self.wipe: gr.update(value=(pair[True], pair[False]), visible=True),
-                    }
-            yield update
-
-    def _follow(
-        self,
-        lines: _Lines,
-        request: gr.Request,
-        start: Callable[[threading.Event], Iterator[Event]],
-    ) -> Iterator[Event | None]:
-        """What is told of a job, which is added to the lines; one that ends badly adds why."""
-        stop = threading.Event()
-        stops = self._stops[str(request.session_hash)]
-        stops.add(stop)
-        try:
-            yield None
-            for event in start(stop):
-                lines.hear(event)
-                yield event
-            lines.end()
-        except Stopped:
-            lines.end("Stopped")
-        except InputError as error:
-            lines.end(error=str(error))
-        except Exception as error:  # the server stays up, whatever happens in a job
-            logger.exception("a job failed")
-            lines.end(error=f"{type(error).__name__}: {error} (the terminal has more)")
-        finally:
-            stop.set()
-            stops.discard(stop)
-        yield None
-
-    def _on_stop(self, request: gr.Request) -> None:
-        for stop in list(self._stops[str(request.session_hash)]):
-            stop.set()
-
-    def _on_select(self, paths: list[str], event: gr.SelectData) -> Update:
-        path = paths[event.index]
-        return {**_shown(self, path), self.chosen: path}
-
-    def _on_send(self, path: str | None) -> Update:
-        if path is None:
-            return {self.status: _error("there is no picture yet: draw one, or choose one below")}
-        return {
-            self.mode: "img2img",
-            self.init: path,
-            self.fields["W"]: None,
-            self.fields["H"]: None,
+    def _on_load(self, stored: Any) -> dict[Any, Any]:
+        """Fill the form with what the browser has kept, as far as it can be."""
+        names = [*STORED, *self.fields.by_name]
+        if not isinstance(stored, list) or len(stored) != len(names):
+            return {self.side.said: ""}
+        kept = dict(zip(names, stored, strict=True))
+        components = {
+            **{"model": self.fields.model, "mode": self.draw_tab.mode, "what": self.what},
+            "compare": self.fields.compare,
+            **self.fields.by_name,
         }
+        update: dict[Any, Any] = {self.side.said: ""}
+        for name, value in kept.items():
+            if fits(components[name], value):
+                update[components[name]] = value
+        preset = kept["preset"]
+        if preset == "none" or preset in self.fields.base.presets:
+            is_free = self.fields.base.preset_ratio(preset) is not None
+            ratio = kept["ratio"] if fits(components["ratio"], kept["ratio"]) else 0.0
+            update[components["ratio"]] = gr.update(value=ratio, interactive=is_free)
+        if kept["what"] in TABS:
+            update[self.tabs] = gr.Tabs(selected=kept["what"])
+        return update
 
-    def _on_reuse(self, path: str | None) -> Update:
+
+def fits(component: Any, value: Any) -> bool:
+    """Whether a component can have a value that a browser has kept."""
+    if isinstance(component, gr.Dropdown | gr.Radio):
+        return value in [choice for _, choice in component.choices]
+    if isinstance(component, gr.Checkbox):
+        return isinstance(value, bool)
+    if isinstance(component, gr.Textbox):
+        return isinstance(value, str)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(component, gr.Slider):
+        return is_number and component.minimum <= value <= component.maximum
+    return is_number or value is None
+
+
+def _safe(handler: Callable[..., dict[Any, Any]], said: Any) -> Callable[..., dict[Any, Any]]:
+    """A handler whose failures are a line on the page, and never the end of the server."""
+
+    @wraps(handler)
+    def handle(*values: Any) -> dict[Any, Any]:
         try:
-            if path is None:
-                raise InputError("there is no picture yet: draw one, or choose one below")
-            name = Path(path).name
-            try:
-                about = read_settings(path)
-            except InputError as error:
-                raise InputError(str(error).replace(path, name)) from None
-            form, note = form_of(self.args, about, self.runner.resolve)
+            return handler(*values)
         except InputError as error:
-            return {self.status: _error(str(error))}
-        says = f"These are the settings of {name}" + (f"; {note}" if note else "")
-        update: Update = {self.fields[key]: value for key, value in form.items()}
-        free = preset_ratio(form["preset"]) is not None
-        update[self.fields["ratio"]] = gr.update(value=form["ratio"], interactive=free)
-        return {**update, self.status: f"<p>{html.escape(says)}</p>"}
+            return {said: failure(error)}
+        except BaseException as error:
+            if is_out_of_memory(error):
+                return {said: failure(OutOfMemory())}
+            logger.exception("a request failed")
+            what = f"{type(error).__name__}: {error} (the terminal has more)"
+            return {said: failure(InputError(what))}
 
-    def _tome_line(self, form: Form) -> str:
-        try:
-            line = self.runner.describe(read_form(self.args, form).tome)
-        except InputError as error:
-            return f'<div class="status">{_error(str(error))}</div>'
-        return f"<p>{html.escape(line)}</p>"
-
-    # --- serving ----------------------------------------------------------------------------
-
-    def serve(self, host: str, port: int | None) -> str:
-        """Start the server, which then runs in a thread; returns its address.
-
-        Raises:
-            InputError: it cannot listen there.
-        """
-        guard = Middleware(Guard, hosts=LOOPBACK if host in LOOPBACK else None)
-        try:
-            self.blocks.launch(
-                server_name=host,
-                server_port=port,
-                share=False,
-                quiet=True,
-                inbrowser=False,
-                prevent_thread_lock=True,
-                ssr_mode=False,
-                mcp_server=False,
-                run_history=False,
-                enable_monitoring=False,
-                footer_links=[],
-                allowed_paths=[str((self.runner.gallery.folder / "samples").resolve())],
-                max_file_size=UPLOAD_LIMIT,
-                theme=gr.themes.Default(
-                    font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
-                ),
-                css=CSS,
-                app_kwargs={"middleware": [guard]},
-            )
-        except OSError as error:
-            where = f"port {port}" if port is not None else "any port from 7860 on"
-            raise InputError(f"cannot listen at {host}, {where} ({error})") from None
-        return str(self.blocks.local_url)
-
-    def close(self) -> None:
-        """Stop what runs, and the server."""
-        self.runner.close()
-        self.blocks.close(verbose=False)
-
-
-class _Lines:
-    """What the page shows of a job: a bar while it runs, and the lines that stay."""
-
-    def __init__(self) -> None:
-        self.progress: Progress | None = Progress("Starting")
-        self.lines: list[str] = []
-
-    def hear(self, event: Event) -> None:
-        """Take in what is told."""
-        if isinstance(event, Progress):
-            self.progress = event
-        elif isinstance(event, Message):
-            is_tome = event.text.startswith("ToMe:")
-            kind = ' class="tome"' if is_tome else ""
-            text = f"warning: {event.text}" if event.is_warning else event.text
-            self.lines.append(f"<p{kind}>{html.escape(text)}</p>")
-        elif isinstance(event, Drawn):
-            self.progress = Progress("Saved", 1.0)
-            self.lines.append(f"<p>Saved {html.escape(str(event.path))}</p>")
-        elif isinstance(event, Finished):
-            what = "With" if event.is_merged else "Without"
-            step = "" if event.step_seconds is None else f", {event.step_seconds:.3g} s a step"
-            self.lines.append(f"<p>{what} merging: {event.seconds:.3g} s{step}</p>")
-
-    def end(self, text: str = "", error: str = "") -> None:
-        """The job is over."""
-        self.progress = None
-        if text:
-            self.lines.append(f"<p>{html.escape(text)}</p>")
-        if error:
-            self.lines.append(_error(error))
-
-    def html(self) -> str:
-        """All of it."""
-        bar = ""
-        if self.progress is not None:
-            text = html.escape(self.progress.text)
-            bar = f'<p>{text}</p><progress value="{self.progress.share:.3f}"></progress>'
-        return bar + "".join(self.lines)
-
-
-def _error(text: str) -> str:
-    return f'<p class="error" role="alert">error: {html.escape(text)}</p>'
-
-
-def _shown(page: Page, path: str) -> Update:
-    return {
-        page.view: gr.update(value=path, visible=True),
-        page.wipe: gr.update(visible=False),
-    }
-
-
-def _ratio_of(preset: str) -> Any:
-    """The slider, for a preset."""
-    ratio = preset_ratio(preset)
-    return gr.update(value=ratio or 0.0, interactive=ratio is not None)
+    return handle

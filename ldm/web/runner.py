@@ -1,34 +1,71 @@
-"""Runs what the page asks for, one job at a time, and tells how it goes. Knows no page."""
+"""Draws what the page and the API ask for, with one model loaded. Knows neither of them."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import queue
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 from torch import Tensor
 
-from ldm.checkpoint.load import inspect_checkpoint
-from ldm.cli.jobs import Job
+from ldm import images
+from ldm.checkpoint.load import CheckpointInfo, inspect_checkpoint
+from ldm.config import TomeKeys, model_tome
 from ldm.errors import InputError
-from ldm.images import Gallery, Picture, Pixels, load_rgb
+from ldm.images import Gallery, Mask, Picture, Pixels
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import describe
 from ldm.pipeline import Pipeline
+from ldm.settings import Settings
+from ldm.web.models import find_addons
 from ldm.web.preview import Preview
+from ldm.web.queue import Job, Stopped
+from ldm.web.report import Report, Shown
 
 PREVIEW_EVERY = 0.5  # seconds at least between two previews
-WAIT_EVERY = 0.2  # seconds between two looks whether it is one's turn
+CELL = 192  # pixels that a picture of a grid is wide, at least
+Addons: TypeAlias = tuple[tuple[str, float], ...]
 
 
-class Stopped(Exception):
-    """The user has stopped a job."""
+class _Skipped(Exception):
+    """The user wants the next picture."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Pictures of one choice of settings.
+
+    Attributes:
+        settings: what and how.
+        tome: see Pipeline.from_checkpoint.
+        label: what they are among a job's.
+        is_plain: in a grid: the unmerged one that others are compared with.
+        loras: names among ``models/lora``, and their weights.
+        embeddings: names among ``models/embeddings``.
+    """
+
+    settings: Settings
+    tome: TomeKeys
+    label: str = ""
+    is_plain: bool = False
+    loras: Addons = ()
+    embeddings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A picture of pictures: which draws, row by row."""
+
+    n_columns: int
+    cells: tuple[int, ...]
+    unmerged: tuple[int, ...]  # the draw that each cell is compared with
 
 
 @dataclass(frozen=True)
@@ -37,62 +74,29 @@ class Task:
 
     Attributes:
         model: its name among the runner's models.
-        job: settings of the picture and of Token Merging.
-        init: img2img: the file to start from.
-        init_name: what the user calls it, for the picture's notes.
-        compare: draw the same once more without merging.
+        draws: one after the other.
+        init: img2img and inpainting: the picture to start from, (H, W, 3).
+        mask: inpainting: where to paint, (H, W) of any size.
+        init_name: what the user calls the picture, for the notes.
+        is_pair: the two draws are the same, with and without merging.
+        grid: how to show all draws in one picture.
     """
 
     model: str
-    job: Job
-    init: Path | None = None
+    draws: tuple[Draw, ...]
+    init: Pixels | None = None
+    mask: Mask | None = None
     init_name: str = ""
-    compare: bool = False
+    is_pair: bool = False
+    grid: Grid | None = None
+
+    @property
+    def n_pictures(self) -> int:
+        """How many it will be."""
+        return sum(draw.settings.n_samples * draw.settings.n_iter for draw in self.draws)
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far it is: a text, a share from 0 to 1, and perhaps a preview."""
-
-    text: str
-    share: float = 0.0
-    preview: Pixels | None = None
-
-
-@dataclass(frozen=True)
-class Message:
-    """A line of what the package logs, as the scripts print it."""
-
-    text: str
-    is_warning: bool
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture and where it is saved."""
-
-    picture: Picture
-    path: Path
-    is_merged: bool
-
-
-@dataclass(frozen=True)
-class Finished:
-    """All pictures of one kind are there.
-
-    Attributes:
-        is_merged: with Token Merging.
-        seconds: for all of it, without the previews.
-        step_seconds: the median step; None where there was a single one.
-    """
-
-    is_merged: bool
-    seconds: float
-    step_seconds: float | None
-
-
-Event: TypeAlias = Progress | Message | Drawn | Finished
-Say: TypeAlias = Callable[[Event], None]
+DrawJob: TypeAlias = "Job[Task, Report]"
 
 
 class Runner:
@@ -117,153 +121,252 @@ class Runner:
         self.loaded: str | None = None
         self.pipeline: Pipeline | None = None
         self._preview: Preview | None = None
-        self._turn = threading.Lock()
-        self._stops: set[threading.Event] = set()
+        self._addons: tuple[Addons, tuple[str, ...]] = ((), ())
+        self._infos: dict[str, CheckpointInfo] = {}
 
-    def load(self, model: str, stop: threading.Event | None = None) -> Iterator[Event]:
-        """Load a model; what happens is told while it does.
-
-        Raises:
-            InputError: the checkpoint cannot be used; the one before is still there, if the file
-                already shows it.
-            Stopped: the event ``stop`` was set before the turn came.
-        """
-        return self._run(lambda say: self._use(model, say), stop or threading.Event())
-
-    def draw(self, task: Task, stop: threading.Event | None = None) -> Iterator[Event]:
-        """Draw and save pictures; what happens is told while it does.
-
-        Setting ``stop`` ends it after the step under way, as does closing the iterator. Pictures
-        that are finished by then stay.
+    def info(self, model: str) -> CheckpointInfo:
+        """What a checkpoint's header says.
 
         Raises:
-            InputError: something of the task cannot be used.
-            Stopped: it was stopped.
+            InputError: there is no such model, or it cannot be used.
         """
-        stop = stop or threading.Event()
-        return self._run(lambda say: self._draw(task, say, stop), stop)
+        if model not in self.models:
+            raise InputError(f"Model {model!r}: choose one of {', '.join(self.models)}")
+        if model not in self._infos:
+            names = ("config", "parameterization", "ema")
+            given = (self.arguments[name] for name in names)
+            self._infos[model] = inspect_checkpoint(self.models[model], *given)
+        return self._infos[model]
 
-    def describe(self, tome: Any) -> str:
-        """Token Merging settings in one line, as far as they are known before a run.
+    def resolve(self, model: str, tome: TomeKeys) -> ToMeConfig:
+        """Token Merging settings over those of a model's YAML.
 
         Raises:
             InputError: they cannot be used.
         """
-        config = self.resolve(tome)
+        return model_tome(self.info(model).config, tome)
+
+    def describe(self, model: str, tome: TomeKeys) -> str:
+        """Token Merging settings in one line, as far as they are known before a run."""
+        config = self.resolve(model, tome)
         return "ToMe: off" if config.is_off else f"ToMe: {describe(config)}"
 
-    def resolve(self, tome: Any) -> ToMeConfig:
-        """Token Merging settings over those of the loaded model, if there is one."""
-        if self.pipeline is not None:
-            return self.pipeline.tome_config(tome)
-        return ToMeConfig.from_mapping(tome or {})
+    def load(self, model: str) -> Pipeline:
+        """The pipeline of a model; the one before is given up, if the new file looks right.
 
-    def close(self, timeout: float = 60.0) -> None:
-        """Stop all jobs, and wait for the one under way: seconds at most."""
-        for stop in list(self._stops):
-            stop.set()
-        if self._turn.acquire(timeout=timeout):
-            self._turn.release()
+        Raises:
+            InputError: the checkpoint cannot be used.
+        """
+        if self.pipeline is None or model != self.loaded:
+            self.info(model)
+            self.loaded = self.pipeline = self._preview = None  # two may be too much for memory
+            self._addons = ((), ())
+            self.pipeline = Pipeline.from_checkpoint(path=self.models[model], **self.arguments)
+            self._preview = Preview(self.pipeline.model)
+            self.loaded = model
+        return self.pipeline
 
-    # --- in a thread of its own -------------------------------------------------------------
+    def work(self, job: DrawJob) -> None:
+        """Draw and save the pictures of a job, and report.
 
-    def _run(self, work: Callable[[Say], None], stop: threading.Event) -> Iterator[Event]:
-        told: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()
-        self._stops.add(stop)
+        Raises:
+            InputError: something of the task cannot be used.
+            Stopped: the user has stopped it.
+        """
+        report, task = job.report, job.task
+        with _Listening(report, job):
+            report.text = f"loading {task.model}" if task.model != self.loaded else "starting"
+            job.tell()
+            pipeline = self.load(task.model)
+            watch = _Watch(self._preview, job)
+            results: list[tuple[Pixels, float] | None] = []
+            for draw in task.draws:
+                results.append(self._draw(pipeline, draw, watch))
+            if task.grid is not None:
+                self._save_grid(task, task.grid, results, report)
 
-        def run() -> None:
-            end: Exception | None = None
-            try:
-                while not self._turn.acquire(timeout=WAIT_EVERY):
-                    _check(stop)
-                    told.put(Progress("Waiting for another job"))
-                try:
-                    with _Listening(told.put):
-                        work(told.put)
-                finally:
-                    self._turn.release()
-            except Exception as error:
-                end = error
-            self._stops.discard(stop)
-            told.put(end)
+    # --- parts of a job ---------------------------------------------------------------------
 
-        threading.Thread(target=run, daemon=True).start()
-        try:
-            while (event := told.get()) is not None:
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-        finally:
-            stop.set()  # nobody listens any more
-
-    def _use(self, model: str, say: Say) -> None:
-        if model == self.loaded:
+    def _add(self, pipeline: Pipeline, draw: Draw) -> None:
+        """Give the model the LoRAs and embeddings of a draw, besides the program's own."""
+        wanted = (draw.loras, draw.embeddings)
+        if wanted == self._addons:
             return
-        if model not in self.models:
-            raise InputError(f"model {model}: choose one of {', '.join(self.models)}")
-        path = self.models[model]
-        names = ("config", "parameterization", "ema")
-        inspect_checkpoint(path, *(self.arguments[name] for name in names))
-        say(Progress(f"Loading {model}"))
-        self.loaded = self.pipeline = self._preview = None  # two may be too much for the memory
-        self.pipeline = Pipeline.from_checkpoint(path=path, **self.arguments)
-        self._preview = Preview(self.pipeline.model)
-        self.loaded = model
+        files = find_addons("lora")
+        loras = [(files[name], weight) for name, weight in draw.loras]
+        pipeline.set_loras([*self.arguments.get("loras", ()), *loras])
+        words = find_addons("embeddings")
+        embeddings = [words[name] for name in draw.embeddings]
+        pipeline.set_embeddings([*self.arguments.get("embeddings", ()), *embeddings])
+        self._addons = wanted
 
-    def _draw(self, task: Task, say: Say, stop: threading.Event) -> None:
-        init = None if task.init is None else load_rgb(task.init)
-        notes = {} if init is None else {"init_img": task.init_name or str(task.init)}
-        self._use(task.model, say)
-        pipeline, preview = self.pipeline, self._preview
-        assert pipeline is not None
-        assert preview is not None
-        wanted = pipeline.tome_config(task.job.tome)
-        if task.compare and wanted.is_off:
-            raise InputError("there is no merging to compare with: choose a preset or a ratio")
-        for tome in (wanted, ToMeConfig()) if task.compare else (wanted,):
-            is_merged = not tome.is_off
-            kind = ("merged, " if is_merged else "unmerged, ") if task.compare else ""
-            pipeline.set_tome(tome)
-            watch = _Watch(preview, kind, say, stop)
-            pictures = pipeline.generate(task.job.settings, init, notes=notes, on_step=watch)
-            for i, picture in enumerate(pictures):
-                watch.pause()
-                path = self.gallery.add(picture)
-                assert path is not None
-                say(Drawn(picture, path, is_merged))
-                watch.learn(picture.pixels, i)
-                watch.go_on()
-                _check(stop)
+    def _draw(self, pipeline: Pipeline, draw: Draw, watch: _Watch) -> tuple[Pixels, float] | None:
+        """Pictures of one choice of settings; returns the first, and the seconds for all."""
+        task, report = watch.job.task, watch.job.report
+        self._add(pipeline, draw)
+        config = pipeline.tome_config(draw.tome)
+        pipeline.set_tome(config)
+        notes = {} if task.init is None else {"init_img": task.init_name}
+        first: Pixels | None = None
+        watch.start(draw.settings.n_iter)
+        for settings in _pieces(draw.settings):
+            watch.job.skip.clear()
+            watch.go_on()
+            drawn = pipeline.generate(
+                settings, task.init, mask=task.mask, notes=notes, on_step=watch
+            )
+            try:
+                for i, picture in enumerate(drawn):
+                    watch.pause()
+                    self._save(picture, draw.label, report)
+                    watch.learn(picture.pixels, i)
+                    first = picture.pixels if first is None else first
+                    watch.check()
+                    watch.go_on()
+            except _Skipped:
+                report.say("One picture was skipped")
             watch.pause()
-            say(Finished(is_merged, watch.seconds, watch.step_seconds))
+            watch.next_piece()
+        median = watch.step_seconds
+        step = "" if median is None else f", {median:.3g} s a step"
+        if task.grid is None and first is not None:
+            what = "Without" if config.is_off else "With"
+            report.say(f"{what} merging: {watch.seconds:.3g} s{step}")
+        return None if first is None else (first, watch.seconds)
+
+    def _save(self, picture: Picture, label: str, report: Report) -> None:
+        path = self.gallery.add(picture)
+        assert path is not None
+        report.pictures.append(Shown(f"samples/{path.name}", label))
+        report.infos.append(dict(picture.settings))
+        report.say(f"Saved {path}")
+
+    def _save_grid(
+        self,
+        task: Task,
+        grid: Grid,
+        results: list[tuple[Pixels, float] | None],
+        report: Report,
+    ) -> None:
+        """Save all cells in one picture: words, time, and distance to the unmerged one below."""
+        cells = []
+        for cell, unmerged in zip(grid.cells, grid.unmerged, strict=True):
+            drawn, plain = results[cell], results[unmerged]
+            if drawn is None:
+                cells.append(np.full((CELL, CELL, 3), 255, np.uint8))
+                continue
+            facts = f"{drawn[1]:.3g} s, "
+            if cell == unmerged:
+                facts += "unmerged"
+            elif plain is not None:
+                facts += f"{_psnr(drawn[0], plain[0])} to unmerged"
+            words = task.draws[cell].label.split(" | ")
+            cells.append(images.label(_enlarged(drawn[0]), [*words, facts]))
+        about = {**report.infos[0], "grid": [draw.label for draw in task.draws]}
+        picture = Picture(images.make_grid(cells, grid.n_columns), about)
+        path = images.next_path(self.gallery.folder, "grid-{:04}.png")
+        picture.save(path)
+        report.pictures.append(Shown(path.name, "grid"))
+        report.infos.append(about)
+        report.say(f"Saved {path}")
+
+
+def _pieces(settings: Settings) -> Iterator[Settings]:
+    """A batch at a time, with the noise that it has in the whole; one piece where that depends."""
+    if settings.rng != "image" or settings.fixed_code or not isinstance(settings.prompt, str):
+        yield settings
+        return
+    for i in range(settings.n_iter):
+        seed = settings.seed + i * settings.n_samples
+        yield dataclasses.replace(settings, n_iter=1, seed=seed)
+
+
+def _enlarged(pixels: Pixels) -> Pixels:
+    factor = -(-CELL // pixels.shape[1])
+    return pixels.repeat(factor, 0).repeat(factor, 1)
+
+
+def _psnr(one: Pixels, other: Pixels) -> str:
+    """How near two pictures are; 48 dB are differences that a screen hardly shows."""
+    error = np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2)
+    return "identical" if error == 0 else f"{10 * np.log10(255**2 / error):.1f} dB"
 
 
 class _Watch:
-    """Follows the steps of a run: tells the progress, measures time, and stops it if wanted."""
+    """Follows the steps of a job: tells the progress, measures time, stops or skips if wanted."""
 
-    def __init__(self, preview: Preview, kind: str, say: Say, stop: threading.Event) -> None:
-        self.preview, self.kind, self.say, self.stop = preview, kind, say, stop
+    def __init__(self, preview: Preview | None, job: DrawJob) -> None:
+        assert preview is not None
+        self.preview, self.job = preview, job
         self.seconds = 0.0
         self._steps: list[float] = []
-        self._shown = time.perf_counter()
+        self._shown = time.monotonic()
         self._latents: Tensor | None = None
+        self._n_pieces = 1
+        self._piece = 0
+        self._n_draws = len(job.task.draws)
+        self._draw = -1
+        self._n_before = 0  # pictures of the draws before
+        self._pass = 0
         self.go_on()
+
+    def start(self, n_pieces: int) -> None:
+        """A draw begins, of so many pieces."""
+        if self._draw >= 0:
+            before = self.job.task.draws[self._draw].settings
+            self._n_before += before.n_iter * before.n_samples
+        self.seconds, self._steps = 0.0, []
+        self._n_pieces, self._piece, self._pass = n_pieces, 0, 0
+        self._draw += 1
+
+    def next_piece(self) -> None:
+        """A batch is finished, or skipped."""
+        self._piece, self._pass = self._piece + 1, 0
+        self.check()
 
     def __call__(self, index: int, n_steps: int, predicted: Tensor) -> None:
         is_finite = bool(predicted.isfinite().all())  # waits for the device: the step is over
         taken = self.pause()
-        _check(self.stop)
+        self.check()
+        if self.job.skip.is_set():
+            raise _Skipped
         if index > 0:  # the first one has what is done before the steps
             self._steps.append(taken)
         self._latents = predicted if is_finite else None
-        share = (index + 1) / n_steps
-        shown = None
-        is_time = time.perf_counter() - self._shown >= PREVIEW_EVERY
+        is_time = time.monotonic() - self._shown >= PREVIEW_EVERY
         if is_finite and is_time and index + 1 < n_steps:
-            shown = self.preview.pixels(predicted[0])
-            self._shown = time.perf_counter()
-        self.say(Progress(f"{self.kind}step {index + 1} of {n_steps}", share, shown))
+            self._show(predicted[0])
+        self._tell(index + 1, n_steps)
         self.go_on()
+
+    def _show(self, latents: Tensor) -> None:
+        report = self.job.report
+        report.preview = images.encode_webp(self.preview.pixels(latents), lossless_up_to=0)
+        report.n_previews += 1
+        self._shown = time.monotonic()
+
+    def _tell(self, step: int, n_steps: int) -> None:
+        report, draw = self.job.report, self.job.task.draws[self._draw]
+        label = draw.label.replace(" | ", ", ") + (" without merging" if draw.is_plain else "")
+        n_passes = 2 if draw.settings.hires_scale > 1 else 1
+        done = (self._pass + step / n_steps) / n_passes
+        piece = min(self._piece, self._n_pieces - 1)
+        share = (self._draw + (piece + min(done, 1.0)) / self._n_pieces) / self._n_draws
+        if step == n_steps:
+            self._pass += 1
+        report.start()
+        report.share, report.step = share, (step, n_steps)
+        words = [label.strip()] if label.strip() else []
+        if report.n_pictures > 1:
+            number = self._n_before + piece * draw.settings.n_samples + 1
+            words.append(f"picture {number} of {report.n_pictures}")
+        report.text = ", ".join([*words, f"step {step} of {n_steps}"])
+        self.job.tell()
+
+    def check(self) -> None:
+        """End the job here if the user wants that."""
+        if self.job.stop.is_set():
+            raise Stopped
 
     def pause(self) -> float:
         """Stop the clock; returns the seconds since it went on."""
@@ -279,6 +382,7 @@ class _Watch:
         """Fit the preview to a finished picture, where its latents were seen."""
         if self._latents is not None:
             self.preview.fit(self._latents[row % len(self._latents)], pixels)
+        self.job.report.preview = None
 
     @property
     def step_seconds(self) -> float | None:
@@ -286,22 +390,23 @@ class _Watch:
         return statistics.median(self._steps) if self._steps else None
 
 
-def _check(stop: threading.Event) -> None:
-    if stop.is_set():
-        raise Stopped
-
-
 class _Listening(logging.Handler):
     """Passes on what the package logs in this thread, as long as the context lasts."""
 
-    def __init__(self, say: Say) -> None:
+    def __init__(self, report: Report, job: DrawJob) -> None:
         super().__init__(logging.INFO)
-        self.say = say
+        self.report = report
+        self.job = job
         self.thread = threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.thread == self.thread:
-            self.say(Message(record.getMessage(), record.levelno >= logging.WARNING))
+            text = record.getMessage()
+            kind = "tome" if text.startswith("ToMe:") else ""
+            if record.levelno >= logging.WARNING:
+                text, kind = f"warning: {text}", "warning"
+            self.report.say(text, kind)
+            self.job.tell()
 
     def __enter__(self) -> None:
         logging.getLogger("ldm").addHandler(self)

@@ -3,33 +3,26 @@ import threading
 import numpy as np
 import pytest
 
-from ldm.cli.jobs import Job
 from ldm.errors import InputError
-from ldm.images import Gallery, load_rgb, read_settings
+from ldm.images import load_rgb, read_settings
 from ldm.settings import Settings
-from ldm.web.runner import Drawn, Finished, Message, Progress, Runner, Stopped, Task
-
-ARGUMENTS = {
-    **{"config": None, "device": "cpu", "dtype": "float32", "tome": None, "attention": "sdpa"},
-    **{"ema": False, "parameterization": None},
-}
-
-
-@pytest.fixture
-def runner(tiny_checkpoint, tmp_path):
-    broken = tmp_path / "broken.ckpt"
-    broken.write_text("just some text")
-    models = {"tiny": tiny_checkpoint, "broken": broken}
-    return Runner(models, ARGUMENTS, Gallery(tmp_path / "out", has_grid=False))
+from ldm.web.queue import Job, State, Stopped
+from ldm.web.report import Report
+from ldm.web.runner import Draw, Task
 
 
 def task(tome=False, model="tiny", **kwargs):
     settings = {"prompt": "a house", "steps": 3, "seed": 7, **kwargs.pop("settings", {})}
-    return Task(model, Job(Settings(**settings), tome), **kwargs)
+    return Task(model, (Draw(Settings(**settings), tome),), **kwargs)
 
 
-def of_kind(events, kind):
-    return [event for event in events if isinstance(event, kind)]
+def run(runner, one, tell=None):
+    """Do a job here and now; ``tell`` is called at every change with the job."""
+    job = Job(1, one, Report("x", n_pictures=one.n_pictures), lambda: None)
+    if tell is not None:
+        job.tell = lambda: tell(job)
+    runner.work(job)
+    return job.report
 
 
 def files(runner):
@@ -37,103 +30,118 @@ def files(runner):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
+def pixels(runner, name="00000"):
+    return load_rgb(runner.gallery.folder / "samples" / f"{name}.png")
+
+
 def test_a_picture_is_drawn_and_saved_as_by_the_script(runner, caplog):
     caplog.set_level("INFO", "ldm")
-    events = list(runner.draw(task({"ratio": 0.5})))
-    (drawn,) = of_kind(events, Drawn)
+    texts = []
+    report = run(runner, task({"ratio": 0.5}), lambda job: texts.append(job.report.text))
     assert files(runner) == ["samples/00000.png"]
-    assert (load_rgb(drawn.path) == drawn.picture.pixels).all()
-    about = read_settings(drawn.path)
+    assert [one.name for one in report.pictures] == files(runner)
+    about = read_settings(runner.gallery.folder / "samples" / "00000.png")
     assert (about["prompt"], about["seed"], about["tome"]["ratio"]) == ("a house", 7, 0.5)
-    (finished,) = of_kind(events, Finished)
-    assert finished.is_merged
-    assert 0 < finished.step_seconds < finished.seconds
-    assert [e.text for e in of_kind(events, Progress)][-3:] == [f"step {i} of 3" for i in (1, 2, 3)]
-    (line, warning) = [e for e in of_kind(events, Message) if e.text.startswith("ToMe")]
-    assert "64 -> 32 tokens" in line.text
-    assert (line.is_warning, warning.is_warning) == (False, True)
+    assert list(dict.fromkeys(texts))[-3:] == [f"step {i} of 3" for i in (1, 2, 3)]
+    lines = {line.kind: line.text for line in report.lines}
+    assert "64 -> 32 tokens" in lines["tome"]
+    assert lines["warning"].startswith("warning: ToMe")
+    assert any(line.text.startswith("With merging: ") for line in report.lines)
 
 
 def test_previews_change_nothing_and_look_like_the_picture(runner, monkeypatch):
-    plain = of_kind(runner.draw(task()), Drawn)[0].picture.pixels
+    run(runner, task())
     monkeypatch.setattr("ldm.web.runner.PREVIEW_EVERY", 0.0)
-    events = list(runner.draw(task()))
-    previews = [e.preview for e in of_kind(events, Progress) if e.preview is not None]
-    assert len(previews) == 2
+    previews = []
+    encode = lambda pixels, **_: previews.append(pixels) or b"webp"  # noqa: E731
+    monkeypatch.setattr("ldm.images.encode_webp", encode)
+    report = run(runner, task())
+    assert (len(previews), report.n_previews, report.preview) == (2, 2, None)
     assert previews[0].shape == (256, 256, 3)
-    assert (of_kind(events, Drawn)[0].picture.pixels == plain).all()
-    error = np.abs(previews[-1].mean((0, 1)) - plain.mean((0, 1)))
+    assert (pixels(runner, "00001") == pixels(runner)).all()
+    error = np.abs(previews[-1].mean((0, 1)) - pixels(runner).mean((0, 1)))
     assert error.max() < 32
 
 
-def test_a_comparison_is_the_same_noise_with_and_without(runner):
-    events = list(runner.draw(task({"ratio": 0.5}, compare=True, settings={"seed": -1})))
-    merged, unmerged = of_kind(events, Drawn)
-    assert (merged.is_merged, unmerged.is_merged) == (True, False)
-    one, two = (read_settings(drawn.path) for drawn in (merged, unmerged))
-    assert one["seed"] == two["seed"]
-    assert (one["tome"]["ratio"], two["tome"]["ratio"]) == (0.5, None)
-    assert [f.is_merged for f in of_kind(events, Finished)] == [True, False]
-    with pytest.raises(InputError, match="no merging to compare with"):
-        list(runner.draw(task(compare=True)))
+def test_several_pictures_are_those_of_a_single_run(runner):
+    run(runner, task(settings={"n_iter": 2, "n_samples": 2}))
+    whole = runner.pipeline.txt2img("a house", steps=3, seed=7, n_iter=2, n_samples=2)
+    for i, picture in enumerate(whole):
+        assert (pixels(runner, f"{i:05}") == picture.pixels).all()
+
+
+def test_progress_names_the_picture_and_its_share_rises(runner):
+    seen = []
+    run(
+        runner,
+        task(settings={"n_iter": 3, "hires_scale": 2.0}),
+        lambda job: seen.append((job.report.text, job.report.share)),
+    )
+    assert any(text == "picture 2 of 3, step 1 of 3" for text, _ in seen)
+    shares = [share for _, share in seen]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
 
 
 def test_a_stop_takes_hold_at_the_next_step_and_leaves_nothing(runner):
-    stop = threading.Event()
-    events = runner.draw(task(settings={"steps": 500}), stop)
-    next(e for e in events if isinstance(e, Progress) and e.text.startswith("step"))
-    stop.set()
+    def stop(job):
+        if "step 2" in job.report.text:
+            job.stop.set()
+
     with pytest.raises(Stopped):
-        list(events)
+        run(runner, task(settings={"steps": 500}), stop)
     assert files(runner) == []
-    assert of_kind(runner.draw(task()), Drawn)
+    run(runner, task())
+    assert files(runner) == ["samples/00000.png"]
 
 
-def test_whoever_listens_no_more_stops_the_job(runner):
-    events = runner.draw(task(settings={"steps": 500}))
-    next(e for e in events if isinstance(e, Progress) and e.text.startswith("step"))
-    events.close()
-    runner.close()
-    assert files(runner) == []
+def test_a_skip_ends_one_picture_of_several(runner):
+    def skip(job):
+        if job.report.text == "picture 1 of 2, step 2 of 5":
+            job.skip.set()
 
-
-def test_jobs_wait_for_their_turn_and_can_be_stopped_before(runner):
-    list(runner.load("tiny"))
-    first = runner.draw(task(settings={"steps": 500}))
-    next(e for e in first if isinstance(e, Progress) and e.text.startswith("step"))
-    stop = threading.Event()
-    second = runner.draw(task(), stop)
-    assert next(second).text == "Waiting for another job"
-    stop.set()
-    with pytest.raises(Stopped):
-        list(second)
-    first.close()
+    report = run(runner, task(settings={"n_iter": 2, "steps": 5}), skip)
+    assert len(report.pictures) == 1
+    assert report.infos[0]["seed"] == 8
+    assert "One picture was skipped" in [line.text for line in report.lines]
 
 
 def test_a_wrong_checkpoint_leaves_the_loaded_model(runner):
-    list(runner.load("tiny"))
+    runner.load("tiny")
     with pytest.raises(InputError, match="is a text file, not a checkpoint"):
-        list(runner.load("broken"))
+        run(runner, task(model="broken"))
     with pytest.raises(InputError, match="choose one of tiny, broken"):
-        list(runner.load("other"))
+        run(runner, task(model="other"))
     assert runner.loaded == "tiny"
-    assert of_kind(runner.draw(task()), Drawn)
+    assert run(runner, task()).pictures
 
 
-def test_a_picture_to_start_from(runner, tmp_path):
-    (drawn,) = of_kind(runner.draw(task()), Drawn)
-    start = task(init=drawn.path, init_name="mine.png", settings={"strength": 0.5})
-    (again,) = of_kind(runner.draw(start), Drawn)
-    about = read_settings(again.path)
+def test_a_picture_to_start_from_and_a_mask(runner):
+    run(runner, task())
+    start = pixels(runner)
+    again = task(init=start, init_name="mine.png", settings={"strength": 0.5})
+    about = run(runner, again).infos[0]
     assert (about["init_img"], about["strength"]) == ("mine.png", 0.5)
-    empty = tmp_path / "empty.png"
-    empty.touch()
-    with pytest.raises(InputError, match="not a picture that can be read"):
-        list(runner.draw(task(init=empty)))
+    mask = np.zeros(start.shape[:2], bool)
+    mask[:8] = True
+    run(runner, task(init=start, mask=mask, settings={"seed": 9}))
+    painted = pixels(runner, "00002")
+    assert (painted[8:] == start[8:]).all()
+    assert (painted[:8] != start[:8]).any()
 
 
 def test_settings_are_described_before_they_are_used(runner):
-    assert runner.describe(False) == "ToMe: off"
-    assert runner.describe({"ratio": 0.5}) == "ToMe: grid 2x2 ratio=0.5 window=3 on attn"
+    assert runner.describe("tiny", False) == "ToMe: off"
+    assert "grid 2x2 ratio=0.5" in runner.describe("tiny", {"ratio": 0.5})
     with pytest.raises(InputError, match=r"can remove at most 0\.75"):
-        runner.describe({"ratio": 0.9})
+        runner.describe("tiny", {"ratio": 0.9})
+
+
+def test_the_queue_draws_in_order_without_the_page(desk):
+    draws = [Draw(Settings("x", steps=1, seed=seed), False) for seed in range(10)]
+    jobs = [desk.order("tiny", [draw]) for draw in draws]
+    desk.queue.wait(jobs[-1], 120)
+    assert [job.state for job in jobs] == [State.DONE] * 10
+    made = [job.report.pictures[0].name for job in jobs]
+    assert made == [f"samples/{i:05}.png" for i in range(10)]
+    assert threading.active_count() < 10
