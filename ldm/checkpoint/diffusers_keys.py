@@ -31,6 +31,8 @@ _OPEN_CLIP = {
     "attn.out_proj": "self_attn.out_proj",
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
 }
 
 

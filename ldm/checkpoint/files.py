@@ -30,6 +30,7 @@ MAX_TENSORS = 100_000
 MAX_REPEATED = 64 * 2**20  # bytes by which tensors may be larger than what is stored for them
 # The types of weights, as safetensors calls them.
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+NUMBERS = FLOATS | {"I64", "I32", "I16", "int64", "int32", "int16"}
 _TORCH_NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",

@@ -1,16 +1,14 @@
-"""LoRA: files of low-rank changes to a model's weights, added to them and taken away again.
+"""LoRA: files of small changes to a model's weights, added to them and taken away again.
 
-A layer with weight W becomes W + weight * scale * up @ down. What a file changes is known from its
-names and shapes, so `read_lora` can refuse it before a model is loaded; the sums are made once, so
-a step takes no longer than without.
-
-Source: Hu et al. 2021 (arXiv 2106.09685) eq. 3; names are those of kohya-ss/sd-scripts, diffusers
-and PEFT.
+A layer with weight W becomes W + weight * scale * delta, where delta is made of the file's tensors
+(see `ldm.checkpoint.lora_kinds`). What a file changes is known from its names and shapes, so
+`read_lora` can refuse it before a model is loaded; the sums are made once, so a step takes no
+longer than without.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import math
 import os
@@ -19,50 +17,52 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.diffusers_keys import Place, text_layers, unet_layers
-from ldm.checkpoint.files import StateDict, open_state_dict
+from ldm.checkpoint import lora_kinds
+from ldm.checkpoint.diffusers_keys import Place
+from ldm.checkpoint.files import NUMBERS, StateDict, open_state_dict
 from ldm.checkpoint.keys import TEXT_ENCODER, UNET, Shape
-from ldm.errors import InputError
+from ldm.checkpoint.lora_names import places, role_of, said_scale
+from ldm.errors import InputError, escaped
 
 logger = logging.getLogger(__name__)
 
-# The low-rank factors of a layer, as the programs name them: down and up, or A and B.
-_FACTOR = re.compile(
-    r"(?P<layer>.+?)(?:\.lora_(?P<kohya>down|up|A|B)(?:\.default)?"
-    r"|(?:\.lora|\.lora_linear_layer|_lora)\.(?P<diffusers>down|up))\.weight"
-)
-_ALPHA = re.compile(r"(?P<layer>.+?)(?:\.lora|\.lora_linear_layer|_lora)?\.alpha")
 _BUNDLED = "bundle_emb."  # embeddings that some files carry along
+_CONV_IN = f"{UNET}input_blocks.0.0.weight"
 
 # (pattern of a name, what the file is); the first that is found in any name decides.
 _OTHERS = [
-    (r"hada_w[12]|\.hada_t[12]", "a LoHa"),
-    (r"lokr_[wt]\d", "a LoKr"),
-    (r"dora_scale|lora_magnitude_vector", "a DoRA"),
     (r"oft_(blocks|diag|R)|\.oft_", "an OFT"),
     (r"\.[ab][12]\.weight$", "a GLoRA"),
     (r"\.on_input$", "an (IA)^3"),
-    (r"lora_mid\.|\.lora\.mid\.", "a LoCon with a Tucker core (lora_mid)"),
-    (r"\.(diff|diff_b|w_norm|b_norm)$", "one with whole differences of weights"),
     (r"(double|single)_(transformer_)?blocks?[._]", "one for FLUX"),
     (r"joint_blocks|^transformer[._]|^lora_transformer_", "one for a transformer such as SD 3"),
-    (r"^lora_te[12]_|^text_encoder_2\.|transformer_blocks[._][1-9]", "one for SDXL"),
+    (r"^lora_te2_|^text_encoder_2\.|clip_g\.|transformer_blocks[._][1-9]", "one for SDXL"),
 ]
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a file changes in one layer: ``scale * up @ down`` is added to its weight."""
+    """What a file changes in one layer.
+
+    Attributes:
+        place: where the weight is.
+        kind: of ``lora_kinds.KINDS``.
+        tensors: role -> name in the file.
+        scale: by which the product is multiplied.
+        rank: of the product; None where it has none.
+        n_columns: only so many input channels of the weight are changed; None: all.
+    """
 
     place: Place
-    down: str  # names in the file
-    up: str
+    kind: str
+    tensors: dict[str, str]
     scale: float
+    rank: int | None
+    n_columns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,13 @@ class Lora:
             for prefix, what in ((UNET, "the U-Net"), (TEXT_ENCODER, "the text encoder"))
         }
         layers = " and ".join(f"{n} layers of {what}" for what, n in counts.items() if n)
-        ranks = {self.file.entries[change.down].shape[0] for change in self.changes}
-        rank = "-".join(str(n) for n in sorted({min(ranks), max(ranks)}))
-        return f"LoRA {self.path.name}: weight {self.weight:g}, rank {rank}, {layers}"
+        ranks = {change.rank for change in self.changes if change.rank is not None}
+        rank = "-".join(str(n) for n in sorted({min(ranks), max(ranks)})) if ranks else "none"
+        kinds = {change.kind for change in self.changes}
+        kinds |= {"DoRA" for one in self.changes if {"dora", "magnitude"} & set(one.tensors)}
+        others = sorted(kinds - {"LoRA"})
+        what = f" ({', '.join(others)})" if others else ""
+        return f"LoRA {self.path.name}{what}: weight {self.weight:g}, rank {rank}, {layers}"
 
 
 def read_lora(path: str | os.PathLike[str], weight: float, shapes: Mapping[str, Shape]) -> Lora:
@@ -107,26 +111,34 @@ def read_lora(path: str | os.PathLike[str], weight: float, shapes: Mapping[str, 
         raise InputError(f"{path} is a folder; name a file")
     file = open_state_dict(path)
     _refuse_others(file)
-    downs, ups, alphas, unknown = _sorted_names(file)
-    unpaired = sorted({*downs} ^ {*ups})
-    if unpaired:
-        raise InputError(f"{path} is incomplete: {unpaired[0]} has one of its two factors only")
-    places = _places(shapes)
-    unknown += [downs[layer] for layer in downs if layer not in places]
-    unknown += [name for layer, name in alphas.items() if layer not in downs]
+    layers, unknown = _layers(file)
+    known = places(shapes)
+    unknown += [
+        name for layer, own in layers.items() if layer not in known for name in own.values()
+    ]
     if unknown:
+        some = ", ".join(escaped(name) for name in sorted(unknown)[:3])
         raise InputError(
             f"{path} does not fit the model: {len(unknown)} of {len(file)} tensors have no place "
-            f"in it, such as {', '.join(sorted(unknown)[:3])}"
+            f"in it, such as {some}"
         )
-    said = _said_scale(file.metadata)
+    said = said_scale(file)
     changes = []
-    for layer, down in downs.items():
-        place, up = places[layer], ups[layer]
-        _require_fit(file, layer, (down, up), place, shapes)
-        rank = file.entries[down].shape[0]
-        scale = _alpha(file, alphas[layer]) / rank if layer in alphas else said(layer, rank)
-        changes.append(Change(place, down, up, scale))
+    for layer, own in layers.items():
+        # a layer can have a difference for its bias beside anything else
+        rest = {role: name for role, name in own.items() if role != "bias"}
+        for tensors in (rest, {"bias": own["bias"]} if "bias" in own else {}):
+            kind = lora_kinds.kind_of(set(tensors))
+            if kind is None and set(tensors) - {"alpha"}:
+                raise InputError(
+                    f"{path} is incomplete: {escaped(layer)} has one of its two factors only, or "
+                    f"parts that do not go together ({', '.join(sorted(tensors))})"
+                )
+            if kind is not None:
+                change = _change(file, layer, kind, tensors, known[layer], shapes)
+                changes += [] if change is None else [_scaled(file, layer, change, said)]
+    if not changes:
+        raise InputError(f"{path} changes nothing: all its layers have rank 0")
     return Lora(file, weight, changes)
 
 
@@ -139,11 +151,13 @@ class WeightChanges:
 
     @torch.no_grad()
     def set(self, loras: Iterable[Lora]) -> None:
-        """Have these LoRAs in the weights, instead of those before; none restores every bit."""
+        """Have these LoRAs in the weights, instead of those before; none restores every bit.
+
+        Raises:
+            InputError: a weight would be no finite number; all are the originals then.
+        """
         parameters = dict(self.model.named_parameters())
-        for name, original in self._originals.items():
-            parameters[name].copy_(original)
-        self._originals.clear()
+        self._restore(parameters)
         wanted: dict[str, list[tuple[Lora, Change]]] = defaultdict(list)
         for lora in loras:
             for change in lora.changes if lora.weight else ():
@@ -152,22 +166,45 @@ class WeightChanges:
             parameter = parameters[name]
             self._originals[name] = parameter.detach().to("cpu", copy=True)
             parameter.copy_(_changed(parameter, changes))
+            if not torch.isfinite(parameter).all() and self._originals[name].isfinite().all():
+                self._restore(parameters)
+                files = ", ".join(f"{lora.path.name} at {lora.weight:g}" for lora, _ in changes)
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise InputError(
+                    f"LoRA {files}: {escaped(name)} is beyond the numbers of {kind}; lower its "
+                    "weight, or take --dtype float32"
+                )
+
+    def _restore(self, parameters: Mapping[str, Tensor]) -> None:
+        for name, original in self._originals.items():
+            parameters[name].copy_(original)
+        self._originals.clear()
 
 
 def _changed(parameter: Tensor, changes: Sequence[tuple[Lora, Change]]) -> Tensor:
     """A weight with all changes added up in float32."""
     result = parameter.to(torch.float32, copy=True)
     for lora, change in changes:
-        down, up = (
-            lora.file[name].to(result.device, torch.float32).flatten(1)
-            for name in (change.down, change.up)
-        )
+        tensors = {
+            role: lora.file[name].to(result.device, torch.float32)
+            for role, name in change.tensors.items()
+        }
         rows = result.chunk(change.place.parts)[change.place.part]
-        rows += (lora.weight * change.scale * (up @ down)).view_as(rows)
+        if change.n_columns is not None:
+            rows = rows[:, : change.n_columns]
+        product = lora_kinds.delta(change.kind, tensors)
+        if {"dora", "magnitude"} & set(tensors):
+            # the weight moves towards what was trained, so half of it is half of the way
+            trained = lora_kinds.decomposed(
+                rows + (change.scale * product).reshape(rows.shape), tensors
+            )
+            rows += lora.weight * (trained - rows)
+        else:
+            rows += (lora.weight * change.scale * product).reshape(rows.shape)
     return result
 
 
-# --- names ------------------------------------------------------------------------------------
+# --- what a file has --------------------------------------------------------------------------
 
 
 def _refuse_others(file: StateDict) -> None:
@@ -176,109 +213,98 @@ def _refuse_others(file: StateDict) -> None:
         expression = re.compile(pattern)
         if any(expression.search(name) for name in file):
             raise InputError(
-                f"{file.path} is {kind}; supported are plain LoRAs (lora_down, lora_up) of Stable "
+                f"{file.path} is {kind}; supported are LoRA, LoCon, LoHa, LoKr and DoRA of Stable "
                 "Diffusion 1 and 2"
             )
-    if not any(_FACTOR.fullmatch(name) for name in file):
-        raise InputError(
-            f"{file.path} is no LoRA: it has no lora_down or lora_A, but {next(iter(file))}"
-        )
+    if not any(role_of(name) for name in file):
+        first = escaped(next(iter(file)))
+        raise InputError(f"{file.path} is no LoRA: it has no lora_down or lora_A, but {first}")
 
 
-def _sorted_names(
-    file: StateDict,
-) -> tuple[dict[str, str], dict[str, str], dict[str, str], list[str]]:
-    """Layer -> name in the file for factors down and up and for alpha; and what is neither."""
-    downs: dict[str, str] = {}
-    ups: dict[str, str] = {}
-    alphas: dict[str, str] = {}
+def _layers(file: StateDict) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Layer -> role -> name in the file; and the names that are part of no adapter."""
+    layers: dict[str, dict[str, str]] = defaultdict(dict)
     unknown = []
     for name in file:
-        plain = name.removeprefix("base_model.model.").replace(".processor.", ".")
-        if match := _FACTOR.fullmatch(plain):
-            is_down = (match["kohya"] or match["diffusers"]) in ("down", "A")
-            (downs if is_down else ups)[match["layer"]] = name
-        elif match := _ALPHA.fullmatch(plain):
-            alphas[match["layer"]] = name
-        elif not name.startswith(_BUNDLED):
+        found = role_of(name)
+        if name.startswith(_BUNDLED):
+            continue
+        if found is None or found[1] in layers[found[0]]:
             unknown.append(name)
-    if bundled := [name for name in file if name.startswith(_BUNDLED)]:
+        else:
+            layers[found[0]][found[1]] = name
+    if bundled := [escaped(name) for name in file if name.startswith(_BUNDLED)]:
         logger.warning(
             "%s carries embeddings along (%s); they are ignored", file.path, ", ".join(bundled[:3])
         )
-    return downs, ups, alphas, unknown
+    unknown += [own["alpha"] for own in layers.values() if set(own) == {"alpha"}]
+    return {layer: own for layer, own in layers.items() if own and set(own) != {"alpha"}}, unknown
 
 
-def _places(shapes: Mapping[str, Shape]) -> dict[str, Place]:
-    """Every name of a layer with a matrix or a convolution -> where its weight is."""
-    found = {}
-    unet = {n.removeprefix(UNET).rpartition(".")[0] for n in shapes if n.startswith(UNET)}
-    for theirs, ours in unet_layers(sorted(unet)).items():
-        name = f"{UNET}{ours}.weight"
-        if len(shapes.get(name, ())) < 2:
-            continue
-        for spelling in (theirs, f"unet.{theirs}", _kohya("unet", theirs), _kohya("unet", ours)):
-            found[spelling] = Place(name)
-            found[spelling.removesuffix(".0")] = Place(name)  # to_out.0, before diffusers 0.22
-    text = [n.removeprefix(TEXT_ENCODER) for n in shapes if n.startswith(TEXT_ENCODER)]
-    for theirs, inner in text_layers(text).items():
-        place = Place(TEXT_ENCODER + inner.name, inner.part, inner.parts)
-        if len(shapes[place.name]) < 2:
-            continue
-        flat = theirs.removeprefix("text_model.")  # the tower's name before transformers 5.6
-        old = re.sub(r"self_attn\.(?:(q|k|v)|(out))_proj", r"self_attn.to_\1\2", theirs)
-        for spelling in (theirs, flat, old):
-            found[f"text_encoder.{spelling}"] = place
-        found[_kohya("te", theirs)] = place
-    return found
+def _change(
+    file: StateDict,
+    layer: str,
+    kind: str,
+    tensors: dict[str, str],
+    place: Place,
+    shapes: Mapping[str, Shape],
+) -> Change | None:
+    """A change that fits the weight; None where it has rank 0, and so changes nothing.
 
-
-def _kohya(model: str, layer: str) -> str:
-    return f"lora_{model}_{layer.replace('.', '_')}"
-
-
-def _said_scale(metadata: Mapping[str, str]) -> Callable[[str, int], float]:
-    """The scale of a layer without an alpha in the file, from what diffusers wrote beside it.
-
-    Without that, too, alpha is the rank, and the scale 1.
+    Raises:
+        InputError: it has another shape than the weight, or is not of real numbers.
     """
+    own = {role: file.entries[name].shape for role, name in tensors.items() if role != "alpha"}
+    file.require_weights(name for role, name in tensors.items() if role != "alpha")
+    if kind == "bias":
+        name = place.name.replace("in_proj_weight", "in_proj_bias")
+        place = Place(re.sub(r"\.weight$", ".bias", name), place.part, place.parts)
+    whole = shapes.get(place.name, ())
+    wanted = (whole[0] // place.parts, *whole[1:]) if whole else ()
+    rank = lora_kinds.rank_of(kind, own)
+    if rank == 0:
+        return None
+    n_columns = None
     try:
-        said: Any = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except json.JSONDecodeError:
-        said = {}
+        stand_ins = {role: torch.empty(shape, device="meta") for role, shape in own.items()}
+        added = lora_kinds.delta(kind, stand_ins)
+        product = tuple(added.flatten(1).shape if added.ndim > 1 else added.shape)
+        if place.name == _CONV_IN and wanted[1] > 4 and product[1] == 4 * math.prod(wanted[2:]):
+            # an inpainting model: the mask and the picture behind it come after the 4 latents
+            n_columns = 4
+            wanted = (wanted[0], 4, *wanted[2:])
+        fits = product == (*wanted[:1], *([math.prod(wanted[1:])] if len(wanted) > 1 else []))
+        if fits and {"dora", "magnitude"} & set(own):
+            fits = lora_kinds.decomposed(torch.empty(wanted, device="meta"), stand_ins).shape == (
+                wanted
+            )
+    except (RuntimeError, IndexError, ValueError):
+        fits = False
+    if not fits:
+        found = " and ".join(f"{shape}" for shape in own.values())
+        raise InputError(
+            f"{file.path} does not fit the model: {escaped(layer)} has factors of {found} for a "
+            f"weight of {wanted}; it was made for another model"
+        )
+    return Change(place, kind, tensors, 1.0, rank, n_columns)
 
-    def scale(layer: str, rank: int) -> float:
-        part, _, inner = layer.partition(".")
-        alpha = said.get(f"{part}.lora_alpha", rank)
-        for pattern, value in (said.get(f"{part}.alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", inner):
-                alpha = value
-        return alpha / (math.sqrt(rank) if said.get(f"{part}.use_rslora") else rank)
 
-    return scale
+def _scaled(
+    file: StateDict, layer: str, change: Change, said: Callable[[str, int], float]
+) -> Change:
+    """The change with its scale, and without the tensor that said so."""
+    tensors = dict(change.tensors)
+    alpha = tensors.pop("alpha", None)
+    scale = 1.0
+    if change.rank is not None:
+        scale = said(layer, change.rank) if alpha is None else _alpha(file, alpha) / change.rank
+    return dataclasses.replace(change, tensors=tensors, scale=scale)
 
 
 def _alpha(file: StateDict, name: str) -> float:
-    value = file[name].float()
-    if value.numel() != 1 or not torch.isfinite(value).all():
-        raise InputError(f"{file.path} is damaged: {name} is not a number")
-    return value.item()
-
-
-def _require_fit(
-    file: StateDict,
-    layer: str,
-    factors: tuple[str, str],
-    place: Place,
-    shapes: Mapping[str, Shape],
-) -> None:
-    """Raise InputError where the product of down and up has not the shape of the weight."""
-    down, up = (file.entries[name].shape for name in factors)
-    whole = shapes[place.name]
-    weight = (whole[0] // place.parts, *whole[1:])
-    is_product = min(len(down), len(up)) >= 2 and 0 < down[0] == math.prod(up[1:])
-    if not is_product or (up[0], math.prod(down[1:])) != (weight[0], math.prod(weight[1:])):
-        raise InputError(
-            f"{file.path} does not fit the model: {layer} has factors of {down} and {up} for a "
-            f"weight of {weight}; it was made for another model"
-        )
+    entry = file.entries[name]
+    is_number = math.prod(entry.shape) == 1 and entry.kind in NUMBERS
+    value = file[name].float().item() if is_number else math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{file.path} is damaged: {escaped(name)} is not a number")
+    return value

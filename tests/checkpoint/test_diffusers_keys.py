@@ -64,7 +64,7 @@ def test_text_layers_of_sd2():
     layer, block = "text_model.encoder.layers.22.", "model.transformer.resblocks.22."
     assert found[layer + "self_attn.v_proj"] == Place(block + "attn.in_proj_weight", 2, 3)
     assert found[layer + "mlp.fc2"] == Place(block + "mlp.c_proj.weight")
-    assert len(found) == 24 * 6
+    assert len(found) == 24 * 8
     assert {place.name for place in found.values()} <= set(names)
 
 

@@ -238,7 +238,7 @@ def test_scales_in_diffusers_metadata(shapes, tmp_path):
     }
     tensors = LAYOUTS["peft"](*all_factors(shapes))
     path = write(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(said)})
-    scales = {change.down: change.scale for change in read_lora(path, 1, shapes).changes}
+    scales = {change.tensors["down"]: change.scale for change in read_lora(path, 1, shapes).changes}
     for name, scale in scales.items():
         expected = 3 / math.sqrt(RANK) if name.startswith("text") else 6 / RANK
         assert scale == pytest.approx(1 / RANK if "attn2.to_k" in name else expected)
@@ -285,6 +285,264 @@ def test_summary(shapes, tmp_path):
     )
 
 
+# --- other kinds ------------------------------------------------------------------------------
+
+LINEAR = "middle_block.1.transformer_blocks.0.attn1.to_q"
+CONV = "input_blocks.1.0.in_layers.2"
+THEIRS = {
+    LINEAR: "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+    CONV: "down_blocks.0.resnets.0.conv1",
+}
+
+
+def made(kind, shape, random):
+    """The tensors of a layer of 2 ranks, and, written out, what they add to its weight."""
+    n_out, n_in, *kernel = shape
+
+    def new(*size):
+        return torch.randn(*size, generator=random, dtype=torch.float64)
+
+    def core(t, a, b):
+        return sum(
+            t[p, q] * a[p][:, None, None, None] * b[q][None, :, None, None]
+            for p in range(2)
+            for q in range(2)
+        )
+
+    if kind == "tucker LoCon":
+        down, mid, up = new(2, n_in, 1, 1), new(2, 2, *kernel), new(n_out, 2, 1, 1)
+        names = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up}
+        return names, core(mid, up[:, :, 0, 0].T, down[:, :, 0, 0])
+    if kind == "LoHa":
+        a1, b1, a2, b2 = (new(*s) for s in [(n_out, 2), (2, shape[1:].numel())] * 2)
+        names = {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2}
+        return names, ((a1 @ b1) * (a2 @ b2)).reshape(shape)
+    if kind == "tucker LoHa":
+        names, product = {}, 1.0
+        for i in "12":
+            t, a, b = new(2, 2, *kernel), new(2, n_out), new(2, n_in)
+            names |= {f"hada_t{i}": t, f"hada_w{i}_a": a, f"hada_w{i}_b": b}
+            product = product * core(t, a, b)
+        return names, product
+    if kind in ("LoKr", "whole LoKr"):
+        k1, a, b = new(2, 4), new(n_out // 2, 2), new(2, shape[1:].numel() // 4)
+        k2 = (a @ b).reshape(n_out // 2, n_in // 4, *kernel)
+        names = {"lokr_w1": k1}
+        names |= {"lokr_w2": k2} if kind == "whole LoKr" else {"lokr_w2_a": a, "lokr_w2_b": b}
+        spread = k1.repeat_interleave(n_out // 2, 0).repeat_interleave(n_in // 4, 1)
+        tiled = k2.repeat(2, 4, *[1] * len(kernel))
+        return names, spread.reshape(*spread.shape, *[1] * len(kernel)) * tiled
+    diff = new(*shape)
+    return {"diff": diff}, diff
+
+
+@pytest.mark.parametrize("layer", [LINEAR, CONV])
+@pytest.mark.parametrize(
+    "kind", ["tucker LoCon", "LoHa", "tucker LoHa", "LoKr", "whole LoKr", "difference"]
+)
+def test_other_kinds_add_what_their_papers_say(model, shapes, tmp_path, kind, layer):
+    shape = torch.Size(shapes[f"{UNET}{layer}.weight"])
+    if kind.startswith("tucker") and layer == LINEAR:
+        pytest.skip("only convolutions have a core")
+    names, added = made(kind, shape, torch.Generator().manual_seed(1))
+    key = "lora_unet_" + THEIRS[layer].replace(".", "_")
+    tensors = {f"{key}.{name}": tensor.float() for name, tensor in names.items()}
+    tensors[f"{key}.alpha"] = torch.tensor(1.0)
+    before = weights_of(model)
+    lora = read_lora(write(tmp_path, tensors), 0.5, shapes)
+    WeightChanges(model).set([lora])
+    scale = 1 if kind in ("whole LoKr", "difference") else 1 / 2  # alpha over the rank
+    name = f"{UNET}{layer}.weight"
+    expected = before[name] + (0.5 * scale * added).float()
+    torch.testing.assert_close(weights_of(model)[name], expected, rtol=1e-4, atol=1e-4)
+    assert changed(before, weights_of(model)) == {name}
+    assert "LoCon" in kind or kind.split()[-1] in lora.summary()
+
+
+@pytest.mark.parametrize("form", ["dora_scale of rows", "dora_scale of columns", "peft"])
+@pytest.mark.parametrize("layer", [LINEAR, CONV])
+def test_dora_gives_the_changed_weight_the_stored_lengths(model, shapes, tmp_path, layer, form):
+    name = f"{UNET}{layer}.weight"
+    shape = shapes[name]
+    down, up, added = factors(shape, 3)
+    axis = 1 if form.endswith("columns") else 0
+    length = torch.rand(shape[axis], generator=torch.Generator().manual_seed(4)) + 0.5
+    stored = length.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    if form == "peft":
+        key = f"unet.{THEIRS[layer]}"
+        tensors = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+        tensors[f"{key}.lora_magnitude_vector"] = (
+            length if len(shape) == 2 else length.reshape(1, -1, 1, 1)
+        )
+    else:
+        key = "lora_unet_" + THEIRS[layer].replace(".", "_")
+        tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        tensors[f"{key}.dora_scale"] = stored
+    before, changes = weights_of(model), WeightChanges(model)
+    path = write(tmp_path, tensors)
+    changes.set([read_lora(path, 1, shapes)])
+    after = weights_of(model)[name]
+    found = after.movedim(axis, 0).flatten(1).norm(dim=1)
+    torch.testing.assert_close(found, length)  # the lengths are the stored ones
+    direction = (before[name] + added) * stored
+    cosine = torch.cosine_similarity(
+        after.movedim(axis, 0).flatten(1), direction.movedim(axis, 0).flatten(1)
+    )
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    changes.set([read_lora(path, 0.5, shapes)])
+    torch.testing.assert_close(weights_of(model)[name], (before[name] + after) / 2)
+    changes.set([])
+    assert not changed(before, weights_of(model))
+    assert "(DoRA)" in read_lora(path, 1, shapes).summary()
+
+
+def test_differences_of_norms_and_biases(model, shapes, tmp_path):
+    random = torch.Generator().manual_seed(5)
+    tensors, expected = {}, {}
+    for key, name in {
+        "lora_unet_mid_block_attentions_0_norm.w_norm": f"{UNET}middle_block.1.norm.weight",
+        "lora_unet_mid_block_attentions_0_norm.b_norm": f"{UNET}middle_block.1.norm.bias",
+        "lora_unet_down_blocks_0_resnets_0_conv1.diff_b": f"{UNET}{CONV}.bias",
+        "lora_te_text_model_encoder_layers_1_layer_norm1.w_norm": (
+            f"{TEXT}transformer.text_model.encoder.layers.1.layer_norm1.weight"
+        ),
+    }.items():
+        tensors[key] = expected[name] = torch.randn(shapes[name], generator=random)
+    before = weights_of(model)
+    WeightChanges(model).set([read_lora(write(tmp_path, tensors), 2, shapes)])
+    after = weights_of(model)
+    assert changed(before, after) == set(expected)
+    for name, added in expected.items():
+        torch.testing.assert_close(after[name], before[name] + 2 * added)
+
+
+def test_layers_of_rank_0_change_nothing(shapes, tmp_path):
+    tensors, key, down, up = fitting(shapes)
+    tensors |= {down: torch.ones(0, 64, 1, 1), up: torch.ones(64, 0, 1, 1)}
+    lora = read_lora(write(tmp_path, tensors), 1, shapes)
+    assert len(lora.changes) == 8
+    empty = {n: t for n, t in tensors.items() if n.startswith(f"{key}.")}
+    with pytest.raises(InputError, match="changes nothing: all its layers have rank 0"):
+        read_lora(write(tmp_path, empty), 1, shapes)
+
+
+def test_an_inpainting_model_takes_a_change_of_its_latents(shapes, tmp_path):
+    """The first layer has five channels more there, behind the four that the file knows."""
+    path = write_safetensors(tmp_path / "m.safetensors", tiny_weights(tiny_config(inpainting=True)))
+    model = load_model(path, tiny_config(inpainting=True))
+    name = f"{UNET}input_blocks.0.0.weight"
+    down, up, delta = factors(shapes[name], 0)
+    tensors = {"lora_unet_conv_in.lora_down.weight": down, "lora_unet_conv_in.lora_up.weight": up}
+    before = weights_of(model)
+    WeightChanges(model).set([read_lora(write(tmp_path, tensors), 1, stored_shapes(path))])
+    after = weights_of(model)[name]
+    torch.testing.assert_close(after[:, :4], before[name][:, :4] + delta)
+    assert torch.equal(after[:, 4:], before[name][:, 4:])
+
+
+U, T = "input_blocks.1.1.transformer_blocks.0.attn2.to_k", "encoder.layers.1.mlp.fc1"
+D = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(f"lora_unet_{name}" for name in (U.replace(".", "_"), D.replace(".", "_"))),
+        *(D, f"unet.{D}", f"unet.{U}", f"diffusion_model.{U}", f"model.diffusion_model.{U}"),
+        *(f"base_model.model.{D}", f"lycoris_{D.replace('.', '_')}"),
+        *(f"{p}_text_model_{T.replace('.', '_')}" for p in ("lora_te", "lora_te1")),
+        *(f"text_encoder.{T}", f"text_encoder.text_model.{T}", f"base_model.model.text_model.{T}"),
+        *(f"text_encoders.clip_l.transformer.text_model.{T}", f"clip_l.text_model.{T}"),
+    ],
+)
+@pytest.mark.parametrize("factor", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
+def test_every_spelling_of_a_layer(shapes, tmp_path, key, factor):
+    is_text = T in key or T.replace(".", "_") in key
+    name = f"{TEXT}transformer.text_model.{T}.weight" if is_text else f"{UNET}{U}.weight"
+    down, up, _ = factors(shapes[name], 0)
+    tensors = {f"{key}.{factor[0]}.weight": down, f"{key}.{factor[1]}.weight": up}
+    (change,) = read_lora(write(tmp_path, tensors), 1, shapes).changes
+    assert change.place.name == name
+
+
+# --- strength ---------------------------------------------------------------------------------
+
+
+def adapter(folder, shapes, **said):
+    """An adapter as PEFT saves it: a file of factors, and a configuration beside it."""
+    tensors = dotted(*all_factors(shapes), "lora_A", "lora_B")
+    tensors = {
+        "base_model.model." + name.removeprefix("unet."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("unet.")
+    }
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **said}))
+    return write(folder, tensors, name="adapter_model.safetensors")
+
+
+def test_strength_is_what_the_adapters_configuration_says(shapes, tmp_path):
+    path = adapter(
+        tmp_path, shapes, lora_alpha=32, r=8, alpha_pattern={"attn2.to_k": 5, "proj_in": 7}
+    )
+    for change in read_lora(path, 1, shapes).changes:
+        name = change.place.name
+        alpha = 5 if "attn2.to_k" in name else 7 if "proj_in" in name else 32
+        assert change.scale == alpha / RANK
+    adapter(tmp_path, shapes, lora_alpha=32, use_rslora=True)
+    assert {c.scale for c in read_lora(path, 1, shapes).changes} == {32 / math.sqrt(RANK)}
+
+
+def test_an_adapters_configuration_is_not_that_of_a_file_beside_it(shapes, tmp_path):
+    adapter(tmp_path, shapes, lora_alpha=32)
+    path = write(tmp_path, kohya(*all_factors(shapes), None))
+    assert {change.scale for change in read_lora(path, 1, shapes).changes} == {1.0}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"lora_alpha": "32"},
+        {"lora_alpha": [1]},
+        {"lora_alpha": True},
+        {"lora_alpha": 1e300},
+        {"alpha_pattern": ["a"]},
+        {"alpha_pattern": {"a": None}},
+        {"alpha_pattern": {"(a+)+$": 1}},
+        {"alpha_pattern": {"(a|a)*b": 1}},
+        {"alpha_pattern": {".*.*.*.*.*x": 1}},
+        {"alpha_pattern": {"a" * 1000: 1}},
+        {"alpha_pattern": {"(": 1}},
+        {"use_rslora": "yes"},
+    ],
+)
+@pytest.mark.parametrize("is_header", [True, False])
+def test_hostile_strengths_are_one_line(shapes, tmp_path, said, is_header):
+    path = adapter(tmp_path, shapes, **({} if is_header else said))
+    if is_header:
+        header = {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in said.items()})}
+        path = write(tmp_path, kohya(*all_factors(shapes), None), header)
+    with pytest.raises(InputError, match=next(iter(said))) as caught:
+        read_lora(path, 1, shapes)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "3", '{"a": 1, "a": 2}'])
+def test_a_header_that_is_no_json_is_one_line(shapes, tmp_path, text):
+    path = write(tmp_path, kohya(*all_factors(shapes), None), {"lora_adapter_metadata": text})
+    with pytest.raises(InputError, match="lora_adapter_metadata"):
+        read_lora(path, 1, shapes)
+
+
+def test_a_file_whose_numbers_are_too_large_is_named_and_comes_off(checkpoints, tmp_path):
+    path, config, shapes = checkpoints[1]
+    model = load_model(path, config, "eps", dtype=torch.float16)
+    file = write(tmp_path, kohya(*all_factors(shapes), alpha=1))
+    before = weights_of(model)
+    with pytest.raises(InputError, match=r"LoRA style.safetensors at 1e\+06: .* float16"):
+        WeightChanges(model).set([read_lora(file, 1e6, shapes)])
+    assert not changed(before, weights_of(model))
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 KEY = "lora_unet_mid_block_attentions_0_proj_in"
@@ -293,15 +551,9 @@ KEY = "lora_unet_mid_block_attentions_0_proj_in"
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        (f"{KEY}.hada_w1_a", "a LoHa"),
-        (f"{KEY}.lokr_w1", "a LoKr"),
-        (f"{KEY}.dora_scale", "a DoRA"),
-        ("unet.mid_block.attentions.0.proj_in.lora_magnitude_vector", "a DoRA"),
         (f"{KEY}.oft_blocks", "an OFT"),
         (f"{KEY}.a1.weight", "a GLoRA"),
         (f"{KEY}.on_input", r"an \(IA\)\^3"),
-        (f"{KEY}.lora_mid.weight", "a LoCon with a Tucker core"),
-        (f"{KEY}.diff", "one with whole differences"),
         ("lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "one for FLUX"),
         ("transformer.transformer_blocks.0.attn.to_k.lora_A.weight", "one for a transformer"),
         ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "one for SDXL"),
@@ -338,9 +590,15 @@ def fitting(shapes):
         (lambda t, k, d, u: t.update({u: torch.ones(7, RANK)}), "does not fit the model: lora_un"),
         (lambda t, k, d, u: t.update({d: torch.ones(RANK, 7)}), "was made for another model"),
         (lambda t, k, d, u: t.update({d: torch.ones(())}), "was made for another model"),
+        (lambda t, k, d, u: (t.pop(d), t.pop(u)), "1 of 25 tensors have no place"),
+        (lambda t, k, d, u: t.update({d: t[d].bool()}), "is BOOL, and a weight must be"),
+        (lambda t, k, d, u: t.update({u: t[u] + 0j}), "is C64, and a weight must be"),
+        (lambda t, k, d, u: t.update({f"{k}.lokr_w1": t[u]}), "parts that do not go together"),
+        (lambda t, k, d, u: t.update({f"{k}.dora_scale": torch.ones(7, 1)}), "another model"),
+        (lambda t, k, d, u: t.update({f"{k}.diff_b": torch.ones(7)}), "another model"),
         (
-            lambda t, k, d, u: t.update({d: torch.ones(0, 32), u: torch.ones(64, 0)}),
-            "another model",
+            lambda t, k, d, u: t.update({"spam\x1b[2J\n.x": torch.ones(())}),
+            r"such as spam\\x1b\[2J\\n\.x$",
         ),
         (lambda t, k, d, u: t.update({f"{k}.alpha": torch.ones(2)}), "alpha is not a number"),
         (lambda t, k, d, u: t.update({f"{k}.alpha": torch.tensor(math.inf)}), "is not a number"),

@@ -1,0 +1,181 @@
+"""How LoRA files name things: layers in many spellings, the roles of tensors, and their strength.
+
+Spellings are those of diffusers, PEFT, kohya-ss/sd-scripts, LyCORIS, ComfyUI and OneTrainer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ldm.checkpoint.diffusers_keys import Place, text_layers, unet_layers
+from ldm.checkpoint.files import StateDict
+from ldm.checkpoint.keys import TEXT_ENCODER, UNET, Shape
+from ldm.errors import InputError, escaped, shown
+from ldm.text import parse_json, read_json
+
+_SUFFIXES = [
+    (r"\.lora_(?:down|A)(?:\.default)?\.weight", "down"),
+    (r"\.lora_(?:up|B)(?:\.default)?\.weight", "up"),
+    (r"\.lora_mid\.weight", "mid"),
+    (r"(?:\.lora|\.lora_linear_layer|_lora)\.(down|up|mid)\.weight", ""),
+    (r"\.hada_(w[12]_[ab]|t[12])", ""),
+    (r"\.lokr_w([12](?:_[ab])?)", "k"),
+    (r"\.lokr_t2", "k_t2"),
+    (r"\.dora_scale", "dora"),
+    (r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", "magnitude"),
+    (r"\.(?:diff|w_norm)", "diff"),
+    (r"\.(?:diff_b|b_norm)", "bias"),
+    (r"(?:\.lora|\.lora_linear_layer|_lora)?\.alpha", "alpha"),
+]
+_ROLES = [(re.compile(rf"(?P<layer>.+?){suffix}"), role) for suffix, role in _SUFFIXES]
+_MAX_PATTERN = 200
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def role_of(name: str) -> tuple[str, str] | None:
+    """(layer, role) of a tensor's name; None where it is no part of an adapter."""
+    plain = name.removeprefix("base_model.model.").replace(".processor.", ".")
+    for pattern, role in _ROLES:
+        if match := pattern.fullmatch(plain):
+            own = match.groups()[1] if len(match.groups()) > 1 else ""
+            return match["layer"], role + own
+    return None
+
+
+def places(shapes: Mapping[str, Shape]) -> dict[str, Place]:
+    """Every spelling of a layer's name -> where its weight is.
+
+    Args:
+        shapes: of the model's tensors.
+    """
+    found: dict[str, Place] = {}
+    unet = {n.removeprefix(UNET).rpartition(".")[0] for n in shapes if n.startswith(UNET)}
+    for theirs, ours in unet_layers(sorted(unet)).items():
+        place = Place(f"{UNET}{ours}.weight")
+        if place.name not in shapes:
+            continue
+        dotted = [theirs, f"unet.{theirs}", f"unet.{ours}"]
+        dotted += [f"diffusion_model.{ours}", f"{UNET}{ours}"]
+        flat = [_flat(p, name) for p in ("lora_unet", "lycoris") for name in (theirs, ours)]
+        for spelling in (*dotted, *flat):
+            found[spelling] = place
+            found[spelling.removesuffix(".0")] = place  # to_out.0, before diffusers 0.22
+    text = [n.removeprefix(TEXT_ENCODER) for n in shapes if n.startswith(TEXT_ENCODER)]
+    for theirs, inner in text_layers(text).items():
+        place = Place(TEXT_ENCODER + inner.name, inner.part, inner.parts)
+        bare = theirs.removeprefix("text_model.")  # the tower's name before transformers 5.6
+        old = re.sub(r"self_attn\.(?:(q|k|v)|(out))_proj", r"self_attn.to_\1\2", theirs)
+        for name in (theirs, bare, old):
+            found[name] = place
+            for prefix in ("text_encoder", "clip_l", "clip_h"):
+                found[f"{prefix}.{name}"] = place
+            for encoder in ("clip_l", "clip_h"):
+                found[f"text_encoders.{encoder}.transformer.{name}"] = place
+            found[f"{TEXT_ENCODER}transformer.{name}"] = place
+        found[_flat("lora_te", theirs)] = found[_flat("lora_te1", theirs)] = place
+    return found
+
+
+def _flat(prefix: str, layer: str) -> str:
+    return f"{prefix}_{layer.replace('.', '_')}"
+
+
+# --- strength ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Strength:
+    """What PEFT's configuration says about alpha, for layers without one in the file.
+
+    Attributes:
+        alpha: of all layers; None: the rank.
+        patterns: regular expression of the end of a layer's name -> its alpha.
+        is_rank_stabilised: alpha is divided by the root of the rank.
+    """
+
+    alpha: float | None = None
+    patterns: tuple[tuple[re.Pattern[str], float], ...] = ()
+    is_rank_stabilised: bool = False
+
+    def scale(self, layer: str, rank: int) -> float:
+        """By what a layer's product is multiplied."""
+        fitting = (value for pattern, value in self.patterns if pattern.fullmatch(layer))
+        alpha = next(fitting, self.alpha)
+        if alpha is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
+
+
+def said_scale(file: StateDict) -> Callable[[str, int], float]:
+    """The scale of a layer without an alpha in the file: from what PEFT or diffusers wrote.
+
+    That is PEFT's adapter_config.json beside an adapter of its own, or a field in the header.
+    Without either, alpha is the rank, and the scale 1.
+
+    Raises:
+        InputError: it says something that cannot be.
+    """
+    beside = file.path.with_name(ADAPTER_CONFIG)
+    is_peft = file.path.stem == "adapter_model" or any(
+        name.startswith("base_model.model.") for name in file
+    )
+    if is_peft and beside.exists():
+        whole = _strength(read_json(beside), "", escaped(beside))
+        return whole.scale
+    text = file.metadata.get("lora_adapter_metadata")
+    if text is None:
+        return Strength().scale
+    where = f"{file.path}: lora_adapter_metadata"
+    said = parse_json(text, where)
+    parts = {part: _strength(said, f"{part}.", where) for part in ("unet", "text_encoder")}
+
+    def scale(layer: str, rank: int) -> float:
+        part, _, inner = layer.partition(".")
+        return parts[part].scale(inner, rank) if part in parts else 1.0
+
+    return scale
+
+
+def _strength(said: Mapping[str, Any], prefix: str, where: str) -> Strength:
+    def number(value: Any, name: str) -> float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or abs(value) > 1e6:
+            raise InputError(f"{where}: {name} must be a number, not {shown(value)}")
+        return float(value)
+
+    alpha = said.get(f"{prefix}lora_alpha")
+    patterns = said.get(f"{prefix}alpha_pattern") or {}
+    stabilised = said.get(f"{prefix}use_rslora") or False
+    if not isinstance(patterns, Mapping) or not isinstance(stabilised, bool):
+        wrong = "use_rslora" if isinstance(patterns, Mapping) else "alpha_pattern"
+        raise InputError(f"{where}: {wrong} is {shown(said[prefix + wrong])}, which it cannot be")
+    return Strength(
+        None if alpha is None else number(alpha, "lora_alpha"),
+        tuple(
+            (_pattern(key, where), number(value, "alpha_pattern"))
+            for key, value in patterns.items()
+        ),
+        stabilised,
+    )
+
+
+def _pattern(text: str, where: str) -> re.Pattern[str]:
+    """PEFT's pattern of the end of a name; only such as are searched in no time."""
+    is_plain = (
+        len(text) <= _MAX_PATTERN
+        and re.fullmatch(r"[\w.\-\\^$*+?|()]*", text)
+        and not re.search(r"\)[*+?]|[*+?][*+]", text)
+        and len(re.findall(r"[*+]", text)) <= 3
+    )
+    try:
+        if is_plain:
+            return re.compile(rf"(?:.*\.)?(?:{text})")
+    except re.error:
+        pass
+    raise InputError(
+        f"{where}: alpha_pattern has the pattern {shown(text)}, which is not read here"
+    )
