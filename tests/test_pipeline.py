@@ -672,7 +672,7 @@ def test_loras_and_embeddings_come_and_go(pipeline, tiny_checkpoint, extras, cap
     assert about == {"name": "style", "hash": digest[:12], "weight": 0.5}
     assert [one["name"] for one in picture.settings["embeddings"]] == ["cat-toy"]
     text = images.web_ui_text(picture.settings)
-    assert text.endswith('Loras: "style:0.5", Embeddings: cat-toy')
+    assert 'Loras: "style:0.5", Embeddings: cat-toy' in text
 
     at_once = Pipeline.from_checkpoint(
         tiny_checkpoint, device="cpu", dtype="float32", loras=[(lora, 0.5)], embeddings=[embedding]
