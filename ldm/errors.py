@@ -11,7 +11,8 @@ from contextlib import contextmanager
 # What torch, oneDNN, CUDA, numpy, safetensors and the C library say where memory runs out.
 _NO_MEMORY = re.compile(
     r"out of memory|not enough memory|(can't|cannot|unable to|failed to) (allocate|mmap)"
-    r"|could not (create|execute) a primitive|bad_alloc|_ALLOC_FAILED|can't start new thread",
+    r"|could not (create|execute) a primitive|bad_alloc|_ALLOC_FAILED|can't start new thread"
+    r"|failed to map segment",
     re.IGNORECASE,
 )
 _short = reprlib.Repr()

@@ -41,15 +41,12 @@ def painted(colours: Values, alpha: Values | None = None) -> tuple[Mask, str]:
 
 
 def _by_colour(colours: Values) -> tuple[Mask, str]:
-    """The bright part of a grey mask; of a coloured one, what differs from its background."""
+    """The bright part of a grey mask; of a coloured one, what is not its background."""
     spread = colours.max(axis=2) - colours.min(axis=2)
     if not (spread > 0.2).any():
         return _bright(colours.mean(axis=2)), "its white part"
-    is_black, is_white = colours.max(axis=2) < 0.125, colours.min(axis=2) > 0.875
-    if is_black.mean() >= 0.01:
+    if (colours.max(axis=2) < 0.125).mean() >= 0.01:  # there is black, which means: leave it
         return _bright(colours.max(axis=2)), "its coloured part"
-    if is_white.mean() >= 0.01:
-        return _bright(1 - colours.min(axis=2)), "its coloured part"
     edges = [colours[0], colours[-1], colours[:, 0], colours[:, -1]]
     background = np.median(np.concatenate(edges), axis=0)
     return _bright(np.abs(colours - background).max(axis=2)), "what differs from its border"
