@@ -38,7 +38,7 @@ Pixels = NDArray[np.uint8]
 # What is read; not EPS, for one, which is a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
 MOST_IN_GRID = 100
-_EXIF, _USER_COMMENT = 0x8769, 0x9286
+_EXIF, _USER_COMMENT, _ORIENTATION = 0x8769, 0x9286, 0x0112
 # our names -> the web UIs'
 WEB_UI_SAMPLERS = {
     "ddim": "DDIM",
@@ -116,15 +116,20 @@ def _open(path: str | Path) -> Image.Image:
         warnings.simplefilter("always")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            file = Image.open(path, formats=FORMATS)
-            file.load()
-            image: Image.Image = ImageOps.exif_transpose(file)
+            with Path(path).open("rb") as file:
+                image: Image.Image = Image.open(file, formats=FORMATS)
+                image.load()
+                n_told = len(told)
+                turn = image.getexif().get(_ORIENTATION, 1)
+                if any(re.search("EXIF|Truncated", str(one.message)) for one in told[n_told:]):
+                    raise ValueError("its EXIF data are damaged")
+                if not isinstance(turn, int) or not 0 <= turn <= 8:
+                    raise ValueError(f"its EXIF orientation is {turn}")
+                image = ImageOps.exif_transpose(image)
         except Exception as error:  # decoders fail in any way on what was damaged or made up
             if is_out_of_memory(error):
                 raise
             raise InputError(f"{path}: not a picture that can be read ({_why(error)})") from None
-    if any("EXIF" in str(one.message) for one in told):
-        raise InputError(f"{path}: not a picture that can be read (its EXIF data are damaged)")
     return image
 
 

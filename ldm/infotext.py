@@ -29,7 +29,7 @@ OTHERS = {
     "fooocus_scheme": "Fooocus's settings",
 }
 _PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
-_NAMES = {name: own for own, name in reversed(WEB_UI_SAMPLERS.items())}
+_NAMES = {name: own for own, name in WEB_UI_SAMPLERS.items()}  # of two, the last
 _FIELDS = {field.name for field in dataclasses.fields(Settings)}
 
 
@@ -105,26 +105,33 @@ def tome_keys(wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     usual = plain(ToMeConfig())
     known = {key: value for key, value in wanted.items() if key in KEYS}
-    given = {key: value for key, value in known.items() if value not in (None, [])}
-    other = [key for key in known if known[key] != [] and known[key] != usual.get(key)]
-    for names in (other, list(given)):
-        keys = {key: known[key] for key in names}
-        if isinstance(keys.get("rules"), list):
-            keys["rules"] = [_rule(entry) for entry in keys["rules"]]
-        if isinstance(keys.get("hires"), Mapping):
-            keys["hires"] = tome_keys(keys["hires"]) or {}
-        try:
-            if plain(ToMeConfig.from_mapping(keys)) == known:
-                return keys
-        except (InputError, TypeError, AttributeError):
-            continue  # these keys do not go together; all of them may
+    given = {key: value for key, value in known.items() if value != []}
+    if isinstance(given.get("rules"), list):
+        given["rules"] = [_rule(entry, known) for entry in given["rules"]]
+    if isinstance(given.get("hires"), Mapping):
+        given["hires"] = tome_keys(given["hires"]) or {}
+    unusual = {key: value for key, value in given.items() if known[key] != usual.get(key)}
+    for keys in (unusual, {key: value for key, value in given.items() if value is not None}):
+        for _ in range(len(keys) + 1):
+            try:
+                if plain(ToMeConfig.from_mapping(keys)) == known:
+                    return keys
+                break
+            except (InputError, TypeError, AttributeError) as error:
+                # a configuration also has keys that mean nothing to its method, and follow from it
+                idle = re.match(r"ToMe (\w+)=", str(error))
+                if idle is None or keys.pop(idle[1], None) is None:
+                    break
     return None
 
 
-def _rule(entry: Any) -> Any:
+def _rule(entry: Any, beside: Mapping[str, Any]) -> Any:
+    """What an entry of ``rules`` says otherwise than the keys beside it."""
     if not isinstance(entry, Mapping):
         return entry
-    return {k: v for k, v in entry.items() if k in KEYS and KEYS[k].in_rules and v is not None}
+    allowed = {key: value for key, value in entry.items() if key in KEYS and KEYS[key].in_rules}
+    always = ("min_tokens", "max_downsample")
+    return {k: v for k, v in allowed.items() if k in always or v != beside.get(k)}
 
 
 def plain(config: ToMeConfig) -> dict[str, Any]:
@@ -166,8 +173,6 @@ def _web_ui(text: str, where: str) -> Found:
             found.settings |= known
     if tome:  # there it is the way of the tomesd package
         found.tome = overlay(load_preset("tomesd"), tome)
-    if found.settings.get("schedule", "uniform") != "uniform" and "sampler" not in found.settings:
-        del found.settings["schedule"]
     return found
 
 

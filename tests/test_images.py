@@ -1,4 +1,8 @@
+import contextlib
 import json
+import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -261,3 +265,108 @@ def test_a_label_is_dark_text_below_an_untouched_picture():
 def test_an_encoded_png_is_the_picture(tmp_path):
     (tmp_path / "a.png").write_bytes(images.encode_png(noise(5, 7)))
     np.testing.assert_array_equal(images.load_rgb(tmp_path / "a.png"), noise(5, 7))
+
+
+# --- damaged and made up ------------------------------------------------------------------------
+
+
+def png_with(chunk, data, tmp_path):
+    """A PNG with another chunk after its header."""
+    path = tmp_path / "x.png"
+    images.save_image(noise(8, 8), path)
+    whole = path.read_bytes()
+    body = chunk + data
+    piece = struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+    path.write_bytes(whole[:33] + piece + whole[33:])
+    return path
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"garbage",
+        b"Exif\0\0garbage",
+        b"MM\0\x2a\0\0\xff\xff",
+        b"II\x2a\0\x08\0\0\0\xff\xff",
+        b"MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01",
+        b"MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x05\0\0\0\x01\0\0\0\x1a\0\0\0\0",
+    ],
+)
+def test_damaged_exif_is_refused(tmp_path, data):
+    with pytest.raises(InputError, match=r"x\.png: not a picture that can be read"):
+        images.load_rgb(png_with(b"eXIf", data, tmp_path))
+
+
+def test_a_program_under_another_name_is_refused(tmp_path):
+    (tmp_path / "x.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    )
+    with pytest.raises(InputError, match=r"x\.png: not a picture .*its content is none of PNG"):
+        images.load_rgb(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("suffix", ["avif", "webp", "jpg", "png", "gif", "tif", "bmp", "jp2"])
+def test_damaged_files_are_refused_or_read_whole(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(noise(40, 40)).save(path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        data = bytearray(whole[: len(whole) * (i + 1) // 13] if i % 2 else whole)
+        for place in rng.integers(0, len(data), 8):
+            data[place] = rng.integers(256)
+        path.write_bytes(data)
+        with contextlib.suppress(InputError):
+            assert images.load_rgb(path).ndim == 3
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(InputError, match="it is a pipe or a device"):
+        images.load_rgb(tmp_path / "x.png")
+    with pytest.raises(InputError, match="it is a folder"):
+        images.load_rgb(tmp_path)
+
+
+def test_sixteen_bits_with_a_transparent_shade_keep_their_shades(tmp_path):
+    shades = np.array([[257 * 200, 257 * 100, 65535, 0]], np.uint16)
+    Image.fromarray(shades).save(tmp_path / "x.png", transparency=257 * 100)
+    assert images.load_rgb(tmp_path / "x.png")[0, :, 0].tolist() == [200, 255, 255, 0]
+
+
+# --- several programs in one folder -------------------------------------------------------------
+
+
+def test_programs_that_share_a_folder_lose_nothing(tmp_path):
+    galleries = [Gallery(tmp_path, n_columns=2) for _ in range(4)]
+    for number in range(3):
+        for shade, gallery in enumerate(galleries):
+            gallery.add(Picture(np.full((2, 2, 3), 10 * shade + number, np.uint8), SETTINGS))
+    for gallery in galleries:
+        gallery.close()
+    found = [images.load_rgb(path)[0, 0, 0] for path in sorted((tmp_path / "samples").iterdir())]
+    assert sorted(found) == sorted(10 * shade + number for shade in range(4) for number in range(3))
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        f"grid-000{i}.png" for i in range(4)
+    ]
+
+
+def test_processes_that_share_a_run_have_their_places(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "00004.png").touch()
+    first, second = Gallery(tmp_path, has_grid=False), Gallery(tmp_path, has_grid=False)
+    first.expect([0, 2])
+    second.expect([1, 3])
+    picture = Picture(noise(2, 2), SETTINGS)
+    names = [gallery.add(picture).name for gallery in (second, second, first, first)]
+    assert names == ["00006.png", "00008.png", "00005.png", "00007.png"]
+
+
+def test_there_is_no_grid_of_more_than_a_hundred_pictures(tmp_path, caplog):
+    caplog.set_level("INFO", "ldm")
+    gallery = Gallery(tmp_path, has_samples=False)
+    for _ in range(101):
+        gallery.add(Picture(noise(2, 2), SETTINGS))
+    gallery.close()
+    assert list(tmp_path.iterdir()) == []
+    assert "There is no grid of more than 100 pictures" in caplog.text

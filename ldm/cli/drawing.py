@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ldm.cli.jobs import Job
+from ldm.cli.jobs import Job, without_first
 from ldm.cli.parser import Arguments
 from ldm.cli.program import said_when_stopped
 from ldm.distributed import ALONE, Process
@@ -104,23 +104,28 @@ class Canvas:
             InputError: a setting cannot be used with this model; nothing has been drawn then.
         """
         pipeline, process = self.pipeline, self.process
+        first = jobs[0].settings.seed
+        jobs = without_first(
+            [job.with_prompt(pipeline.defaults["prompt"]) for job in jobs],
+            getattr(self.args, "skip", 0),
+        )
         # what cannot be used is said before anything is drawn
         merging = [pipeline.tome_config(job.tome) for job in jobs]
-        batches = [
-            [len(batch) for batch in job.settings.filled(pipeline.defaults).batches()]
-            for job in jobs
-        ]
-        self.gallery.expect(process.share_numbers([n for run in batches for n in run]))
-        process.wait()  # until all have looked which numbers are free
-        progress = Progress(sum(sum(process.share(run)) for run in batches))
-        first = jobs[0].settings.seed
+        n_pictures = sum(job.settings.n_pictures for job in jobs)
+        if process.n_processes > 1:  # every picture gets the number that it has without the others
+            sizes = [len(batch) for job in jobs for batch in job.settings.batches()]
+            numbers = process.share_numbers(sizes)
+            self.gallery.expect(numbers)
+            n_pictures = len(numbers)
+            process.wait()  # until all have looked which numbers are free
+        progress = Progress(n_pictures)
 
         def finished() -> str:
-            return how_to_go_on(progress, first, self.args)
+            return how_to_go_on(progress, first, self.args, process.n_processes > 1)
 
         with said_when_stopped(finished), self._profile() as on_step:
             n_before = 0
-            for job, run, config in zip(jobs, batches, merging, strict=True):
+            for job, config in zip(jobs, merging, strict=True):
                 pipeline.set_tome(config)
                 for picture in pipeline.generate(
                     job.settings,
@@ -133,7 +138,7 @@ class Canvas:
                 ):
                     self.save(picture)
                     progress.step()
-                n_before += len(run)
+                n_before += len(job.settings.batches())
         self.gallery.close()
         print(f"Pictures are in {self.args.outdir}")
 
@@ -155,10 +160,11 @@ class Canvas:
         print(f"The trace of a step is in {path}: open it in chrome://tracing or ui.perfetto.dev")
 
 
-def how_to_go_on(progress: Progress, seed: int, args: Arguments) -> str:
+def how_to_go_on(progress: Progress, seed: int, args: Arguments, is_shared: bool = False) -> str:
     """What is finished of a run that was stopped, and the flags that draw the rest."""
     done = f"{progress.n_done} of {progress.n_pictures} pictures are in {args.outdir}"
-    if args.rng == "upstream" or args.fixed_code or not hasattr(args, "skip"):
+    cannot_skip = args.rng == "upstream" or args.fixed_code or not hasattr(args, "skip")
+    if cannot_skip or is_shared:
         return f"{done}; the same command draws all of them again"
     seeds = f"--seed {seed} " if args.seed == -1 else ""
     return f"{done}; the same command with {seeds}--skip {args.skip + progress.n_done} goes on"

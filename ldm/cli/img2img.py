@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm.cli import drawing, flags, options
-from ldm.cli.jobs import read_jobs, without_first
+from ldm.cli.jobs import check_skip, read_jobs
 from ldm.cli.parser import Parser
 from ldm.cli.program import leaving_at_once
 from ldm.cli.tome_flags import add_tome_flags
@@ -42,7 +42,8 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = options.parse(build_parser(), argv)
-    jobs = without_first(read_jobs(args), args.skip)
+    check_skip(args)
+    jobs = read_jobs(args)
     model = options.model_arguments(args)
     gallery = options.gallery(args)
     init = load_rgb(args.init_img)

@@ -24,6 +24,12 @@ class Job:
     settings: Settings
     tome: TomeKeys
 
+    def with_prompt(self, prompt: str) -> Job:
+        """This run, of a prompt if it has none of its own."""
+        if self.settings.prompt is not None:
+            return self
+        return replace(self, settings=replace(self.settings, prompt=prompt))
+
 
 def read_jobs(args: Arguments) -> list[Job]:
     """The runs that a command line asks for: one, or what is in the file of ``--from-file``.
@@ -72,30 +78,43 @@ def read_jobs(args: Arguments) -> list[Job]:
         except InputError as error:
             raise InputError(f"{where}, line {number}: {error}") from None
         jobs.append(job)
-        seed += len(prompts) * job.settings.n_iter
+        seed += job.settings.n_pictures
     return jobs
+
+
+def check_skip(args: Arguments) -> None:
+    """Refuse --skip where pictures depend on those before.
+
+    Raises:
+        InputError: they do.
+    """
+    if args.skip and (args.rng == "upstream" or args.fixed_code):
+        raise InputError(
+            f"--skip {args.skip}: with --rng upstream and --fixed_code pictures depend on those "
+            "before"
+        )
 
 
 def without_first(jobs: list[Job], n: int) -> list[Job]:
     """The runs without their first n pictures, which have been drawn before.
 
     Raises:
-        InputError: there are not so many, or pictures depend on those before.
+        InputError: there are not so many, or too many.
     """
     left = []
     for job in jobs:
         settings = job.settings
-        if n and (settings.rng == "upstream" or settings.fixed_code):
-            raise InputError(
-                f"--skip {n}: with --rng upstream and --fixed_code pictures depend on those before"
-            )
-        pictures = [picture for batch in settings.batches() for picture in batch] if n else []
-        if n and n < len(pictures):
-            prompts = tuple(prompt for prompt, _ in pictures[n:])
-            settings = replace(settings, prompt=prompts, seed=pictures[n][1], n_iter=1)
-        if n == 0 or n < len(pictures):
-            left.append(Job(settings, job.tome))
-        n = max(0, n - len(pictures))
+        n_pictures = settings.n_pictures
+        if n == 0:
+            left.append(job)
+        elif n < n_pictures:
+            if n_pictures > MOST_PICTURES:
+                raise InputError(f"--skip is for runs of at most {MOST_PICTURES} pictures")
+            pictures = [picture for batch in settings.batches() for picture in batch][n:]
+            prompts = tuple(prompt for prompt, _ in pictures)
+            rest = replace(settings, prompt=prompts, seed=pictures[0][1], n_iter=1)
+            left.append(replace(job, settings=rest))
+        n = max(0, n - n_pictures)
     if not left:
         raise InputError("--skip: there are not so many pictures, so nothing would be drawn")
     return left

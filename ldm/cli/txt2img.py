@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm.cli import drawing, flags, options
-from ldm.cli.jobs import read_jobs, without_first
+from ldm.cli.jobs import check_skip, read_jobs
 from ldm.cli.parser import Parser
 from ldm.cli.program import leaving_at_once
 from ldm.cli.prompt_loop import prompt_loop
@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("--interactive asks for prompts: leave out --prompt and --from-file")
     if args.interactive and args.skip:
         raise InputError("--interactive asks for prompts: leave out --skip")
-    jobs = without_first(read_jobs(args), args.skip)
+    check_skip(args)
+    jobs = read_jobs(args)
     model = options.model_arguments(args)
     gallery = options.gallery(args)
     process = Process.from_environment()

@@ -145,7 +145,8 @@ class Wishes:
         Raises:
             InputError: a value is out of range, or two contradict each other.
         """
-        Settings(**{**self.given, "seed": 0})
+        seed = self.given.get("seed", 0)
+        Settings(**{**self.given, "seed": 0 if seed == -1 else seed})
         assert self.tome is not True
 
     @property

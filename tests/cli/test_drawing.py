@@ -4,7 +4,7 @@ import pytest
 
 from ldm.cli import txt2img
 from ldm.cli.drawing import Progress, duration, how_to_go_on
-from ldm.cli.jobs import Job, without_first
+from ldm.cli.jobs import Job, check_skip, without_first
 from ldm.errors import InputError
 from ldm.settings import Settings
 
@@ -78,4 +78,4 @@ def test_the_rest_of_a_run_has_the_prompts_and_seeds_that_it_would_have_had():
     with pytest.raises(InputError, match="--skip: there are not so many"):
         without_first(jobs, 6)
     with pytest.raises(InputError, match="--skip 1: with --rng upstream"):
-        without_first([Job(Settings("a", rng="upstream"), None)], 1)
+        check_skip(txt2img.build_parser().parse_args(["--rng", "upstream", "--skip", "1"]))

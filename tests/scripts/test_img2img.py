@@ -74,7 +74,7 @@ def test_every_sampler_and_several_pictures(run, tiny_checkpoint, photograph, tm
         (["--init-img", "text.png"], "text.png: not a picture"),
         (["--init-img", "photo.jpg", "--strength", "1.5"], "strength 1.5: allowed is 0 to 1"),
         (["--init-img", "photo.jpg", "--strength", "-1"], "strength -1.0: allowed is 0 to 1"),
-        (["--init-img", "photo.jpg", "--H", "0"], "H 0: allowed is a number of pixels above 0"),
+        (["--init-img", "photo.jpg", "--H", "0"], "H 0: allowed is 1 to 16384"),
     ],
 )
 def test_bad_input_is_one_clear_line(run, photograph, tmp_path, monkeypatch, capsys, argv, message):

@@ -1,6 +1,10 @@
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm import __version__
 from ldm.cli import txt2img
 from ldm.images import load_rgb, read_settings
 
@@ -202,3 +207,58 @@ def test_what_the_checkpoint_cannot_do_is_one_clear_line(
     assert message in shown
     assert shown.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_picture_gives_its_settings_back_and_a_run_can_go_on(run, tiny_checkpoint, tmp_path):
+    argv = ["--ckpt", tiny_checkpoint, *FAST, "--outdir", tmp_path / "a", "--prompt", "hills"]
+    assert run(*argv, "--tome-ratio", 0.5, "--sampler", "euler", "--n_iter", 3) == 0
+    first = tmp_path / "a" / "samples"
+    argv = ["--ckpt", tiny_checkpoint, "--device", "cpu", "--dtype", "float32"]
+    out = ["--outdir", tmp_path / "b", "--from_picture", first / "00002.png"]
+    assert run(*argv, *out) == 0
+    again = tmp_path / "b" / "samples" / "00000.png"
+    np.testing.assert_array_equal(load_rgb(again), load_rgb(first / "00002.png"))
+    same = ["--prompt", "hills", "--tome-ratio", 0.5, "--sampler", "euler", "--n_iter", 3]
+    assert run(*argv, *FAST, *same, "--skip", 2, "--outdir", tmp_path / "c") == 0
+    assert files(tmp_path / "c" / "samples") == ["00000.png"]
+    rest = tmp_path / "c" / "samples" / "00000.png"
+    np.testing.assert_array_equal(load_rgb(rest), load_rgb(first / "00002.png"))
+    assert run(*argv, *FAST, *same, "--skip", 3, "--outdir", tmp_path / "d") == 2
+
+
+def test_prompts_from_a_pipe_and_a_record_of_a_step(tiny_checkpoint, tmp_path):
+    command = [sys.executable, str(SCRIPT), "--ckpt", str(tiny_checkpoint), *FAST, "--profile"]
+    command += ["--from-file", "-", "--outdir", "out", "--verbose"]
+    said = 'hills\n{"prompt": "the sea", "seed": 7}\n'
+    done = subprocess.run(command, cwd=tmp_path, input=said, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "out") == [
+        "grid-0000.png",
+        "samples/00000.png",
+        "samples/00001.png",
+        "trace-0000.json",
+    ]
+    assert read_settings(tmp_path / "out/samples/00001.png")["seed"] == 7
+    assert read_settings(tmp_path / "out/samples/00001.png")["version"] == __version__
+    assert f"Version {__version__}, Python" in done.stdout
+    trace = json.loads((tmp_path / "out/trace-0000.json").read_text(encoding="utf-8"))
+    assert any("attention" in event["name"] for event in trace["traceEvents"])
+
+
+def test_a_stopped_run_keeps_what_is_finished_and_says_how_to_go_on(tiny_checkpoint, tmp_path):
+    command = [sys.executable, str(SCRIPT), "--ckpt", str(tiny_checkpoint), *FAST]
+    process = subprocess.Popen(
+        [*command, "--n_iter", "100000", "--outdir", "out"], cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    while not (tmp_path / "out" / "samples" / "00001.png").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    said = re.fullmatch(
+        r"ended: (\d+) of 100000 pictures are in out; the same command with --skip \1 goes on",
+        errors.decode().splitlines()[-1],
+    )
+    assert int(said[1]) in (len(files(tmp_path / "out")), len(files(tmp_path / "out")) - 1)
+    assert all(load_rgb(path).any() for path in (tmp_path / "out").rglob("*.png"))

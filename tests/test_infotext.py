@@ -1,0 +1,192 @@
+"""Settings inside pictures: ours, and the web UIs' as they are found in the wild."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from ldm.cli import img2img, options, txt2img
+from ldm.config import load_preset, preset_names
+from ldm.errors import InputError
+from ldm.images import Picture, picture_texts, save_image
+from ldm.infotext import plain, tome_keys, understood
+from ldm.modules.tome.config import ToMeConfig
+from ldm.settings import Settings
+
+A1111 = """\
+a (red:1.2) house, ((hills)) <lora:ink:0.8>
+second line
+Negative prompt: blurry, lowres
+Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 965400086, Size: 512x768, \
+Model hash: 6ce0161689, Model: "v1-5, pruned", Denoising strength: 0.55, Clip skip: 2, \
+Hires upscale: 2, Hires steps: 10, Hires upscaler: Latent, Token merging ratio: 0.5, \
+Variation seed: 3, Lora hashes: "ink: aabbcc, x: dd", Version: v1.9.4"""
+
+
+def test_the_web_ui_s_settings_are_understood_or_named():
+    found = understood({"parameters": A1111}, "x.png")
+    said = found.settings
+    assert said["prompt"] == "a (red:1.2) house, ((hills)) <lora:ink:0.8>\nsecond line"
+    assert said["negative_prompt"] == "blurry, lowres"
+    assert (said["steps"], said["sampler"], said["schedule"]) == (20, "dpmpp_2m", "karras")
+    assert (said["scale"], said["seed"], said["H"], said["W"]) == (7.0, 965400086, 768, 512)
+    assert (said["hires_scale"], said["hires_steps"]) == (2.0, 10)
+    assert (said["hires_strength"], said["hires_upscaler"]) == (0.55, "latent")
+    assert (said["emphasis"], said["long_prompt"]) == (True, True)
+    assert "strength" not in said
+    assert found.tome == {**load_preset("tomesd"), "ratio": 0.5}
+    left_out = "\n".join(found.left_out)
+    for name in ("Model hash '6ce0161689'", "Model 'v1-5, pruned'", "Variation seed", "Lora hash"):
+        assert name in left_out
+    assert "Version" not in left_out
+
+
+@pytest.mark.parametrize(
+    ("line", "left_out"),
+    [
+        ("Steps: 20, Sampler: Restart, Seed: 1, Size: 512x512", "Sampler 'Restart'"),
+        ("Steps: many, Sampler: Euler a, Seed: 1", "Steps 'many'"),
+        ("Steps: 20, Sampler: Euler a, Seed: 1, Size: 512", "Size '512'"),
+        (f"Steps: {'9' * 5000}, Sampler: Euler a, Seed: 1", "Steps '999"),
+        ("Steps: 20, Sampler: Euler a, Seed: 1, Schedule type: Turbo", "Schedule type 'Turbo'"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_and_the_rest_stands(line, left_out):
+    found = understood({"parameters": f"hills\n{line}"}, "x.png")
+    assert found.settings["prompt"] == "hills"
+    (one,) = found.left_out
+    assert one.startswith(left_out)
+    assert len(one) < 200
+
+
+def test_a_prompt_alone_is_a_prompt():
+    assert understood({"parameters": "hills: a view"}, "x").settings["prompt"] == "hills: a view"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({}, "x.png: this picture does not say how it was made"),
+        ({"prompt": "{}", "workflow": "{}"}, "a ComfyUI graph"),
+        ({"sd-metadata": "{}"}, "InvokeAI's settings"),
+        ({"ldm": "[" * 9999}, "x.png, its settings: JSON nested deeper"),
+        ({"ldm": "[1]"}, "must be an object"),
+        ({"ldm": '{"prompt": "\\ud800"}'}, "lone surrogate"),
+    ],
+)
+def test_what_says_nothing_that_can_be_read_is_refused(texts, message):
+    with pytest.raises(InputError, match=message):
+        understood(texts, "x.png")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_noted_configuration_comes_back(name):
+    config = ToMeConfig.from_mapping(load_preset(name))
+    noted = json.loads(json.dumps(dataclasses.asdict(config)))
+    keys = tome_keys(noted)
+    assert keys is not None
+    assert plain(ToMeConfig.from_mapping(keys)) == noted
+    assert tome_keys({**noted, "ratio": "a lot"}) is None
+    assert tome_keys(plain(ToMeConfig())) == {}
+
+
+# --- in files, and over flags -------------------------------------------------------------------
+
+
+def save(path, text, **options):
+    """A small picture that carries the web UI's text as that writes it."""
+    image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    if path.suffix == ".png":
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", text)
+        image.save(path, pnginfo=info)
+        return path
+    exif = Image.Exif()
+    order = options.get("order", "be")
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode(f"utf-16-{order}")
+    image.save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "le.jpg"])
+def test_png_jpeg_and_webp_carry_the_text(tmp_path, name):
+    order = "le" if name.startswith("le") else "be"
+    path = save(tmp_path / name, A1111.replace("house", "hüte 日本"), order=order)
+    assert picture_texts(path)["parameters"].startswith("a (red:1.2) hüte 日本, ((hills))")
+
+
+def parse(program, *argv):
+    return options.parse(program.build_parser(), [str(word) for word in argv])
+
+
+def test_flags_win_over_the_picture_also_where_they_say_the_default(tmp_path, caplog):
+    caplog.set_level("INFO", "ldm")
+    path = save(tmp_path / "x.png", A1111)
+    args = parse(txt2img, "--from_picture", path, "--seed", 42, "--tome-window", 5)
+    settings = options.settings(args)
+    assert (settings.seed, settings.steps, settings.schedule) == (42, 20, "karras")
+    assert options.tome_arguments(args) == {**load_preset("tomesd"), "ratio": 0.5, "window": 5}
+    assert "From " in caplog.text
+    assert "Token Merging" in caplog.text
+    assert "Model hash '6ce0161689' (has no counterpart here)" in caplog.text
+    plain_args = parse(txt2img, "--from_picture", path, "--tome-preset", "fast")
+    assert options.tome_arguments(plain_args) == load_preset("fast")
+
+
+def test_a_setting_of_another_program_is_named(tmp_path, caplog):
+    caplog.set_level("INFO", "ldm")
+    path = save(tmp_path / "x.png", A1111)
+    args = parse(img2img, "--init-img", "y.png", "--from_picture", path)
+    assert options.settings(args).steps == 20
+    assert "Not from" in caplog.text
+    assert "hires_scale" in caplog.text
+
+
+def test_our_own_pictures_come_back_whole(tmp_path):
+    made = {
+        **dataclasses.asdict(Settings("hills", seed=7, steps=9, sampler="euler", H=64, n_iter=3)),
+        "model": {"name": "demo"},
+        "tome": plain(ToMeConfig.from_mapping({"ratio": 0.5})),
+    }
+    Picture(np.zeros((8, 8, 3), np.uint8), made).save(tmp_path / "x.png")
+    args = parse(txt2img, "--from_picture", tmp_path / "x.png")
+    settings = options.settings(args)
+    assert (settings.prompt, settings.seed, settings.steps, settings.H) == ("hills", 7, 9, 64)
+    assert (settings.sampler, settings.n_iter) == ("euler", 1)
+    assert options.tome_arguments(args) == {"ratio": 0.5}
+    made["tome"] = plain(ToMeConfig())
+    Picture(np.zeros((8, 8, 3), np.uint8), made).save(tmp_path / "x.png")
+    assert options.tome_arguments(parse(txt2img, "--from_picture", tmp_path / "x.png")) is False
+    args = parse(txt2img, "--from_picture", tmp_path / "x.png", "--tome-ratio", 0.25)
+    assert options.tome_arguments(args) == {"ratio": 0.25}
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"prompt": "x", "ckpt": "/etc/passwd", "outdir": "/"},
+        {"prompt": "x", "steps": ["--help"], "sampler": "--help"},
+        {"prompt": "x", "tome": {"apply_to": ["kv", "--help"]}},
+        {"prompt": "x", "tome": {"preset": "/etc/passwd"}, "from_file": "/etc/passwd"},
+        {"prompt": "x", "n_samples": 10**9, "H": 10**9, "seed": -5},
+        {"prompt": "x", "tome": [1], "model": "x", "loras": 3, "embeddings": {"a": 1}},
+    ],
+)
+def test_a_hostile_picture_sets_nothing_but_settings(tmp_path, hostile):
+    path = tmp_path / "x.png"
+    save_image(np.zeros((8, 8, 3), np.uint8), path, {"ldm": json.dumps(hostile)})
+    args = parse(txt2img, "--from_picture", path)
+    assert (args.ckpt, args.outdir, args.from_file) == (None, "outputs/txt2img-samples", None)
+    settings = options.settings(args)
+    assert (settings.prompt, settings.steps, settings.n_samples) == ("x", None, 1)
+
+
+def test_a_schedule_that_its_sampler_does_not_have_here_is_left_out(tmp_path, caplog):
+    caplog.set_level("INFO", "ldm")
+    line = "Steps: 9, Sampler: DDIM, Schedule type: Karras, Seed: 1, Size: 64x64"
+    args = parse(txt2img, "--from_picture", save(tmp_path / "x.png", f"hills\n{line}"))
+    settings = options.settings(args)
+    assert (settings.sampler, settings.schedule, settings.steps) == ("ddim", "uniform", 9)
+    assert "schedule karras needs one of the samplers" in caplog.text
