@@ -6,6 +6,7 @@ names and results are theirs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,16 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+def _embedding(n: int, width: int) -> nn.Embedding:
+    return nn.Embedding.from_pretrained(torch.empty(n, width), freeze=False)
+
+
+def _draw(weight: Tensor, std: float) -> None:
+    """Normal values; none on the meta device, where drawing imports torch's compiler: seconds."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
 
 
 class _ClipLayer(nn.Module):
@@ -62,8 +73,8 @@ class ClipText(nn.Module):
         inner, heads = config["intermediate_size"], config["num_attention_heads"]
         self.embeddings = nn.ModuleDict(
             {
-                "token_embedding": nn.Embedding(config["vocab_size"], width),
-                "position_embedding": nn.Embedding(config["max_position_embeddings"], width),
+                "token_embedding": _embedding(config["vocab_size"], width),
+                "position_embedding": _embedding(config["max_position_embeddings"], width),
             }
         )
         layers = (_ClipLayer(width, inner, heads, config["hidden_act"]) for _ in range(n_layers))
@@ -74,7 +85,7 @@ class ClipText(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 std = next((s for part, s in spread.items() if name.endswith(part)), deep)
-                nn.init.normal_(module.weight, std=std)
+                _draw(module.weight, std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
@@ -116,23 +127,24 @@ class OpenClipText(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         width, n_layers = config["width"], config["layers"]
-        self.token_embedding = nn.Embedding(config["vocab_size"], width)
+        self.token_embedding = _embedding(config["vocab_size"], width)
         self.positional_embedding = nn.Parameter(torch.empty(config["context_length"], width))
         layers = [_OpenClipLayer(width, config["heads"]) for _ in range(n_layers)]
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(layers)})
         self.ln_final = nn.LayerNorm(width)
         # Neither of these is used for drawing, but checkpoints have both.
         self.text_projection = nn.Parameter(torch.empty(width, config["embed_dim"]))
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         shallow, deep = width**-0.5, width**-0.5 * (2 * n_layers) ** -0.5
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=shallow)
+        _draw(self.token_embedding.weight, 0.02)
+        _draw(self.positional_embedding, 0.01)
+        _draw(self.text_projection, shallow)
         for layer in layers:
-            nn.init.normal_(layer.attn.in_proj_weight, std=shallow)
-            nn.init.normal_(layer.attn.out_proj.weight, std=deep)
-            nn.init.normal_(layer.mlp["c_fc"].weight, std=(2 * width) ** -0.5)  # type: ignore[arg-type]
-            nn.init.normal_(layer.mlp["c_proj"].weight, std=deep)  # type: ignore[arg-type]
+            mlp: Any = layer.mlp
+            _draw(layer.attn.in_proj_weight, shallow)
+            _draw(layer.attn.out_proj.weight, deep)
+            _draw(mlp["c_fc"].weight, (2 * width) ** -0.5)
+            _draw(mlp["c_proj"].weight, deep)
 
     def forward(self, ids: Tensor, n_skipped: int = 0) -> Tensor:
         """Token ids, (B, L), to embeddings, (B, L, C), without the last n_skipped layers."""
