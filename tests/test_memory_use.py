@@ -45,3 +45,25 @@ def test_anonymous_memory_of_sd1_in_bfloat16(size: int, limit: float, tmp_path: 
     peak = float(done.stdout.splitlines()[-1])
     print(f"{peak:.2f} GB")
     assert 2.1 < peak < limit  # the weights alone are 2.1 GB
+
+
+CACHES = """
+import sys
+from ldm.cli.program import run_program
+
+sys.modules["many_sizes"] = sys.modules["__main__"]
+
+def main():
+    import os
+    assert os.environ["LRU_CACHE_CAPACITY"] == "128"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"  # the user's own
+
+run_program("many_sizes")
+"""
+
+
+def test_programs_bound_the_caches_that_torch_keeps_for_each_size() -> None:
+    environment = {"PATH": "", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", CACHES]
+    subprocess.run(command, cwd=root, env=environment, check=True)

@@ -30,11 +30,22 @@ def run_program(module: str) -> None:
     Args:
         module: such as ``ldm.cli.txt2img``.
     """
+    bound_caches()
     with leaving_at_once():
         import importlib
 
         main = importlib.import_module(module).main
     run(main)
+
+
+def bound_caches() -> None:
+    """Let torch's kernels of convolutions and products keep those of 128 shapes, not of 1024.
+
+    They keep some MiB for each new size of picture. What the user has set stays; afterwards torch
+    has read these variables.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
 
 
 def run(main: Callable[[], None]) -> None:
