@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import InputError
-from ldm.modules.tome.match import metric_of
+from ldm.modules.tome import whole
+from ldm.modules.tome.match import metrics_of
 from ldm.modules.tome.merge import plan_block
 from ldm.modules.tome.merger import Decision, TokenMerger
 from ldm.modules.tome.plan import NOTHING, BlockPlans, MergePlan
@@ -249,9 +250,8 @@ class BasicTransformerBlock(nn.Module):
         if merging.removed and merging.plan is None:
             if normed is None:
                 normed = x if merging.metrics == ("hidden",) else self.norm1(x)
-            metrics = [
-                metric_of(self.attn1, kind, x, normed, merging.size) for kind in merging.metrics
-            ]
+            find = whole.metrics_of if merging.is_whole else metrics_of
+            metrics = find(self.attn1, merging.metrics, x, normed, merging.size)
             planner = merging.planner or plan_block
             merging.plan, merging.query_plan = planner(merging, metrics)
         return merging.places

@@ -108,4 +108,4 @@ def _dropped(
 ) -> MergePlan:
     kept = torch.randperm(n, generator=generator)[removed:].sort().values.to(device)
     ones = torch.ones(n_rows, n - removed, device=device)
-    return DropPlan(n_tokens=n, n_kept=n - removed, sizes=ones, groups=kept, kept=kept)
+    return DropPlan(n_tokens=n, n_kept=n - removed, counts=ones, groups=kept, kept=kept)

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import InputError
+from ldm.modules.tome import whole
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.match import metric_of
+from ldm.modules.tome.match import metrics_of
 from ldm.modules.tome.merge import plan_block
 from ldm.modules.tome.merger import Decision, TokenMerger
 from ldm.modules.tome.plan import BlockPlans, MergePlan
@@ -321,7 +322,8 @@ class _Block:
             if normed is None:
                 normed = x if merging.metrics == ("hidden",) else self.block.norm1(x)
             attention, size = self.block.attn1, merging.size
-            metrics = [metric_of(attention, kind, x, normed, size) for kind in merging.metrics]
+            find = whole.metrics_of if merging.is_whole else metrics_of
+            metrics = find(attention, merging.metrics, x, normed, size)
             merging.plan, merging.query_plan = (merging.planner or plan_block)(merging, metrics)
         return merging.places
 

@@ -9,7 +9,7 @@ as a source it comes last. Nothing here tracks gradients, and temporary tensors 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -51,6 +51,13 @@ def metric_of(
         return sampled_logits(normed, asking, asked, attention.heads, sample)
     keys = attention.to_k(normed)
     return keys if kind == "keys" else keys.unflatten(2, (attention.heads, -1)).mean(2)
+
+
+def metrics_of(
+    attention: Any, kinds: Sequence[str], x: Tensor, normed: Tensor, size: tuple[int, int]
+) -> list[Tensor]:
+    """`metric_of` for each kind."""
+    return [metric_of(attention, kind, x, normed, size) for kind in kinds]
 
 
 # Tokens compared by what attention makes of them: their logits with a sample of tokens. A group of
@@ -132,9 +139,9 @@ def attention_received(logits: Tensor) -> Tensor:
 # --- everywhere -----------------------------------------------------------------------------------
 
 
-def pieces(n: int, values_each: int) -> Iterator[slice]:
-    """Cut ``range(n)`` so that a piece, at so many values for each, keeps within a fixed size."""
-    step = max(1, _PIECE // (4 * max(1, values_each)))
+def pieces(n: int, values_each: int, n_bytes: int | None = None) -> Iterator[slice]:
+    """Cut ``range(n)`` so that a piece, at so many values for each, keeps within so many bytes."""
+    step = max(1, (n_bytes or _PIECE) // (4 * max(1, values_each)))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 

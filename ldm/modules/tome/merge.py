@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ldm.errors import InputError
+from ldm.modules.tome import whole
 from ldm.modules.tome.config import cells
 from ldm.modules.tome.match import attention_received, nearest, nearest_in_window, similarity, take
 from ldm.modules.tome.merger import Decision
@@ -47,12 +49,25 @@ def plan_block(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan
     logits = dict(zip(decision.metrics, metrics, strict=True))
     queries: MergePlan | None = None
     keys: MergePlan | None = None
-    if "query_logits" in logits:
+    if len(logits) == 2 and decision.is_whole_grid:
+        config = decision.config
+        keys, queries = whole.plan_attention(
+            logits["key_logits"],
+            logits["query_logits"],
+            decision.size,
+            config.stride,
+            decision.removed,
+            decision.draw,
+            config.window,
+            decision.is_guided,
+        )
+    elif "query_logits" in logits:
         queries = _plan_queries(decision, logits["query_logits"])
     if "key_logits" in logits:
-        keys = _plan(decision, logits["key_logits"].flatten(2), by_distance=True)
+        keys = keys or _plan(decision, logits["key_logits"].flatten(2), by_distance=True)
         if decision.config.weighted:
-            keys = keys.weighted(attention_received(logits["key_logits"]))
+            received = whole.attention_received if decision.is_whole else attention_received
+            keys = keys.weighted(received(logits["key_logits"]))
     found = keys or queries
     assert found is not None
     return found, queries or found
@@ -66,11 +81,15 @@ def _plan_queries(decision: Decision, logits: Tensor) -> MergePlan:
     """
     if not decision.is_guided:
         return _plan(decision, logits.flatten(2), by_distance=True)
+    if decision.is_whole_grid:
+        return _plan(decision, logits.flatten(2), by_distance=True, is_tied=True)
     both = torch.cat(logits.chunk(2), 3)
     return _plan(decision, both.flatten(2), by_distance=True).repeated(2)
 
 
-def _plan(decision: Decision, metric: Tensor, by_distance: bool = False) -> MergePlan:
+def _plan(
+    decision: Decision, metric: Tensor, by_distance: bool = False, is_tied: bool = False
+) -> MergePlan:
     config, size, r = decision.config, decision.size, decision.removed
     threshold = config.similarity
     if config.method == "bipartite":
@@ -82,9 +101,11 @@ def _plan(decision: Decision, metric: Tensor, by_distance: bool = False) -> Merg
         assert decision.draw is not None
         return plan_random(metric, r, decision.draw, threshold, by_distance)
     if config.method == "downsample":
-        return plan_downsample(len(metric), size, config.stride, metric.device)
-    stride, window = config.stride, config.window
-    return plan_grid(metric, size, stride, r, decision.draw, window, threshold, by_distance)
+        return _known_downsampling(len(metric), size, config.stride, metric.device)
+    stride, draw, window = config.stride, decision.draw, config.window
+    if decision.is_whole_grid:
+        return whole.plan_grid(metric, size, stride, r, draw, window, by_distance, is_tied)
+    return plan_grid(metric, size, stride, r, draw, window, threshold, by_distance)
 
 
 # --- the methods ---------------------------------------------------------------------------------
@@ -242,6 +263,15 @@ def plan_downsample(
     groups = (cell_y[:, None] * new_w + cell_x).flatten()
     chosen = (y[:, None] * size[1] + x).flatten()
     return MergePlan.from_groups(groups.expand(n_rows, -1), new_h * new_w, chosen)
+
+
+@lru_cache(maxsize=16)
+def _known_downsampling(
+    n_rows: int, size: tuple[int, int], stride: tuple[int, int], device: torch.device
+) -> MergePlan:
+    """`plan_downsample`, kept from step to step: it does not depend on the tokens."""
+    with torch.inference_mode(False):  # such tensors would not do for gradients
+        return plan_downsample(n_rows, size, stride, device)
 
 
 def _resize(n: int, new: int, device: torch.device) -> tuple[Tensor, Tensor]:

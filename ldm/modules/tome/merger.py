@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ldm.modules.tome import whole
 from ldm.modules.tome.config import ToMeConfig, auto_ratio, cells, pays_from
 from ldm.modules.tome.plan import NOTHING, BlockPlans, MergePlan
 
+_STOCK = 64  # random draws that are copied to an accelerator at a time
 SELF_PLACES = {"kv", "q", "attn"}  # what exists in self-attention only
 
 
@@ -29,6 +31,7 @@ class Decision:
         pays: whether merging is expected to save time here.
         is_guided: whether the batch has two halves whose difference guidance takes.
         planner: makes the plans; None: `merge.plan_block`.
+        is_whole: tokens are matched in the accelerators' shape; see `whole`.
         plan, query_plan: the plan, and the one for queries; None until they are made.
     """
 
@@ -42,6 +45,7 @@ class Decision:
         pays: bool = True,
         is_guided: bool = False,
         planner: Planner | None = None,
+        is_whole: bool = False,
     ) -> None:
         self.config = config
         self.size = size
@@ -51,6 +55,7 @@ class Decision:
         self.pays = pays
         self.is_guided = is_guided
         self.planner = planner
+        self.is_whole = is_whole
         self.plan: MergePlan | None = None
         self.query_plan: MergePlan | None = None
 
@@ -58,6 +63,11 @@ class Decision:
     def is_whole_block(self) -> bool:
         """Whether one merge and one unmerge enclose the block."""
         return self.removed > 0 and "block" in self.config.apply_to
+
+    @property
+    def is_whole_grid(self) -> bool:
+        """Whether `whole` makes the plans."""
+        return self.is_whole and self.config.method == "grid" and self.config.similarity is None
 
     @property
     def n_tokens(self) -> int:
@@ -116,6 +126,7 @@ class TokenMerger:
     def __init__(self, config: ToMeConfig | None = None, n_timesteps: int = 1000) -> None:
         self.n_timesteps = n_timesteps
         self.is_guided = False
+        self._stock: dict[tuple[object, ...], list[Tensor]] = {}
         self.planner: Planner | None = None
         self.observer: Callable[[int, list[Decision]], None] | None = None
         self.configure(config or ToMeConfig())
@@ -127,7 +138,9 @@ class TokenMerger:
 
     def begin_run(self, seed: int | None = None) -> None:
         """Forget everything about earlier calls; ``seed`` replaces the configured one."""
-        self._generator = torch.Generator().manual_seed(self.config.seed if seed is None else seed)
+        self._seed = self.config.seed if seed is None else seed
+        self._generator = torch.Generator().manual_seed(self._seed)
+        self._used: dict[tuple[object, ...], int] = {}  # numbers taken from the stock
         self._call = -1
         self._progress = 0.0
         self._blocks: list[Decision] = []
@@ -181,10 +194,20 @@ class TokenMerger:
         key = (place, len(x), size, x.device, config)
         block = self._kept_block(key, config.reuse_steps) if removed else None
         if block is None:
-            draw = self._draw(config, size) if removed else None
+            draw = self._draw(config, size, x.device) if removed else None
             pays = size[0] * size[1] >= pays_at
             is_guided = self.is_guided and len(x) % 2 == 0
-            block = Decision(config, size, removed, x.shape[2], draw, pays, is_guided, self.planner)
+            block = Decision(
+                config,
+                size,
+                removed,
+                x.shape[2],
+                draw,
+                pays,
+                is_guided,
+                self.planner,
+                whole.is_chosen(x.device),
+            )
             self._kept[key] = (self._call, block)
         if self._call >= 0:
             self._blocks.append(block)
@@ -226,16 +249,40 @@ class TokenMerger:
         is_fresh = self._call >= 0 and self._call - born < reuse_steps
         return block if is_fresh else None
 
-    def _draw(self, config: ToMeConfig, size: tuple[int, int]) -> Tensor | None:
-        """Random numbers for one plan, drawn on the CPU so that every device sees the same."""
-        if config.method == "random":
-            n = size[0] * size[1]
-            return torch.rand(1, n, generator=self._generator, dtype=torch.float32)
-        if config.method == "grid" and config.random:
-            n_choices = min(config.stride[0], size[0]) * min(config.stride[1], size[1])
-            shape = cells(*size, config.stride)
-            return torch.randint(n_choices, shape, generator=self._generator)
-        return None
+    def _draw(
+        self, config: ToMeConfig, size: tuple[int, int], device: torch.device
+    ) -> Tensor | None:
+        """Random numbers for one plan, drawn on the processor.
+
+        For an accelerator they are drawn and copied many at a time, and kept for the next runs, so
+        that hardly any step has to wait for them.
+        """
+        if device.type == "cpu":
+            drawn = _drawn(config, size, 1, self._generator)
+            return None if drawn is None else drawn[0]
+        key = (config.method, config.stride, size, device, self._seed)
+        number = self._used[key] = self._used.get(key, -1) + 1
+        stock = self._stock.setdefault(key, [])
+        if number == len(stock) * _STOCK:
+            seed = hash((self._seed, number)) if number else self._seed
+            drawn = _drawn(config, size, _STOCK, torch.Generator().manual_seed(seed))
+            if drawn is None:
+                return None
+            stock.append(drawn.to(device))
+        return stock[number // _STOCK][number % _STOCK]
+
+
+def _drawn(
+    config: ToMeConfig, size: tuple[int, int], n: int, generator: torch.Generator
+) -> Tensor | None:
+    """Random numbers for n plans, (n, 1, N) or (n, rows, columns); None where none are needed."""
+    if config.method == "random":
+        shape = (n, 1, size[0] * size[1])
+        return torch.rand(shape, generator=generator, dtype=torch.float32)
+    if config.method == "grid" and config.random:
+        n_choices = min(config.stride[0], size[0]) * min(config.stride[1], size[1])
+        return torch.randint(n_choices, (n, *cells(*size, config.stride)), generator=generator)
+    return None
 
 
 # --- the report -----------------------------------------------------------------------------------

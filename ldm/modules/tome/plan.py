@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@lru_cache(maxsize=16)
+def _numbers(n: int, device: torch.device) -> Tensor:
+    """0 to n - 1."""
+    with torch.inference_mode(False):  # such tensors would not do for gradients
+        return torch.arange(n, device=device)
+
+
+@lru_cache(maxsize=4)
+def _least(device: torch.device) -> Tensor:
+    """The least weight that a token has."""
+    with torch.inference_mode(False):
+        return torch.tensor(1e-6, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
@@ -18,31 +33,36 @@ class MergePlan:
 
     Attributes:
         n_tokens, n_kept: tokens before and after.
-        sizes: tokens in each group, (B, n_kept) float32; None where each stands for itself.
+        counts: tokens in each group, (B, n_kept) float32; None where each stands for itself, or
+            where they have not been asked for: see ``sizes``.
         groups: the group of each token, (B * N,); rows are counted through the batch, so that
             one-dimensional operators do all the work.
         members, starts: the tokens, group after group, and where each group begins; None where
-            groups are added up without them.
+            groups are added up without them. The starts may be followed by the end.
         chosen: the one token that speaks for its group, (B * n_kept,); None takes the mean.
         shares: what each token counts in its group's mean, (B * N,), summing to 1 in each group;
             None counts all alike.
+        heads: the group of each of the members, (B * N,), where it is known.
+        ordered_shares: the shares of the members, instead of those of the tokens.
         has_gaps: some rows have fewer than n_kept groups.
     """
 
     n_tokens: int = -1
     n_kept: int = -1
-    sizes: Tensor | None = None
+    counts: Tensor | None = None
     groups: Tensor | None = None
     members: Tensor | None = None
     starts: Tensor | None = None
     chosen: Tensor | None = None
     shares: Tensor | None = None
     has_gaps: bool = False
+    heads: Tensor | None = None
+    ordered_shares: Tensor | None = None
 
     @classmethod
     def identity(cls, after: MergePlan | None = None) -> MergePlan:
         """The plan that returns its argument; ``after`` another one, it knows that one's sizes."""
-        return cls() if after is None else cls(sizes=after.sizes, has_gaps=after.has_gaps)
+        return cls() if after is None else cls(counts=after.sizes, has_gaps=after.has_gaps)
 
     @classmethod
     @torch.no_grad()
@@ -71,13 +91,31 @@ class MergePlan:
         return cls(
             n_tokens=n_tokens,
             n_kept=n_kept,
-            sizes=sizes.view(n_rows, n_kept),
+            counts=sizes.view(n_rows, n_kept),
             groups=flat,
             members=flat.argsort(stable=True) if is_ordered else None,
             starts=(sizes.long().cumsum(0) - sizes.long()) if is_ordered else None,
             chosen=None if chosen is None else (chosen + row * n_tokens).flatten(),
             has_gaps=has_gaps,
         )
+
+    @classmethod
+    @torch.no_grad()
+    def in_order(cls, groups: Tensor, n_kept: int) -> MergePlan:
+        """As `from_groups`, in few operators.
+
+        Args:
+            groups: (B, N) integers in [b * n_kept, (b + 1) * n_kept) in row b.
+            n_kept: number of groups.
+        """
+        n_rows, n_tokens = groups.shape
+        bounds = _numbers(n_rows * n_kept + 1, groups.device)
+        if groups.device.type == "mps":
+            return cls.from_groups(groups - bounds[:-1:n_kept, None], n_kept)
+        flat = groups.flatten()
+        heads, members = flat.sort(stable=True)
+        starts = torch.searchsorted(heads, bounds)
+        return cls(n_tokens, n_kept, None, flat, members, starts, heads=heads)
 
     def weighted(self, weights: Tensor) -> MergePlan:
         """The same plan, whose means weigh the tokens.
@@ -87,10 +125,25 @@ class MergePlan:
         """
         if self.groups is None or self.chosen is not None:
             return self
-        assert self.sizes is not None
+        if self.heads is not None:
+            return self._weighted_in_order(weights)
+        assert self.counts is not None
         weights = weights.float().nan_to_num(0.0, 0.0, 0.0).clamp(min=1e-6).flatten()
-        total = weights.new_zeros(self.sizes.numel()).index_add_(0, self.groups, weights)
+        total = weights.new_zeros(self.counts.numel()).index_add_(0, self.groups, weights)
         return replace(self, shares=weights / total.index_select(0, self.groups))
+
+    def _weighted_in_order(self, weights: Tensor) -> MergePlan:
+        """As `weighted`; sums are taken in the order of the tokens, so always the same."""
+        assert self.members is not None
+        assert self.starts is not None
+        assert self.heads is not None
+        # Of a number and what is none fmax takes the number.
+        weights = torch.fmax(weights.float(), _least(weights.device)).flatten()[:, None]
+        total = F.embedding_bag(
+            self.members, weights, self.starts, mode="sum", include_last_offset=True
+        )
+        shares = weights.index_select(0, self.members) / total.index_select(0, self.heads)
+        return replace(self, ordered_shares=shares[:, 0])
 
     def repeated(self, n: int) -> MergePlan:
         """The same plan for n times the rows; not for one with chosen or weighted tokens."""
@@ -107,6 +160,14 @@ class MergePlan:
         """Whether merging returns its argument."""
         return self.groups is None
 
+    @property
+    def sizes(self) -> Tensor | None:
+        """Tokens in each group, (B, n_kept) float32; None where each stands for itself."""
+        if self.counts is not None or self.heads is None:
+            return self.counts
+        assert self.starts is not None
+        return (self.starts[1:] - self.starts[:-1]).float().view(-1, self.n_kept)
+
     def log_size(self, is_proportional: bool = True) -> Tensor | None:
         """Bias for attention logits, (B, 1, 1, n_kept): a token that stands for s counts s times.
 
@@ -115,10 +176,12 @@ class MergePlan:
 
         Source: proportional attention, Bolya et al. 2023 (arXiv 2210.09461) eq. 1.
         """
-        if self.sizes is None or not (is_proportional or self.has_gaps):
+        if not (is_proportional or self.has_gaps):
             return None
-        sizes = self.sizes if is_proportional else self.sizes.clamp(max=1)
-        return sizes.log()[:, None, None, :]
+        sizes = self.sizes
+        if sizes is None:
+            return None
+        return (sizes if is_proportional else sizes.clamp(max=1)).log()[:, None, None, :]
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
         """Reduce each group to one token: (B, N, C) -> (B, n_kept, C), of x's type.
@@ -149,38 +212,45 @@ class MergePlan:
         return rows.view(len(x), self.n_tokens, -1)
 
     def _rows(self, x: Tensor, n_tokens: int) -> Tensor:
-        assert self.sizes is not None
-        if x.ndim != 3 or x.shape[:2] != (len(self.sizes), n_tokens):
+        assert self.groups is not None
+        n_rows = len(self.groups) // self.n_tokens
+        if x.ndim != 3 or x.shape[:2] != (n_rows, n_tokens):
             raise ValueError(
-                f"this plan is for tensors of shape ({len(self.sizes)}, {n_tokens}, C), "
-                f"not {tuple(x.shape)}"
+                f"this plan is for tensors of shape ({n_rows}, {n_tokens}, C), not {tuple(x.shape)}"
             )
         return x.reshape(-1, x.shape[2])
 
     def _reduce(self, rows: Tensor, mode: str) -> Tensor:
         """Mean or sum of each group's rows, added up in float32 or in whole numbers."""
         assert self.groups is not None
-        assert self.sizes is not None
         if not rows.is_floating_point():
-            whole = rows.new_zeros(self.sizes.numel(), rows.shape[1]).index_add(
-                0, self.groups, rows
-            )
+            sizes = self.sizes
+            assert sizes is not None
+            whole = rows.new_zeros(sizes.numel(), rows.shape[1]).index_add(0, self.groups, rows)
             if mode == "sum":
                 return whole
-            counts = self.sizes.flatten().to(whole.dtype)[:, None].clamp(min=1)
+            counts = sizes.flatten().to(whole.dtype)[:, None].clamp(min=1)
             return whole.div(counts, rounding_mode="floor")
         shares = self.shares if mode == "mean" else None
         if self.members is not None:
             # In a fixed order, so the same on every run, and without a copy of the rows.
-            if shares is not None:
+            if mode == "mean" and self.ordered_shares is not None:
+                shares, mode = self.ordered_shares.to(rows.dtype), "sum"
+            elif shares is not None:
                 shares, mode = shares[self.members].to(rows.dtype), "sum"
             return F.embedding_bag(
-                self.members, rows, self.starts, mode=mode, per_sample_weights=shares
+                self.members,
+                rows,
+                self.starts,
+                mode=mode,
+                per_sample_weights=shares,
+                include_last_offset=self.heads is not None,
             )
+        assert self.counts is not None
         if shares is None and mode == "mean":
-            shares = 1 / self.sizes.flatten().index_select(0, self.groups)
+            shares = 1 / self.counts.flatten().index_select(0, self.groups)
         added = rows.float() if shares is None else rows.float() * shares[:, None]
-        total = rows.new_zeros(self.sizes.numel(), rows.shape[1], dtype=torch.float32)
+        total = rows.new_zeros(self.counts.numel(), rows.shape[1], dtype=torch.float32)
         return total.index_add(0, self.groups, added).to(rows.dtype)
 
 

@@ -43,7 +43,7 @@ def test_random_choices_follow_the_seed(unet):
 
 def test_drop_gives_the_dropped_nothing():
     kept = torch.tensor([0, 2])
-    plan = DropPlan(n_tokens=3, n_kept=2, sizes=torch.ones(1, 2), groups=kept, kept=kept)
+    plan = DropPlan(n_tokens=3, n_kept=2, counts=torch.ones(1, 2), groups=kept, kept=kept)
     x = torch.tensor([[[1.0], [2.0], [3.0]]])
     assert plan.merge(x).flatten().tolist() == [1, 3]
     assert plan.unmerge(plan.merge(x)).flatten().tolist() == [1, 0, 3]

@@ -1,0 +1,180 @@
+"""The accelerators' shape of matching: the same groups as on processors, in few operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldm.config import load_preset
+from ldm.modules.attention import BasicTransformerBlock
+from ldm.modules.tome import whole
+from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.merge import plan_grid
+from ldm.modules.tome.merger import Decision, TokenMerger
+from ldm.modules.tome.plan import MergePlan
+from tests.golden_util import fill_parameters
+
+
+def partition(plan: MergePlan) -> Tensor:
+    """For each token the first one of its group, (B, N)."""
+    assert plan.groups is not None
+    groups = plan.groups.view(-1, plan.n_tokens)
+    is_same = groups[:, :, None] == groups[:, None]
+    return is_same.int().argmax(2)
+
+
+def tokens(n_rows: int, n: int, kind: str = "plain") -> Tensor:
+    x = torch.randn(n_rows, n, 6, generator=torch.Generator().manual_seed(n))
+    if kind != "plain":
+        holes = torch.rand(n_rows, n, generator=torch.Generator().manual_seed(1)) < 0.3
+        x[holes] = float(kind)
+    return x
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 5, 99])
+@pytest.mark.parametrize(
+    ("size", "stride"),
+    [((8, 8), (2, 2)), ((7, 9), (2, 2)), ((12, 10), (4, 4)), ((1, 11), (2, 2)), ((9, 5), (3, 2))],
+)
+@pytest.mark.parametrize("kind", ["plain", "nan", "inf", "0"])
+@pytest.mark.parametrize("by_distance", [False, True])
+def test_the_groups_are_those_of_processors(
+    size: tuple[int, int], stride: tuple[int, int], window: int | None, kind: str, by_distance: bool
+) -> None:
+    n = size[0] * size[1]
+    metric = tokens(2, n, kind)
+    rows, columns = size[0] // min(stride[0], size[0]), size[1] // min(stride[1], size[1])
+    n_choices = min(stride[0], size[0]) * min(stride[1], size[1])
+    drawn = torch.randint(n_choices, (rows, columns), generator=torch.Generator().manual_seed(2))
+    for r in (n // 3, n):
+        if kind != "plain" and r < n:  # which of those that are similar to nothing go is free
+            continue
+        for draw in (None, drawn):
+            expected = plan_grid(metric, size, stride, r, draw, window, None, by_distance)
+            found = whole.plan_grid(metric, size, stride, r, draw, window, by_distance)
+            assert torch.equal(partition(found), partition(expected))
+            assert found.n_kept == expected.n_kept
+            assert torch.equal(found.sizes.sort().values, expected.sizes.sort().values)
+
+
+@pytest.mark.parametrize("kind", ["nan", "0"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_is_similar_to_nothing_goes_last(kind: str, window: int | None) -> None:
+    metric = tokens(1, 64, kind)
+    bad = ~metric.norm(dim=2).gt(0)[0]
+    plan = whole.plan_grid(metric, (8, 8), (2, 2), 20, None, window)
+    alone = plan.sizes.flatten()[plan.groups] == 1
+    assert plan.n_kept == 44
+    assert alone[bad].all()
+
+
+def test_halves_that_are_tied_and_rows_that_are_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = torch.randn(2, 4, 36, 2, 3, generator=generator)
+    for r in (15, 27):
+        found = whole.plan_attention(keys, queries, (6, 6), (2, 2), r, None, 3, is_tied=True)
+        expected = plan_grid(keys.flatten(2), (6, 6), (2, 2), r, None, 3, None, True)
+        assert torch.equal(partition(found[0]), partition(expected))
+        both = torch.cat(queries.chunk(2), 3).flatten(2)
+        expected = plan_grid(both, (6, 6), (2, 2), r, None, 3, None, True).repeated(2)
+        assert torch.equal(partition(found[1]), partition(expected))
+        alone = whole.plan_grid(queries.flatten(2), (6, 6), (2, 2), r, None, 3, True, is_tied=True)
+        assert torch.equal(partition(alone), partition(expected))
+        x = torch.randn(4, 36, 5)
+        for plan in (*found, alone):
+            mean = expected if plan is not found[0] else None
+            merged = plan.merge(x)
+            assert merged.shape == (4, 36 - r, 5)
+            if mean is not None:
+                torch.testing.assert_close(plan.unmerge(merged), mean.unmerge(mean.merge(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 3])
+def test_types(dtype: torch.dtype, window: int | None) -> None:
+    metric = 1 + 0.05 * tokens(2, 64)
+    expected = plan_grid(metric.to(dtype), (8, 8), (2, 2), 48, None, window)
+    found = whole.plan_grid(metric.to(dtype), (8, 8), (2, 2), 48, None, window)
+    same = (partition(found) == partition(expected)).float().mean()
+    assert same == 1 if dtype in (torch.float32, torch.float64) else same > 0.85
+
+
+def test_matching_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = tokens(2, 18 * 20)
+    for window in (None, 3):
+        for by_distance in (False, True):
+            args = (metric, (18, 20), (2, 2), 99, None, window, by_distance)
+            expected = whole.plan_grid(*args)
+            with monkeypatch.context() as patch:
+                patch.setattr(whole, "_piece", lambda device: 5000)
+                assert torch.equal(whole.plan_grid(*args).groups, expected.groups)
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], int]] = {
+    "ratio 0.5": ({"ratio": 0.5}, 75),
+    **{name: (load_preset(name), 40) for name in ("fast", "balanced", "quality")},
+    "tomesd": (load_preset("tomesd"), 35),
+    "todo": (load_preset("todo"), 8),
+}
+
+
+def decision(keys: dict[str, Any], x: Tensor, side: int, is_guided: bool = True) -> Decision:
+    merger = TokenMerger(ToMeConfig.from_mapping(keys))
+    merger.is_guided = is_guided
+    merger.begin_call(side, side, torch.tensor([500] * len(x)))
+    return merger.block(x, (side, side), 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_a_block_is_the_same(name: str, is_guided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fill_parameters(BasicTransformerBlock(16, 2, 8, context_dim=5), 0).eval()
+    x, context = torch.randn(2, 144, 16), torch.randn(2, 7, 5)
+    expected = module(x, context, decision(SETTINGS[name][0], x, 12, is_guided))
+    monkeypatch.setenv("TOME_MATCHING", "whole")
+    chosen = decision(SETTINGS[name][0], x, 12, is_guided)
+    assert chosen.is_whole
+    torch.testing.assert_close(module(x, context, chosen), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, module(x, context))
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is dispatched, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        returns = [r.alias_info for r in func._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in returns):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("side", "dtype"), [(64, torch.float16), (128, torch.float32)])
+def test_few_operators(
+    name: str, side: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most so many more than a block without merging has."""
+    monkeypatch.setenv("TOME_MATCHING", "whole")
+    module = BasicTransformerBlock(16, 2, 8, context_dim=5).to(dtype).eval()
+    x = torch.randn(2, side * side, 16).to(dtype)
+    context = torch.randn(2, 7, 5).to(dtype)
+    keys, limit = SETTINGS[name]
+    module._plans(x, None, decision(keys, x, side))  # so that what is kept is there
+    counts = []
+    for config in ({}, keys):
+        with Operators() as operators:
+            module(x, context, decision(config, x, side))
+        counts.append(len(operators.names))
+    assert counts[1] - counts[0] <= limit
