@@ -37,6 +37,7 @@ WEB = ["gradio>=6.0"]
 # diffusers and tomesd: merging in their U-Nets, and by their functions, is compared with ours.
 TEST = [
     *("pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", "tomesd>=0.1.3", "transformers>=4.40"),
+    "scipy>=1.11",
     *WEB,
 ]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -90,6 +90,16 @@ class Process:
             import torch.distributed as dist
 
             dist.barrier()
+
+    def gathered(self, mine: T) -> list[T]:
+        """What each process has, in the order of their ranks; needs `joined`."""
+        if self.n_processes == 1:
+            return [mine]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.n_processes
+        dist.all_gather_object(found, mine)
+        return found
 
 
 ALONE = Process()

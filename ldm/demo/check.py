@@ -18,7 +18,8 @@ from ldm.demo.classifier import AttributeClassifier
 from ldm.demo.rendered import RenderedScenes, picture_of, scene_of
 from ldm.demo.scenes import ATTRIBUTES, Scene, attributes, caption, render
 from ldm.evaluation.appendix_f.controls import CONTROLS, control
-from ldm.evaluation.appendix_f.metrics import bootstrap, psnr
+from ldm.evaluation.appendix_f.distances import psnr
+from ldm.evaluation.appendix_f.statistics import bootstrap
 from ldm.images import to_unit
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion

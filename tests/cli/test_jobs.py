@@ -121,7 +121,7 @@ def test_a_bad_line_is_named(jobs, line, message):
 
 
 def test_programs_that_take_prompts_alone_say_so(tmp_path):
-    from scripts import visualize_tome
+    from ldm.evaluation import visualize as visualize_tome
 
     path = tmp_path / "p.txt"
     path.write_text('{"prompt": "x"}')

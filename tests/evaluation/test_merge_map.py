@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ldm.evaluation.appendix_f.files import write_text
 
 from ldm.errors import InputError
-from ldm.evaluation.appendix_f.files import write_text
 from ldm.evaluation.merge_map import (
     MergeMap,
     Recorder,

@@ -1,18 +1,25 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from safetensors.torch import save_file
 
 from ldm.cli import txt2img
+from ldm.evaluation.appendix_f import program as appendix_f
+from ldm.evaluation.appendix_f.networks import alexnet_layers
+from ldm.evaluation.appendix_f.protocols import imagenet
 from ldm.images import load_rgb, read_settings
-from scripts import appendix_f
 
 ROOT = Path(__file__).parents[2]
 FAST = [
@@ -55,6 +62,12 @@ def table(folder):
         return {row["setting"]: row for row in csv.DictReader(file)}
 
 
+def random_alexnet(path):
+    shapes = alexnet_layers().state_dict()
+    save_file({f"features.{name}": 0.1 * torch.randn(t.shape) for name, t in shapes.items()}, path)
+    return path
+
+
 def start(argv, n_processes=1, **options):
     launcher = [sys.executable]
     if n_processes > 1:
@@ -73,13 +86,17 @@ def test_a_sweep_measures_every_setting(run, argv, tmp_path, capsys):
     assert run(*argv, out, "--against", "half") == 0
     rows = table(out)
     assert list(rows) == [
-        *("unmerged", "control: again", "control: rounding", "control: none"),
-        *("control: random 0.5", "control: drop 0.5"),
+        *("unmerged", "control: again", "control: rounding", "control: precision"),
+        *("control: none", "control: random 0.5", "control: drop 0.5"),
+        *("control: ddim, 1 steps", "control: dpm_solver, 1 steps"),
         *("half", "tomesd, larger cells", "random pairs"),
     ]
     assert rows["unmerged"]["psnr_db"] == ""
     assert float(rows["control: again"]["psnr_db"]) == 100
     assert float(rows["control: rounding"]["psnr_db"]) > 80
+    assert 20 < float(rows["control: precision"]["psnr_db"]) < 80
+    assert float(rows["control: ddim, 1 steps"]["psnr_db"]) < 60
+    assert float(rows["half"]["saved_whole"]) < float(rows["half"]["saved_work"])
     half, random = (float(rows[name]["psnr_db"]) for name in ("half", "random pairs"))
     assert 10 < half < 80
     assert rows["half"]["saved_work"] != rows["random pairs"]["saved_work"]
@@ -100,6 +117,69 @@ def test_a_sweep_measures_every_setting(run, argv, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.png")}
     assert run(*argv, out) == 0  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.png")} == before
+
+
+def test_measures_are_added_to_the_pictures_that_are_there(run, argv, tmp_path):
+    out, pictures = tmp_path / "out", tmp_path / "out/pictures"
+    more = ["--no-controls", "--sizes", 32, "--n_prompts", 1]
+    assert run(*argv, out, *more) == 0
+    before = {path: path.stat().st_mtime_ns for path in pictures.rglob("*.png")}
+    assert "lpips" not in table(out)["half"]
+    weights = random_alexnet(tmp_path / "alexnet.safetensors")
+    assert run(*argv, out, *more, "--lpips-weights", weights) == 0
+    assert float(table(out)["half"]["lpips"]) > 0
+    assert {path: path.stat().st_mtime_ns for path in pictures.rglob("*.png")} == before
+
+
+def test_what_is_damaged_is_drawn_anew(run, argv, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(*argv, out, "--no-controls") == 0
+    first = (out / "report/table.csv").read_bytes()
+    pictures = {path: load_rgb(path).tobytes() for path in (out / "pictures").rglob("*.png")}
+    (out / "about.json").write_text("{")
+    for path in list(pictures)[:3]:
+        path.write_bytes(path.read_bytes()[:100])
+    capsys.readouterr()
+    assert run(*argv, out, "--no-controls") == 0
+    assert "is damaged" in capsys.readouterr().err
+    assert {path: load_rgb(path).tobytes() for path in pictures} == pictures
+    assert (out / "report/table.csv").read_bytes() == first
+
+
+def test_a_trial_batch_tells_hours_and_disk(run, argv, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(*argv, out, "--dry-run") == 0
+    told = capsys.readouterr().out
+    hours, gib = re.search(r"batch: (\S+) hours of drawing here, (\S+) GiB", told).groups()
+    assert 0 < float(hours) < 1
+    assert 0 < float(gib) < 0.01
+    assert not out.exists()
+
+
+def test_the_published_protocol_has_the_published_settings(tiny_checkpoint, capsys, run, tmp_path):
+    argv = ["--ckpt", tiny_checkpoint, "--device", "cpu", "--protocol", "tomesd", "--sizes", 16]
+    argv += ["--n_prompts", 40, "--steps", 2, "--outdir", tmp_path / "out", "--dry-run"]
+    assert run(*argv) == 0
+    told = capsys.readouterr().out
+    named = re.findall(r"^  ((?:unmerged|appendix_f|tomesd)[^:]*):", told, re.MULTILINE)
+    ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    assert named == [
+        "unmerged",
+        *(f"appendix_f {ratio}" for ratio in ratios[:5]),
+        *(f"tomesd {ratio}" for ratio in ratios),
+    ]
+    n_of_a_control = 4  # pictures of two of the 40 classes
+    n_all = 12 * 80 + told.count("  control: ") * n_of_a_control
+    assert f"\n{n_all} pictures," in told
+
+
+def test_prompts_are_spread_over_the_classes_and_more_can_be_added():
+    classes, _ = imagenet(1000)
+    few, _ = imagenet(10)
+    assert few == classes[:10]
+    assert sorted(classes) == sorted(f"a photo of a {name}" for name in IMAGENET_CLASSNAMES)
+    places = sorted(IMAGENET_CLASSNAMES.index(text.removeprefix("a photo of a ")) for text in few)
+    assert max(b - a for a, b in pairwise([0, *places, 1000])) < 150
 
 
 def test_the_pictures_are_those_of_txt2img(

@@ -1,5 +1,4 @@
 import json
-import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,6 +8,7 @@ import pytest
 import yaml
 
 from ldm.errors import InputError
+from ldm.evaluation.benchmark import program
 from tests.tiny_models import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def run(*arguments):
 
 
 def main(*arguments):
-    runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+    program.main([str(argument) for argument in arguments])
 
 
 def test_a_table_a_file_and_a_plot(tiny, tmp_path):
@@ -82,7 +82,7 @@ def test_einsum_and_nothing_but_ratios(tiny, tmp_path):
         (["--models", ","], "--models: the list is empty"),
         (["--sizes", "512,100"], "--sizes 100: allowed are multiples of 8"),
         (["--sizes", "big"], "--sizes big: allowed are multiples of 8"),
-        (["--batch", "0"], "--batch 0: allowed are whole numbers above 0"),
+        (["--batch", "0"], "--batch 0: allowed are whole numbers from 1"),
         (["--dtypes", "int8"], "--dtypes int8: allowed is auto, float32, bfloat16, float16"),
         (["--attention", "flash"], "--attention flash: allowed is sdpa, einsum"),
         (["--presets", "faster"], "there is no ToMe preset 'faster'; known presets: "),

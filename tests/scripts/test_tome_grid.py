@@ -3,8 +3,8 @@ from functools import partial
 
 import pytest
 
+from ldm.evaluation import tome_grid
 from ldm.images import load_rgb, read_settings
-from scripts import tome_grid
 
 FAST = ["--steps", "2", "--device", "cpu", "--dtype", "float32", "--prompt", "a house"]
 

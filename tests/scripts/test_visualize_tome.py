@@ -2,8 +2,8 @@ from functools import partial
 
 import pytest
 
+from ldm.evaluation import visualize as visualize_tome
 from ldm.images import load_rgb, read_settings
-from scripts import visualize_tome
 
 FAST = ["--steps", "2", "--device", "cpu", "--dtype", "float32", "--prompt", "a house"]
 

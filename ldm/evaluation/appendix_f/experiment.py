@@ -2,55 +2,51 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldm.config import load_config
 from ldm.demo.classifier import load_classifier
 from ldm.demo.scenes import Scene
 from ldm.distributed import Process
 from ldm.errors import InputError
-from ldm.evaluation.appendix_f.features import (
-    ClassifierFeatures,
-    InceptionFeatures,
-    clip_network,
-    lpips_network,
-    reference_from,
-    rendered_reference,
+from ldm.evaluation.appendix_f.draw import Experiment
+from ldm.evaluation.appendix_f.measures import FRECHET
+from ldm.evaluation.appendix_f.networks import (
+    Judge,
+    attribute_judges,
+    clip_judge,
+    inception_judge,
+    lpips_judge,
+    reference,
 )
-from ldm.evaluation.appendix_f.files import write_text
-from ldm.evaluation.appendix_f.frechet import Statistics
-from ldm.evaluation.appendix_f.measures import Judge
-from ldm.evaluation.appendix_f.plan import Plan
+from ldm.evaluation.appendix_f.plan import Batch, Plan, Setting
 from ldm.evaluation.appendix_f.plots import write_plots
 from ldm.evaluation.appendix_f.report import report_page
+from ldm.evaluation.appendix_f.speed import OWN, measure_speed
 from ldm.evaluation.appendix_f.store import Store
-from ldm.evaluation.appendix_f.summary import (
+from ldm.evaluation.appendix_f.table import (
+    add_equal_time,
+    make_table,
     picture_rows,
     read,
-    summarize,
     table_csv,
-    table_json,
     to_csv,
 )
-from ldm.evaluation.appendix_f.sweep import Sweep
-from ldm.evaluation.appendix_f.sweep_speed import measure_speed
+from ldm.evaluation.appendix_f.work import Work
 from ldm.evaluation.benchmark.speed_report import machine
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.images import encode_png, to_pixels
 from ldm.pipeline import Pipeline
 
-SD_MODELS = {
-    "sd1.5": ("configs/stable-diffusion/v1-inference.yaml", 512),
-    "sd2.1": ("configs/stable-diffusion/v2-inference-v.yaml", 768),
-}
 # Entries of a picture's settings that differ from picture to picture.
 OF_PICTURE = {"prompt", "seed", "n_iter", "H", "W", "tome"}
+FEW, MORE = 2, 6  # steps that a trial batch takes
+FULL = 0.8  # share of a GPU's memory that a batch may fill
+MOST_TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class Extras:
         n_rendered: how many of these.
         lpips_weights: a file, or None.
         clip: a folder, or None.
-        speed: names of models: own, or of `SD_MODELS`.
+        speed: names of models: own, or of `speed.SD_MODELS`.
         rounds: of the measurement of speed.
     """
 
@@ -78,113 +74,155 @@ class Extras:
     rounds: int = 5
 
 
+def load(model: Mapping[str, Any]) -> Pipeline:
+    """The drawing model, whose first stage decodes in float32: rounding could hide differences.
+
+    Args:
+        model: arguments of ``Pipeline.from_checkpoint``.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    pipeline = Pipeline.from_checkpoint(**model)
+    pipeline.model.first_stage_model.float()
+    return pipeline
+
+
 def conduct(
-    model: Mapping[str, Any],
+    pipeline: Pipeline,
     plan: Plan,
     scenes: Sequence[Scene] | None,
     outdir: str | Path,
     process: Process,
     extras: Extras,
     has_all: bool = False,
-) -> Sweep:
+) -> Experiment:
     """Draw and measure this process's share of the pictures, and wait for the others.
 
     Args:
-        model: arguments of ``Pipeline.from_checkpoint``.
+        pipeline: see `load`.
         plan: what to draw.
         scenes: what each prompt names, where that is known.
         outdir: the folder of results.
         process: this one; joined with the others.
-        extras: which measures there are.
+        extras: which measures there are; those that earlier runs lack are added.
         has_all: draw nothing.
 
     Raises:
         InputError: the folder was begun with something else, or a network cannot be used.
     """
-    pipeline = Pipeline.from_checkpoint(**model)
-    pipeline.model.first_stage_model.float()  # its rounding would hide small differences
-    judge = _judge(extras, scenes is not None, pipeline.model.device)
     about = pipeline.about(plan.sampling, "", 0)
     common = {name: value for name, value in about.items() if name not in OF_PICTURE}
     common["n_seeds"] = plan.n_seeds
-    common["features"] = judge.features.name if judge.features else None
-    common["networks"] = [name for name in ("lpips", "clip_score") if getattr(judge, name)]
     if about["device"] == "cpu":
         common["threads"] = torch.get_num_threads()
+    judges = make_judges(extras, scenes is not None, pipeline.model.device)
     store = Store(outdir)
     if process.is_first:
-        store.claim(common, plan.prompts)
         store.remove_leftovers()
+        store.claim(common, plan.prompts)
     process.wait()
-    sweep = Sweep(pipeline, plan, store, judge, scenes, process)
+    if not process.is_first:
+        store.claim(common, plan.prompts)
+    experiment = Experiment(pipeline, plan, store, judges, scenes, process)
     if not has_all:
-        sweep.run()
+        experiment.draw()
+    experiment.judge()
     process.wait()
-    return sweep
+    return experiment
 
 
-def _judge(extras: Extras, has_scenes: bool, device: torch.device) -> Judge:
-    classifier = load_classifier() if has_scenes else None
+def make_judges(extras: Extras, has_scenes: bool, device: torch.device) -> list[Judge]:
+    """The networks that there are files for.
+
+    Raises:
+        InputError: one cannot be used.
+    """
     if extras.fid_weights is not None and extras.fid_reference is None:
         raise InputError("--fid-weights: FID needs --fid-reference, too")
-    features: Any = ClassifierFeatures(classifier) if classifier else None
+    judges = attribute_judges(load_classifier()) if has_scenes else []
     if extras.fid_weights is not None:
-        features = InceptionFeatures(extras.fid_weights, device)
-    return Judge(
-        classifier,
-        features,
-        None if extras.lpips_weights is None else lpips_network(extras.lpips_weights),
-        None if extras.clip is None else clip_network(extras.clip),
-    )
+        judges = [judge for judge in judges if judge.name != FRECHET]
+        judges.append(inception_judge(extras.fid_weights, device))
+    if extras.lpips_weights is not None:
+        judges.append(lpips_judge(extras.lpips_weights))
+    if extras.clip is not None:
+        judges.append(clip_judge(extras.clip))
+    return judges
 
 
-def finish(sweep: Sweep, unet: UNetModel, extras: Extras, command: str) -> None:
+def finish(
+    experiment: Experiment,
+    work: Mapping[tuple[int, str], Work],
+    extras: Extras,
+    command: str,
+) -> None:
     """Put the results of all processes together; the first one measures speed and writes.
 
     Args:
-        sweep: carried out.
-        unet: the model's outline.
+        experiment: carried out.
+        work: what each setting saves, by size and key.
         extras: what is measured besides.
         command: how all this can be repeated.
     """
-    plan, store, pipeline, features = sweep.plan, sweep.store, sweep.pipeline, sweep.judge.features
-    results = read(plan, store, sweep.process, features.width if features else 0)
-    if not sweep.process.is_first:
+    plan, store, judges = experiment.plan, experiment.store, experiment.judges
+    results = read(plan, store, experiment.process, judges)
+    if not experiment.process.is_first:
         return
-    references = {size: _reference(sweep, size, extras) for size in plan.sizes} if features else {}
-    entries = summarize(plan, results, unet, pipeline.defaults["f"], references, extras.against)
-    speed = _speed(sweep, extras) if extras.speed else {}
-    own = {
-        (row["size"], row["key"]): row["speedup"] for row in speed.get("rows", []) if row["is_own"]
-    }
-    table = [{**row, "speedup": own.get((row["size"], row["key"]))} for row in table_json(entries)]
+    judge = next((one for one in judges if one.name == FRECHET), None)
+    references = {}
+    if judge is not None:
+        for size in plan.sizes:
+            cache = store.folder / "reference"
+            found = reference(judge, extras.fid_reference, extras.n_rendered, size, cache)
+            references[size] = found
+    table = make_table(plan, results, work, references, extras.against)
+    speed = _speed(experiment, extras) if extras.speed else {"rows": []}
+    own = {(row["size"], row["key"]): row for row in speed["rows"] if row["model"] == OWN}
+    for row in table:
+        timed = own.get((row["size"], row["key"]), {})
+        row |= {"speedup": timed.get("speedup"), "speed_range": timed.get("range")}
+    name, speedups = _time_that_counts(plan, speed["rows"])
+    add_equal_time(table, results, speedups, plan.sampling.steps or 1, name)
 
-    folder = store.folder / "report"
-    write_text(folder / "table.csv", table_csv(entries))
-    write_text(folder / "pictures.csv", to_csv(list(picture_rows(plan, store))))
-    where = machine(pipeline.model.device)
+    where = machine(experiment.pipeline.model.device)
+    store.write_text("report/table.csv", table_csv(table))
+    store.write_text("report/pictures.csv", to_csv(list(picture_rows(plan, store, judges))))
     document = {
         "command": command,
         "machine": where,
-        "model": pipeline.about(plan.sampling, "", 0)["model"],
+        "model": experiment.pipeline.about(plan.sampling, "", 0)["model"],
         "table": table,
         "speed": speed,
     }
-    write_text(folder / "table.json", json.dumps(document, indent=1) + "\n")
-    name = features.name if features else ""
-    page = report_page(plan, store, table, speed, _about(sweep, command, where), name)
-    write_text(folder / "index.html", page)
+    store.write_json("report/table.json", document)
+    page = report_page(plan, store, judges, table, speed, _about(experiment, command, where))
+    path = store.write_text("report/index.html", page)
     if find_spec("matplotlib") is None:
         print('For plots as PNG files: pip install -e ".[evaluation]"')
     else:
-        write_plots(folder, table)
-    print(f"Open {folder / 'index.html'}; the table is {folder / 'table.csv'}")
+        write_plots(path.parent, table)
+    print(f"Open {path}; the table is {path.with_name('table.csv')}")
 
 
-def _about(sweep: Sweep, command: str, where: Mapping[str, Any]) -> str:
+def _time_that_counts(
+    plan: Plan, rows: Sequence[Mapping[str, Any]]
+) -> tuple[str, dict[tuple[int, str], float]]:
+    """The model whose time tells how many fewer steps are as fast: SD's shapes, else our own."""
+    names = dict.fromkeys(row["model"] for row in rows)
+    name = next((one for one in names if one != OWN), OWN)
+    found: dict[tuple[int, str], float] = {}
+    for row in rows:
+        if row["model"] == name and row["speedup"] is not None:
+            sizes = (row["size"],) if name == OWN else plan.sizes
+            found |= {(size, row["key"]): row["speedup"] for size in sizes}
+    return name, found
+
+
+def _about(experiment: Experiment, command: str, where: Mapping[str, Any]) -> str:
     """How the pictures were made, in a line."""
-    plan, sampling = sweep.plan, sweep.plan.sampling
-    made = sweep.pipeline.about(sampling, "", 0)
+    plan, sampling = experiment.plan, experiment.plan.sampling
+    made = experiment.pipeline.about(sampling, "", 0)
     return (
         f"{made['model']['name']} ({made['model']['hash']}), {len(plan.prompts)} prompts x "
         f"{plan.n_seeds} seeds, {sampling.steps} steps of {sampling.sampler}, guidance "
@@ -193,39 +231,65 @@ def _about(sweep: Sweep, command: str, where: Mapping[str, Any]) -> str:
     )
 
 
-def _reference(sweep: Sweep, size: int, extras: Extras) -> Statistics:
-    """What is known of the reference pictures; kept on the disk, as it takes a while."""
-    features = sweep.judge.features
-    assert features is not None
-    if extras.fid_reference is not None and Path(extras.fid_reference).is_file():
-        return reference_from(extras.fid_reference, features)
-    if extras.fid_reference is None:
-        path = sweep.store.folder / "reference" / f"renders-{extras.n_rendered}-{size}.npz"
-        if not path.exists():
-            rendered_reference(features, extras.n_rendered, size).save(path)
-    else:
-        path = sweep.store.folder / "reference" / f"{Path(extras.fid_reference).name}.npz"
-        if not path.exists():
-            reference_from(extras.fid_reference, features).save(path)
-    return reference_from(path, features)
-
-
-def _speed(sweep: Sweep, extras: Extras) -> dict[str, Any]:
+def _speed(experiment: Experiment, extras: Extras) -> dict[str, Any]:
     """Milliseconds of a U-Net step for the settings, on each of the models."""
-    pipeline, plan = sweep.pipeline, sweep.plan
-    models = {"own": pipeline.info.config}
-    sizes: dict[str, Sequence[int]] = {"own": plan.sizes}
-    for name, (path, size) in SD_MODELS.items():
-        models[name], sizes[name] = load_config(path), [size]
+    pipeline, plan = experiment.pipeline, experiment.plan
     settings = {s.key: s for group in plan.settings.values() for s in group}
-    weight = next(pipeline.model.model.parameters())
     return measure_speed(
-        {name: models[name] for name in extras.speed},
-        sizes,
+        extras.speed,
+        (pipeline.info.config, plan.sizes),
         list(settings.values()),
-        str(weight.dtype).removeprefix("torch."),
-        weight.device,
-        sweep.store,
-        own="own",
-        rounds=extras.rounds,
+        next(pipeline.model.model.parameters()),
+        experiment.store,
+        extras.rounds,
     )
+
+
+# --- before drawing -----------------------------------------------------------------------------
+
+
+def pictures_together(pipeline: Pipeline, plan: Plan, size: int) -> int:
+    """How many pictures of a size fill a GPU, a power of two; 1 elsewhere.
+
+    Memory grows evenly with the pictures; the growth from one to two of them is measured.
+    """
+    device = pipeline.model.device
+    if device.type != "cuda":
+        return 1
+    peaks = []
+    for n in (1, 2):
+        trial = replace(plan, sampling=replace(plan.sampling, n_samples=n))
+        batch = Batch(size, 0, tuple((plan.prompts[0], i) for i in range(n)))
+        peaks.append(Experiment(pipeline, trial, Store("")).drawn(Setting(""), batch, 1).peak_mib)
+    first, second = (float(peak or 0) for peak in peaks)
+    free, total = (amount / 2**20 for amount in torch.cuda.mem_get_info(device))
+    room = FULL * min(total, free + torch.cuda.memory_reserved(device) / 2**20) - first
+    fits = 1 + int(room / max(second - first, 1.0))
+    return max(n for n in (1, 2, 4, 8, 16, MOST_TOGETHER) if n <= max(fits, 1))
+
+
+def expected_cost(pipeline: Pipeline, plan: Plan) -> tuple[float, float]:
+    """Hours of drawing and GiB of pictures, from one unmerged batch of each size.
+
+    Settings are taken to be as slow as no merging; what merging saves comes off.
+    """
+    steps = plan.sampling.steps or 1
+    hours = gib = 0.0
+    for size in plan.sizes:
+        batches = [batch for batch in plan.batches() if batch.size == size]
+        experiment = Experiment(pipeline, plan, Store(""))
+        unmerged, batch = plan.settings[size][0], batches[0]
+        few, more = min(FEW, steps), min(MORE, steps)
+        experiment.drawn(unmerged, batch, few)  # to warm up
+        fast, slow = (experiment.drawn(unmerged, batch, n) for n in (few, more))
+        per_step = (slow.seconds - fast.seconds) / (more - few) if more > few else 0.0
+        seconds = slow.seconds + (steps - more) * max(per_step, 0.0)
+        n_bytes = sum(len(encode_png(pixels)) for pixels in to_pixels(slow.pictures))
+        drawn = sum(
+            len(one.pictures) / len(batch.pictures) * s.sampling.get("steps", steps) / steps
+            for one in batches
+            for s in plan.settings_of(one)
+        )
+        hours += drawn * seconds / 3600
+        gib += sum(len(plan.settings_of(one)) for one in batches) * n_bytes / 2**30
+    return hours, gib

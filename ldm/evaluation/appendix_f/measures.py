@@ -1,47 +1,39 @@
-"""What is measured of each picture of a sweep."""
+"""What is measured of pictures: a name, a meaning, and which value is best, for each measure."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
-
-from ldm.demo.check import named_attributes
-from ldm.demo.classifier import AttributeClassifier
-from ldm.demo.scenes import Scene
-from ldm.evaluation.appendix_f.features import Features
-from ldm.evaluation.appendix_f.metrics import high_frequency_ratio, ms_ssim, psnr, ssim
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number for each picture.
+    """A number for each picture, or for a set of pictures.
 
     Attributes:
         title: what tables call it.
         meaning: in a sentence.
         digits: shown after the point.
+        best: "high", "low", or the one value that is best.
         is_distance: whether it compares with the unmerged picture of the same noise.
-        is_better_high: whether more is better.
+        floor: what 8-bit rounding alone would give, where that is known; nothing nearer to the
+            unmerged picture can be told apart from it.
     """
 
     title: str
     meaning: str
     digits: int
+    best: str | float = "high"
     is_distance: bool = True
-    is_better_high: bool = True
+    floor: float | None = None
 
 
+EIGHT_BITS_DB = 58.9  # 10 log10(12 * 255^2): an error spread evenly over one step of 255
 MEASURES = {
     "psnr_db": Measure(
         "PSNR, dB",
         "peak signal-to-noise ratio against the unmerged picture; identical ones: 100",
         2,
+        floor=EIGHT_BITS_DB,
     ),
     "ssim": Measure("SSIM", "structural similarity with the unmerged picture (11x11 window)", 4),
     "ms_ssim": Measure(
@@ -50,8 +42,12 @@ MEASURES = {
     "high_frequency_ratio": Measure(
         "high freq.",
         "energy above half of the highest frequency, relative to the unmerged picture's: below 1 "
-        "fine texture was lost, above 1 some was added",
+        "fine texture was lost, above 1 some was added; 1 is best",
         3,
+        best=1.0,
+    ),
+    "lpips": Measure(
+        "LPIPS", "perceptual distance to the unmerged picture (AlexNet)", 4, best="low"
     ),
     "attributes": Measure(
         "attributes",
@@ -59,92 +55,33 @@ MEASURES = {
         4,
         is_distance=False,
     ),
-    "lpips": Measure(
-        "LPIPS", "perceptual distance to the unmerged picture (AlexNet)", 4, is_better_high=False
-    ),
     "clip_score": Measure(
         "CLIP score", "cosine of picture and prompt, times 100", 2, is_distance=False
     ),
 }
 FRECHET = "frechet"
 FRECHET_MEASURE = Measure(
-    "FID", "Fréchet distance to the reference pictures", 2, is_distance=False, is_better_high=False
+    "FID", "Fréchet distance to the reference pictures", 2, best="low", is_distance=False
 )
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Measures pictures, one by one, so that numbers do not depend on what is drawn together.
+def is_above_floor(name: str, value: float, floor: float | None) -> bool:
+    """Whether a value is nearer to the unmerged picture than a change of precision alone.
 
-    Attributes:
-        classifier: reads attributes off pictures, where prompts name scenes.
-        features: for a Fréchet distance.
-        lpips: of a picture and the unmerged one.
-        clip_score: of a picture and its prompt.
+    Args:
+        name: of the measure.
+        value: of a setting.
+        floor: of the control ``precision``; None where it was not drawn.
     """
-
-    classifier: AttributeClassifier | None = None
-    features: Features | None = None
-    lpips: Callable[[Tensor, Tensor], float] | None = None
-    clip_score: Callable[[Tensor, str], float] | None = None
-
-    def rows(
-        self,
-        pictures: Tensor,
-        reference: Tensor | None,
-        prompts: Sequence[str],
-        scenes: Sequence[Scene] | None,
-    ) -> list[dict[str, Any]]:
-        """Measures of each picture.
-
-        Args:
-            pictures: (B, 3, H, W), float32 in [-1, 1].
-            reference: the unmerged ones, likewise; None where these are them.
-            prompts: of each.
-            scenes: what they name.
-        """
-        return [
-            self._row(
-                pictures[i : i + 1],
-                None if reference is None else reference[i : i + 1],
-                prompts[i],
-                None if scenes is None else scenes[i],
-            )
-            for i in range(len(pictures))
-        ]
-
-    def _row(
-        self, picture: Tensor, reference: Tensor | None, prompt: str, scene: Scene | None
-    ) -> dict[str, Any]:
-        row: dict[str, Any] = {}
-        if reference is not None:
-            for name, measure in (
-                ("psnr_db", psnr),
-                ("ssim", ssim),
-                ("ms_ssim", ms_ssim),
-                ("high_frequency_ratio", high_frequency_ratio),
-            ):
-                row[name] = measure(picture, reference).item()
-            if self.lpips is not None:
-                row["lpips"] = self.lpips(picture, reference)
-        if self.clip_score is not None:
-            row["clip_score"] = self.clip_score(picture, prompt)
-        if self.classifier is not None and scene is not None:
-            (seen,) = self.classifier.predict_attributes(picture)
-            named = named_attributes(scene)
-            right = {name: seen[name] == value for name, value in named.items()}
-            row["attributes"] = sum(right.values()) / len(right)
-            row["attributes_right"] = right
-        if self.features is not None:
-            row["features"] = encode(self.features(picture))
-        return row
+    measure = MEASURES.get(name)
+    if measure is None or not measure.is_distance:
+        return False
+    floors = [f for f in (floor, measure.floor) if f is not None]
+    return any(badness(measure, value) < badness(measure, f) for f in floors)
 
 
-def encode(vector: Tensor) -> str:
-    """A vector as text."""
-    return base64.b64encode(vector.float().numpy().astype("<f4").tobytes()).decode()
-
-
-def decode(text: str) -> Tensor:
-    """The vector, float32, that `encode` made a text of."""
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32))
+def badness(measure: Measure, value: float) -> float:
+    """How far a value is from the best one; less is better."""
+    if isinstance(measure.best, float):
+        return abs(value - measure.best)
+    return -value if measure.best == "high" else value

@@ -1,4 +1,4 @@
-"""What a sweep draws: settings of merging, sizes, prompts and seeds.
+"""What an experiment draws: settings of merging, sizes, prompts and seeds.
 
 Checked before anything is loaded, so this takes no torch.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +23,18 @@ from ldm.settings import Settings
 UNMERGED = "unmerged"
 # What is done instead of merging by similarity, and why it is worth a row.
 CONTROLS = {
-    "again": "the unmerged picture a second time: the floor of every distance",
+    "again": "the unmerged picture a second time: nothing may differ",
     "rounding": "unmerged, attention by another formula: what rounding alone changes",
+    "precision": "unmerged, the U-Net in another precision: what no setting can claim to beat",
     "none": "no self-attention at full resolution at all",
     "random": "random pairs of tokens merged, whatever they look like",
     "drop": "random tokens dropped without merging them into others",
+    "steps": "unmerged with fewer steps: the other way to save time",
 }
+FLOORS = ("again", "rounding", "precision")  # controls that save nothing
 CONTROL_RATIO = 0.5
+FEWER_STEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the plan's steps
+BEST_SAMPLER = "dpm_solver"  # nearest to its own limit after few steps; see docs/performance.md
 _ROUNDING = 1e-4
 
 
@@ -43,6 +49,7 @@ class Setting:
         family: settings that differ in their amount only share it: a curve of the plots.
         source: name and hash of the file that it comes from.
         flags: of the scripts, that stand for the configuration.
+        sampling: what differs from the plan's sampling: ``steps`` and ``sampler``.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Setting:
     family: str = ""
     source: str = ""
     flags: tuple[str, ...] = ("--no-tome",)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def keys(self) -> dict[str, Any]:
         """The configuration in plain values; for a control that alone."""
@@ -59,7 +67,8 @@ class Setting:
     @property
     def key(self) -> str:
         """Eight hexadecimal digits that change with anything that decides about the picture."""
-        what = [dataclasses.asdict(self.config), self.control]
+        what: list[Any] = [dataclasses.asdict(self.config), self.control]
+        what += [dict(self.sampling)] if self.sampling else []
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
 
     @property
@@ -100,12 +109,14 @@ class Plan:
         prompts: texts.
         n_seeds: pictures of each prompt.
         sampling: steps, sampler, guidance, seed of the first picture, pictures at a time.
+        control_share: controls are drawn for one of so many groups of prompts.
     """
 
     settings: Mapping[int, tuple[Setting, ...]]
     prompts: tuple[str, ...]
     n_seeds: int
     sampling: Settings
+    control_share: int = 1
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -127,6 +138,12 @@ class Plan:
             for first in range(0, len(pictures), n)
         ]
 
+    def settings_of(self, batch: Batch) -> tuple[Setting, ...]:
+        """What is drawn for a batch, the unmerged setting first."""
+        whole_prompts = math.lcm(self.n_seeds, self.sampling.n_samples)
+        has_controls = batch.first // whole_prompts % self.control_share == 0
+        return tuple(s for s in self.settings[batch.size] if has_controls or not s.control)
+
 
 def unique(settings: Sequence[Setting]) -> tuple[Setting, ...]:
     """Settings without those that do the same as an earlier one, after the unmerged one.
@@ -144,8 +161,8 @@ def unique(settings: Sequence[Setting]) -> tuple[Setting, ...]:
     return tuple(found.values())
 
 
-def preset_settings(names: Sequence[str], ratios: Sequence[float]) -> Iterator[Setting]:
-    """Each preset as it is, and at the ratios that its method can have.
+def preset_settings(names: Sequence[str], ratios: Sequence[float | None]) -> Iterator[Setting]:
+    """Each preset at the ratios that its method can have; None takes the preset as it is.
 
     Raises:
         InputError: there is no such preset, or it cannot be used.
@@ -154,7 +171,7 @@ def preset_settings(names: Sequence[str], ratios: Sequence[float]) -> Iterator[S
         path = preset_file(name, may_be_path=True)
         preset = load_config(path)
         title, source = path.stem, f"{path.name} {file_hash(path)}"
-        for ratio in (None, *ratios):
+        for ratio in ratios:
             change = {} if ratio is None else amount(preset, ratio)
             if change is not None:
                 yield Setting(
@@ -213,8 +230,9 @@ def control_setting(control: str, ratio: float = CONTROL_RATIO, name: str = "") 
     Raises:
         InputError: there is no such control.
     """
-    if control not in CONTROLS:
-        raise InputError(f"control {control!r}: the controls are {', '.join(CONTROLS)}")
+    allowed = [name for name in CONTROLS if name != "steps"]
+    if control not in allowed:
+        raise InputError(f"control {control!r}: the controls are {', '.join(allowed)}")
     config: dict[str, Any] = {}
     if control == "none":
         config = {"method": "random", "r": 2**31 - 1, "proportional": False}
@@ -223,6 +241,31 @@ def control_setting(control: str, ratio: float = CONTROL_RATIO, name: str = "") 
     has_ratio = control in ("random", "drop")
     name = name or (f"control: {control} {ratio:g}" if has_ratio else f"control: {control}")
     return Setting(name, ToMeConfig.from_mapping(config), control, family="controls")
+
+
+def control_settings(sampling: Settings) -> list[Setting]:
+    """All controls, fewer steps among them, by the plan's sampler and by the best one.
+
+    Args:
+        sampling: with steps and a sampler.
+    """
+    steps, sampler = sampling.steps, sampling.sampler
+    assert steps is not None
+    assert sampler is not None
+    found = [control_setting(name) for name in CONTROLS if name != "steps"]
+    counts = dict.fromkeys(max(1, round(share * steps)) for share in FEWER_STEPS)
+    for name in dict.fromkeys((sampler, BEST_SAMPLER)):
+        for n in counts:
+            if n < steps:
+                found.append(
+                    Setting(
+                        f"control: {name}, {n} steps",
+                        control="steps",
+                        family=f"fewer steps of {name}",
+                        sampling={"steps": n, "sampler": name},
+                    )
+                )
+    return found
 
 
 def read_settings(path: str | Path) -> list[Setting]:

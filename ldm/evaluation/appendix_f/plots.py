@@ -6,23 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.evaluation.appendix_f.measures import MEASURES
-from ldm.evaluation.appendix_f.plan import CONTROLS
+from ldm.evaluation.appendix_f.measures import MEASURES, Measure, badness
+from ldm.evaluation.appendix_f.plan import FLOORS
+from ldm.util import written_whole
 
-FLOORS = ("again", "rounding")  # controls that would stretch the axis
-N_COLORS = 10  # of matplotlib's cycle
-MARKERS = "os^Dv"  # the next one when the colours begin again
+GREY = "0.6"
 
 
-def write_plots(
-    folder: Path, table: Sequence[dict[str, Any]], measure: str = "psnr_db"
-) -> list[Path]:
+def write_plots(folder: Path, table: Sequence[dict[str, Any]], name: str = "psnr_db") -> list[Path]:
     """Quality against saved work, and against speed where that was measured; one file a size.
 
     Args:
         folder: where they go.
-        table: rows of `table_json`, with ``speedup``.
-        measure: which quality.
+        table: rows of `make_table`, with ``speedup``.
+        name: of the measure.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -32,7 +29,9 @@ def write_plots(
         shown = [
             row
             for row in table
-            if row["size"] == size and measure in row["measures"] and row["control"] not in FLOORS
+            if row["size"] == size
+            and name in row["measures"]
+            and row["control"] not in (*FLOORS, "steps")
         ]
         if not shown:
             continue
@@ -40,51 +39,65 @@ def write_plots(
         if any(row["speedup"] is not None for row in shown):
             axes["speedup"] = "speed-up of a U-Net step"
         figure = Figure(figsize=(6.5 * len(axes), 4.8), layout="constrained")
-        for axis, (name, title) in zip(
-            figure.subplots(1, len(axes), squeeze=False)[0], axes.items(), strict=True
-        ):
-            _draw(axis, [row for row in shown if row[name] is not None], name, measure)
-            axis.set(xlabel=title, ylabel=MEASURES[measure].title, title=f"{size}x{size}")
+        plots = figure.subplots(1, len(axes), squeeze=False)[0]
+        for axis, (x, title) in zip(plots, axes.items(), strict=True):
+            _draw(axis, [row for row in shown if row[x] is not None], x, name)
+            axis.set(xlabel=title, ylabel=MEASURES[name].title, title=f"{size}x{size}")
         figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1))
         figure.axes[0].legend(fontsize="small")
-        path = folder / f"{measure}-{size}.png"
-        part = path.with_name(f".{path.name}.part")
-        figure.savefig(part, dpi=150, format="png")
-        part.replace(path)
+        path = folder / f"{name}-{size}.png"
+        with written_whole(path) as file:
+            figure.savefig(file, dpi=150, format="png")
         written.append(path)
     return written
 
 
-def _draw(axis: Any, rows: Sequence[dict[str, Any]], x: str, measure: str) -> None:
-    families = dict.fromkeys(row["family"] for row in rows)
-    for i, family in enumerate(sorted(families, key=lambda name: name == "controls")):
+def _draw(axis: Any, rows: Sequence[dict[str, Any]], x: str, name: str) -> None:
+    from matplotlib import colormaps
+
+    families = list(dict.fromkeys(row["family"] for row in rows if not row["control"]))
+    colours = [colormaps["turbo"]((i + 0.5) / len(families)) for i in range(len(families))]
+    for family, colour in zip(families, colours, strict=True):
         own = sorted((row for row in rows if row["family"] == family), key=lambda row: row[x])
-        means = [row["measures"][measure]["mean"] for row in own]
-        bounds = [
-            [
-                abs(row["measures"][measure][end] - mean)
-                for row, mean in zip(own, means, strict=True)
-            ]
-            for end in ("low", "high")
-        ]
-        is_control = family == "controls"
-        marker = MARKERS[i // N_COLORS % len(MARKERS)]
-        style: dict[str, Any] = {"color": f"C{i % N_COLORS}", "linestyle": "-", "marker": marker}
-        if is_control:
-            style |= {"color": "0.5", "markerfacecolor": "none", "linestyle": "none"}
-        axis.errorbar([row[x] for row in own], means, bounds, label=family, capsize=2, **style)
-        for row, mean in zip(own, means, strict=True):
-            if is_control:
-                label = next(name for name in CONTROLS if name == row["control"])
-                axis.annotate(label, (row[x], mean), xytext=(5, 5), textcoords="offset points")
-    best = frontier([(r[x], r["measures"][measure]["mean"]) for r in rows if not r["control"]])
-    axis.plot(*zip(*best, strict=True), "k--", linewidth=1, label="frontier")
+        means = [row["measures"][name]["mean"] for row in own]
+        axis.plot([row[x] for row in own], means, "-", color=colour, label=family)
+        for row in own:
+            _mark(axis, row, x, name, GREY if _is_open(row, x, name) else colour)
+    for row in rows:
+        if row["control"]:
+            _mark(axis, row, x, name, "0.5", markerfacecolor="none")
+            place = row[x], row["measures"][name]["mean"]
+            axis.annotate(row["control"], place, xytext=(5, 5), textcoords="offset points")
+    points = [(r[x], r["measures"][name]["mean"]) for r in rows if not r["control"]]
+    best = frontier(points, MEASURES[name])
+    if best:
+        xs, ys = zip(*reversed(best), strict=True)
+        axis.plot(xs, ys, "k--", linewidth=1, drawstyle="steps-pre", label="frontier")
 
 
-def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats in both numbers, from the largest first number on."""
+def _mark(axis: Any, row: dict[str, Any], x: str, name: str, colour: Any, **style: Any) -> None:
+    one = row["measures"][name]
+    ranges: dict[str, Any] = {"yerr": [[one["mean"] - one["low"]], [one["high"] - one["mean"]]]}
+    if x == "speedup" and row["speed_range"] is not None:
+        low, high = row["speed_range"]
+        ranges["xerr"] = [[max(0.0, row[x] - low)], [max(0.0, high - row[x])]]
+    ranges["yerr"] = [[max(0.0, end[0])] for end in ranges["yerr"]]
+    axis.errorbar(row[x], one["mean"], fmt="o", color=colour, capsize=2, **ranges, **style)
+
+
+def _is_open(row: dict[str, Any], x: str, name: str) -> bool:
+    """Whether nothing can be said: above the precision floor, or as fast as not merging."""
+    low, high = row["speed_range"] or (0.0, 0.0)
+    return name in row["above_floor"] or (x == "speedup" and low <= 1 <= high)
+
+
+def frontier(points: Sequence[tuple[float, float]], measure: Measure) -> list[tuple[float, float]]:
+    """The points that no other one beats in both numbers, from the largest first number on.
+
+    Each holds from the next smaller first number up to its own: the frontier is a flight of steps.
+    """
     found: list[tuple[float, float]] = []
-    for point in sorted(points, reverse=True):
-        if not found or point[1] > found[-1][1]:
-            found.append(point)
+    for x, y in sorted(points, key=lambda p: (-p[0], badness(measure, p[1]))):
+        if not found or badness(measure, y) < badness(measure, found[-1][1]):
+            found.append((x, y))
     return found

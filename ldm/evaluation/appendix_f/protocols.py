@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ldm.errors import InputError
 
+RATIOS = (None, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)  # None: the preset as it is
 PRESETS = ("appendix_f", "lalalune_r2048", "tomesd", "todo", "quality", "balanced", "fast")
-RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
+STRIDE = 619  # has no divisor in common with the 1000 classes
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Protocol:
         n_prompts: how many.
         n_seeds: pictures of each.
         steps, sampler, scale, size: of sampling; None takes the model's own.
-        presets, ratios: what is compared.
+        presets: what is compared, each at these ratios.
+        control_share: controls are drawn for one of so many groups of prompts.
     """
 
     title: str
@@ -33,8 +35,10 @@ class Protocol:
     sampler: str | None = None
     scale: float | None = None
     size: int | None = None
-    presets: Sequence[str] = PRESETS
-    ratios: Sequence[float] = RATIOS
+    presets: Mapping[str, Sequence[float | None]] = field(
+        default_factory=lambda: dict.fromkeys(PRESETS, RATIOS)
+    )
+    control_share: int = 1
 
 
 def scenes(n: int) -> tuple[list[str], list[Any]]:
@@ -46,22 +50,27 @@ def scenes(n: int) -> tuple[list[str], list[Any]]:
 
 
 def imagenet(n: int) -> tuple[list[str], None]:
-    """A text for each of the first n ImageNet classes, by the class names of open_clip.
+    """A text for each of n ImageNet classes, by the class names of open_clip.
+
+    They are taken in strides, so that any number of them is spread over all classes, and a longer
+    list begins with a shorter one.
 
     Raises:
         InputError: there are not so many.
     """
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
-    if n > len(IMAGENET_CLASSNAMES):
-        raise InputError(f"--n_prompts {n}: there are {len(IMAGENET_CLASSNAMES)} classes")
-    return [f"a photo of a {name}" for name in IMAGENET_CLASSNAMES[:n]], None
+    n_classes = len(IMAGENET_CLASSNAMES)
+    if n > n_classes:
+        raise InputError(f"--n_prompts {n}: there are {n_classes} classes")
+    names = (IMAGENET_CLASSNAMES[i * STRIDE % n_classes] for i in range(n))
+    return [f"a photo of a {name}" for name in names], None
 
 
 PROTOCOLS = {
     "demo": Protocol("held-out scenes, drawn by the demo model", scenes, n_prompts=32, n_seeds=3),
     "tomesd": Protocol(
-        "ImageNet's class names, as in tomesd's paper",
+        "ImageNet's class names and the settings of tomesd's tables 1 and 4",
         imagenet,
         n_prompts=1000,
         n_seeds=2,
@@ -69,6 +78,8 @@ PROTOCOLS = {
         sampler="plms",
         scale=7.5,
         size=512,
+        presets={"appendix_f": (0.1, 0.2, 0.3, 0.4, 0.5), "tomesd": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)},
+        control_share=20,
     ),
 }
 
@@ -80,6 +91,6 @@ def quick(protocol: Protocol) -> Protocol:
         n_prompts=4,
         n_seeds=1,
         steps=10,
-        presets=("tomesd", "todo", "balanced", "fast"),
-        ratios=(0.5,),
+        presets=dict.fromkeys(("tomesd", "todo", "balanced", "fast"), (None, 0.5)),
+        control_share=1,
     )

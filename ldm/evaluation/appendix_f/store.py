@@ -1,23 +1,33 @@
-"""The folder of a sweep: finished pictures with their measures, and what they were made with.
+"""The folder of an experiment: finished pictures, what was measured of them, and what made them.
 
-A picture and its row of measures are one PNG file, written whole or not at all, so that neither is
-ever there without the other, and a run can end at any moment.
+A picture and its distances to the unmerged one are one PNG file, written whole or not at all, so
+that neither is ever there without the other. What networks say of finished pictures lies beside
+them, a file for each batch, and can be added at any time.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ldm.errors import InputError
-from ldm.evaluation.appendix_f.files import write_text
 from ldm.evaluation.appendix_f.plan import Batch, Setting
 from ldm.images import Picture, Pixels, load_rgb
 from ldm.images import read_settings as settings_of_picture
+from ldm.text import read_json
+from ldm.util import remove_leftovers, written_whole
 
 Row = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 class Store:
@@ -30,9 +40,12 @@ class Store:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._about = self.folder / "about.json"
+        self._common: Mapping[str, Any] = {}
 
     def claim(self, about: Mapping[str, Any], prompts: Sequence[str]) -> None:
         """Note what all pictures of the folder have in common; a later run must have the same.
+
+        Pictures that say of themselves that they were made otherwise count as missing.
 
         Args:
             about: everything that decides about pictures besides setting, size and prompt.
@@ -41,9 +54,9 @@ class Store:
         Raises:
             InputError: the folder was begun with something else; nothing was changed.
         """
-        wanted = {"about": dict(about), "prompts": list(prompts)}
-        if self._about.exists():
-            there = json.loads(self._about.read_text(encoding="utf-8"))
+        self._common = dict(about)
+        there = self._claimed()
+        if there is not None:
             for name in sorted({*there["about"], *about}):
                 before, now = there["about"].get(name), about.get(name)
                 if before != now:
@@ -59,26 +72,62 @@ class Store:
                     )
             if len(prompts) <= len(there["prompts"]):
                 return
-        write_text(self._about, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+        self.write_json("about.json", {"about": dict(about), "prompts": list(prompts)})
+
+    def _claimed(self) -> dict[str, Any] | None:
+        """What the folder was begun with; None where it is new, or its note is damaged."""
+        if not self._about.exists():
+            return None
+        try:
+            found = read_json(self._about)
+            if isinstance(found.get("about"), dict) and isinstance(found.get("prompts"), list):
+                return found
+        except InputError as error:
+            logger.warning("%s", error)
+        logger.warning("%s is damaged and written anew", self._about)
+        return None
 
     def remove_leftovers(self) -> None:
         """Remove what was being written when an earlier run was killed."""
-        for path in self.folder.rglob(".*.part"):
-            path.unlink(missing_ok=True)
+        for folder in (self.folder, *self.folder.rglob("*/")):
+            if folder.is_dir():
+                remove_leftovers(folder)
+
+    def write_json(self, name: str, content: Any) -> Path:
+        """Write a file of the folder, whole or not at all."""
+        return self.write_text(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Likewise, of any text."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path, "w") as file:
+            file.write(text)
+        return path
+
+    # --- pictures -------------------------------------------------------------------------------
 
     def path(self, setting: Setting, size: int, number: int) -> Path:
         """Where a picture lies."""
         return self.folder / "pictures" / str(size) / setting.folder / f"{number:05}.png"
 
     def rows(self, setting: Setting, batch: Batch) -> list[Row] | None:
-        """The measures of a batch's pictures; None unless all are there, made in this batch."""
+        """What was measured when a batch was drawn; None unless all of it is there and whole."""
         found = []
-        for number in batch.numbers:
+        for number, (prompt, seed) in zip(batch.numbers, batch.pictures, strict=True):
             path = self.path(setting, batch.size, number)
             if not path.exists():
                 return None
-            row = settings_of_picture(path)["measures"]
-            if row["batch"] != [batch.first, len(batch.pictures)]:
+            try:
+                made = settings_of_picture(path)
+            except InputError as error:
+                logger.warning("%s; it is drawn anew", error)
+                return None
+            row = made.get("measures")
+            expected = {**self._common, **setting.sampling, "prompt": prompt, "seed": seed}
+            is_own = all(made.get(name, value) == value for name, value in expected.items())
+            place = [batch.first, len(batch.pictures)]
+            if not isinstance(row, dict) or row.get("batch") != place or not is_own:
                 return None
             found.append(row)
         return found
@@ -100,3 +149,35 @@ class Store:
     def pixels(self, setting: Setting, size: int, number: int) -> Pixels:
         """A finished picture, (H, W, 3)."""
         return load_rgb(self.path(setting, size, number))
+
+    # --- what networks say of them --------------------------------------------------------------
+
+    def judged(self, setting: Setting, batch: Batch) -> dict[str, NDArray[Any]]:
+        """What networks said of a batch's pictures, as they are now: name -> (n, ...)."""
+        try:
+            with self._beside(setting, batch).open("rb") as opened, np.load(opened) as file:
+                found = {name: file[name] for name in file.files}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return {}
+        is_current = np.array_equal(found.pop("pictures", ()), self._marks(setting, batch))
+        return found if is_current else {}
+
+    def add_judged(
+        self, setting: Setting, batch: Batch, values: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Keep what networks say of a batch's pictures, beside what is known."""
+        path = self._beside(setting, batch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        marks = self._marks(setting, batch)
+        everything = {**self.judged(setting, batch), **values, "pictures": marks}
+        with written_whole(path) as file:
+            np.savez(file, **everything)  # type: ignore[arg-type]
+
+    def _beside(self, setting: Setting, batch: Batch) -> Path:
+        name = f"{batch.first:05}-{len(batch.pictures)}.npz"
+        return self.folder / "judged" / str(batch.size) / setting.folder / name
+
+    def _marks(self, setting: Setting, batch: Batch) -> NDArray[np.int64]:
+        """Check sums of the batch's files, which change where one was replaced."""
+        files = (self.path(setting, batch.size, number) for number in batch.numbers)
+        return np.array([zlib.crc32(file.read_bytes()) for file in files], dtype=np.int64)

@@ -1,20 +1,36 @@
-"""How much of the self-attention work a setting saves in a U-Net, without running it."""
+"""How much work a setting saves in a U-Net, counted without computing anything."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from ldm.modules.attention import set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merger import TokenMerger
 from ldm.util import get_obj_from_str
 
 N_TIMESTEPS = 1000
 N_CALLS = 20  # of a run, where the ratio changes over it
+CONTEXT_LENGTH = 77
+
+
+@dataclass(frozen=True)
+class Work:
+    """What merging saves, as shares from 0 to 1; below 0 it costs more than it saves.
+
+    Attributes:
+        saved_attention: of the multiplications of self-attention, without its projections.
+        saved_whole: of all multiplications of the U-Net: convolutions, projections, both kinds of
+            attention and the feed-forward, with what matching takes.
+    """
+
+    saved_attention: float = 0.0
+    saved_whole: float = 0.0
 
 
 def unet_outline(config: Mapping[str, Any]) -> UNetModel:
@@ -22,27 +38,44 @@ def unet_outline(config: Mapping[str, Any]) -> UNetModel:
     unet_config = config["model"]["params"]["unet_config"]
     params = {**unet_config["params"], "tome_config": None}
     with torch.device("meta"):
-        return get_obj_from_str(unet_config["target"], torch.nn.Module)(**params)
+        unet = get_obj_from_str(unet_config["target"], torch.nn.Module)(**params).eval()
+    set_attention_backend(unet, "einsum")  # whose multiplications are plain to see
+    return unet
 
 
-def saved_work(unet: UNetModel, config: ToMeConfig, h: int, w: int) -> float:
-    """Share of the self-attention work that a configuration saves, 0 to 1.
+@torch.inference_mode()
+def count_work(
+    unet: UNetModel, configs: Mapping[str, ToMeConfig], h: int, w: int
+) -> dict[str, Work]:
+    """What configurations save, by their names.
 
     Args:
-        unet: weights are not looked at.
-        config: of merging.
+        unet: an outline.
+        configs: of merging.
         h, w: size of the latents.
     """
-    merger = TokenMerger(config)
-    for call in range(N_CALLS):
-        timestep = N_TIMESTEPS * (1 - (call + 0.5) / N_CALLS)
-        merger.begin_call(h, w, torch.tensor([timestep]))
-        for transformer in (m for m in unet.modules() if isinstance(m, SpatialTransformer)):
-            down = transformer.downsample
-            size = (-(-h // down), -(-w // down))
-            for block in transformer.transformer_blocks:
-                assert isinstance(block, BasicTransformerBlock)
-                n_channels = block.norm1.normalized_shape[0]
-                tokens = torch.empty(1).expand(2, size[0] * size[1], n_channels)  # takes no memory
-                merger.block(tokens, size, down, transformer.has_self_attention)
-    return merger.saved_work()
+    plain = _multiplications(unet, ToMeConfig(), h, w)
+    found = {ToMeConfig(): Work()}
+    for config in configs.values():
+        if config not in found:
+            left = _multiplications(unet, config, h, w)
+            found[config] = Work(unet.tome.saved_work(), 1 - left / plain)
+    unet.tome.configure(ToMeConfig())
+    return {name: found[config] for name, config in configs.items()}
+
+
+def _multiplications(unet: UNetModel, config: ToMeConfig, h: int, w: int) -> float:
+    """Those of one call of the U-Net, on average over a run."""
+    has_schedule = any(c.steps for c in (config, *config.rules))
+    n_calls = N_CALLS if has_schedule else config.reuse_steps
+    unet.tome.configure(config)
+    latents = torch.empty(2, unet.in_channels, h, w, device="meta")
+    names = (name for name, _ in unet.named_parameters() if name.endswith("attn2.to_k.weight"))
+    width = unet.get_parameter(next(names)).shape[1]
+    context = torch.empty(2, CONTEXT_LENGTH, width, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        for call in range(n_calls):
+            progress = (call + 0.5) / n_calls
+            timesteps = torch.full((2,), N_TIMESTEPS * (1 - progress))
+            unet(latents, timesteps.to("meta") if not has_schedule else timesteps, context)
+    return counter.get_total_flops() / n_calls

@@ -1,9 +1,6 @@
-"""How far a picture is from another one, and how sure an average is."""
+"""How far a picture is from another one of the same noise."""
 
 from __future__ import annotations
-
-import math
-from dataclasses import dataclass
 
 import torch
 from kornia.metrics import ssim as ssim_map
@@ -68,26 +65,14 @@ def high_frequency_ratio(pictures: Tensor, reference: Tensor) -> Tensor:
     return energies[0] / energies[1].clamp(min=1e-12)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with the bounds of its 95 % bootstrap confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Mean and bounds."""
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+DISTANCES = {
+    "psnr_db": psnr,
+    "ssim": ssim,
+    "ms_ssim": ms_ssim,
+    "high_frequency_ratio": high_frequency_ratio,
+}
 
 
-def bootstrap(values: Tensor, n_resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Mean of values (n,) and its confidence interval, by resampling them (Efron 1979)."""
-    values = values.flatten().double()
-    if len(values) == 0:
-        return Estimate(math.nan, math.nan, math.nan)
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(values), (n_resamples, len(values)), generator=generator)
-    means = values[draws].mean(dim=1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(values.mean().item(), low, high)
+def distances(picture: Tensor, reference: Tensor) -> dict[str, float]:
+    """All of them, for one picture (1, 3, H, W) in [-1, 1], so that its company cannot matter."""
+    return {name: measure(picture, reference).item() for name, measure in DISTANCES.items()}
