@@ -38,6 +38,7 @@ WEB = ["gradio>=6.0"]
 TEST = [
     *("pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", "tomesd>=0.1.3", "transformers>=4.40"),
     "scipy>=1.11",
+    "webuiapi>=0.9",  # written for A1111's web UI; asks ours
     *WEB,
 ]
 

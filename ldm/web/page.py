@@ -17,11 +17,12 @@ from ldm.errors import InputError, OutOfMemory, is_out_of_memory
 from ldm.web.compare import CompareTab
 from ldm.web.desk import Desk
 from ldm.web.draw import DrawTab
+from ldm.web.endpoints import Endpoints
 from ldm.web.fields import QUIET, Fields, failure
 from ldm.web.form import MODEL_SETTINGS, Base
 from ldm.web.gallery import GallerySide
 from ldm.web.inpaint import InpaintTab
-from ldm.web.pictures import Pictures
+from ldm.web.live import Live
 from ldm.web.uploads import tidy
 
 TITLE = "Stable Diffusion with Token Merging"
@@ -37,10 +38,10 @@ class Page:
     Args:
         desk: takes the jobs.
         base: what was given to the program.
-        pictures: finished ones.
+        live: what is said of jobs and pictures.
     """
 
-    def __init__(self, desk: Desk, base: Base, pictures: Pictures) -> None:
+    def __init__(self, desk: Desk, base: Base, live: Live) -> None:
         self.desk = desk
         runner = desk.runner
         model = runner.loaded or next(iter(runner.models))
@@ -49,7 +50,7 @@ class Page:
         self.draw_tab = DrawTab(desk, self.fields)
         self.inpaint_tab = InpaintTab(desk, self.fields)
         self.compare_tab = CompareTab(desk, self.fields)
-        self.side = GallerySide(runner, self.fields, pictures)
+        self.side = GallerySide(runner, self.fields, live.pictures)
         # What is stored belongs to one command line: another one's flags win over it.
         key = hashlib.sha256(json.dumps([first, list(runner.models)]).encode()).hexdigest()[:16]
         with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as self.blocks:
@@ -61,6 +62,7 @@ class Page:
                 with gr.Column(scale=3, min_width=300):
                     self.side.lay_out()
             self._connect()
+            Endpoints(desk, base, live).add()
         self.blocks.queue(default_concurrency_limit=8, max_size=None)
 
     def _lay_out_form(self) -> None:

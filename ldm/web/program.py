@@ -92,6 +92,7 @@ def _checked(args: Arguments) -> int:
 
 def _serve(args: Arguments, model: dict[str, Any], port: int) -> None:
     with leaving_at_once():
+        from ldm.web.api import Api
         from ldm.web.desk import Desk
         from ldm.web.form import Base
         from ldm.web.live import Live
@@ -110,8 +111,11 @@ def _serve(args: Arguments, model: dict[str, Any], port: int) -> None:
     queue: Queue[Task, Report] = Queue(runner.work)
     desk, pictures = Desk(runner, queue), Pictures(Path(args.outdir))
     base = Base.from_arguments(args)
-    page = Page(desk, base, pictures)
-    routes = Live(queue, pictures).routes()
+    live = Live(queue, pictures)
+    page = Page(desk, base, live)
+    routes = live.routes()
+    if args.api:
+        routes += Api(desk, base, pictures).routes()
     server = Server(page.blocks, routes, args.host, port, args.allow_host, args.auth)
     server.start()
     _say(args, server.address, port)

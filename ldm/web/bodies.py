@@ -1,0 +1,225 @@
+"""What A1111's clients send, as settings: every value checked, what has no counterpart named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ldm.cli.values import Wishes
+from ldm.errors import InputError, shown
+from ldm.images import WEB_UI_SAMPLERS, WEB_UI_UPSCALERS
+from ldm.settings import SCHEDULES
+from ldm.text import check_kind
+
+Body = dict[str, Any]
+# A1111's names of settings that mean the same here.
+SAME = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "seed": "seed",
+    "steps": "steps",
+    "cfg_scale": "scale",
+    "width": "W",
+    "height": "H",
+    "batch_size": "n_samples",
+    "n_iter": "n_iter",
+}
+WHOLE = {"seed", "steps", "W", "H", "n_samples", "n_iter", "hires_steps"}
+# Values that change nothing, besides None, "", 0, False and empty lists.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "subseed": (-1,),
+    "seed_resize_from_h": (-1,),
+    "seed_resize_from_w": (-1,),
+    "s_noise": (1,),
+    "image_cfg_scale": (1.5,),
+    "initial_noise_multiplier": (1,),
+    "inpaint_full_res_padding": (32,),
+}
+# What says how to answer, not what to draw.
+ABOUT_THE_ANSWER = {
+    *("save_images", "do_not_save_samples", "do_not_save_grid", "include_init_images", "infotext"),
+    *("send_images", "override_settings_restore_afterwards", "force_task_id", "session_hash"),
+    *("comments", "firstpass_image", "firstphase_width", "firstphase_height"),
+}
+# Of painting inside a mask: done otherwise here, and said so.
+OTHERWISE = ("mask_blur", "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``/sdapi/v1/options`` sets for all jobs, and ``override_settings`` for one.
+
+    Attributes:
+        model: a checkpoint's name; None: the one that is loaded.
+        ratio: share of tokens merged away; None: as the program was started.
+        hires_ratio: likewise, in the second pass.
+        tome: keys of ``tome_config``, and ``preset``.
+        clip_skip: layers of the text encoder; 1 is all.
+        not_used: what was named and means nothing here.
+    """
+
+    model: str | None = None
+    ratio: float | None = None
+    hires_ratio: float | None = None
+    tome: Mapping[str, Any] = field(default_factory=dict)
+    clip_skip: int = 1
+    not_used: tuple[str, ...] = ()
+
+    def changed(self, given: Any, models: Mapping[str, Path]) -> Options:
+        """These options with others over them.
+
+        Raises:
+            InputError: a value cannot be used; the message names it.
+        """
+        new = self
+        for name, value in check_kind(given, dict, "override_settings").items():
+            if name == "sd_model_checkpoint":
+                new = replace(new, model=None if value in (None, "") else _model(value, models))
+            elif name in ("token_merging_ratio", "token_merging_ratio_img2img"):
+                new = replace(new, ratio=_number(name, value))
+            elif name == "token_merging_ratio_hr":
+                new = replace(new, hires_ratio=_number(name, value))
+            elif name == "tome":
+                new = replace(new, tome=check_kind(value, dict, "tome"))
+            elif name == "CLIP_stop_at_last_layers":
+                new = replace(new, clip_skip=check_kind(value, int, name))
+            else:
+                new = replace(new, not_used=(*new.not_used, str(name)[:80]))
+        return new
+
+    def changes(self) -> Body:
+        """What they change in the wishes."""
+        changes: Body = {}
+        keys = dict(self.tome)
+        if self.ratio is not None or keys:
+            changes["no_tome"] = None
+        if "preset" in keys:
+            changes["tome.preset"] = keys.pop("preset")
+        if self.ratio is not None:
+            changes["tome.ratio"] = self.ratio
+        if self.hires_ratio is not None:
+            changes["tome.hires_ratio"] = self.hires_ratio
+        if self.clip_skip != 1:
+            changes["clip_skip"] = self.clip_skip
+        return {**changes, **({"tome": keys} if keys else {})}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a body asks for; ``not_used`` names what of it means nothing here."""
+
+    wishes: Wishes
+    options: Options
+    not_used: tuple[str, ...]
+
+
+def read_body(body: Any, base: Wishes, options: Options, models: Mapping[str, Path]) -> Order:
+    """Read a body of ``txt2img`` or ``img2img``, but for its pictures.
+
+    Args:
+        body: as it came.
+        base: the program's flags.
+        options: that hold for all.
+        models: by their names.
+
+    Raises:
+        InputError: a value cannot be used, or asks for what cannot be had.
+    """
+    body = dict(check_kind(body, dict, "the request"))
+    options = options.changed(body.pop("override_settings", None) or {}, models)
+    if "tome" in body:
+        options = options.changed({"tome": body.pop("tome")}, models)
+    changes, not_used = options.changes(), list(options.not_used)
+    for theirs, ours in SAME.items():
+        if body.get(theirs) is not None:
+            changes[ours] = _whole(body[theirs]) if ours in WHOLE else body[theirs]
+        body.pop(theirs, None)
+    changes.setdefault("seed", -1)
+    changes |= _sampler(body)
+    if changes.get("sampler") == "ddim":
+        changes["eta"] = body.pop("eta", None)
+    elif body.pop("eta", None) not in (None, 0, 1):
+        not_used.append("eta")
+    changes |= _second_pass(body)
+    has_mask = "mask" in body
+    for name in ("init_images", "mask", "inpainting_mask_invert", *ABOUT_THE_ANSWER):
+        body.pop(name, None)
+    for name in ("resize_mode", *OTHERWISE):
+        value = body.pop(name, None)
+        if has_mask and name in OTHERWISE and value:
+            not_used.append(name)
+    for name, value in body.items():
+        if value and value not in NEUTRAL.get(name, ()):
+            raise InputError(f"{shown(name)} {shown(value)}: this cannot be done here")
+    return Order(base.changed(changes), options, tuple(not_used))
+
+
+def in_their_words(text: str) -> str:
+    """A message with the settings' names at its beginning as the clients have them."""
+    theirs = {ours: name for name, ours in SAME.items()}
+    return re.sub(r"\A\w+(?=[ :])", lambda name: theirs.get(name[0], name[0]), text)
+
+
+def _sampler(body: Body) -> Body:
+    """Sampler and schedule; in older clients one name has both."""
+    index = body.pop("sampler_index", None)
+    name = body.pop("sampler_name", None) or index
+    schedule = body.pop("scheduler", None)
+    known = {theirs.lower(): ours for ours, theirs in reversed(WEB_UI_SAMPLERS.items())}
+    changes: Body = {}
+    if name is not None:
+        words = check_kind(name, str, "sampler_name").lower()
+        for spacing in SCHEDULES:
+            if words.endswith(f" {spacing}") and schedule in (None, "", "Automatic", "automatic"):
+                words, schedule = words.removesuffix(f" {spacing}"), spacing
+        if known.get(words, words) not in WEB_UI_SAMPLERS:
+            names = ", ".join(WEB_UI_SAMPLERS.values())
+            raise InputError(f"sampler_name {shown(name)}: allowed is {names}")
+        changes["sampler"] = known.get(words, words)
+    if schedule:
+        words = check_kind(schedule, str, "scheduler").lower().replace(" ", "_")
+        if words not in ("automatic", *SCHEDULES):
+            raise InputError(f"scheduler {shown(schedule)}: allowed is {', '.join(SCHEDULES)}")
+        if words != "automatic":
+            changes["schedule"] = words
+    return changes
+
+
+def _second_pass(body: Body) -> Body:
+    """The pass on the enlarged picture; ``denoising_strength`` is its own, where there is one."""
+    is_on = body.pop("enable_hr", None)
+    strength, scale = body.pop("denoising_strength", None), body.pop("hr_scale", None)
+    steps, upscaler = body.pop("hr_second_pass_steps", None), body.pop("hr_upscaler", None)
+    if not is_on:
+        for name in [name for name in body if name.startswith("hr_")]:
+            del body[name]
+        return {} if strength is None else {"strength": strength}
+    names = {theirs: ours for ours, theirs in WEB_UI_UPSCALERS.items()}
+    upscaler = "Latent" if upscaler is None else check_kind(upscaler, str, "hr_upscaler")
+    if upscaler not in names:
+        raise InputError(f"hr_upscaler {shown(upscaler)}: allowed is {', '.join(names)}")
+    changes = {"hires_scale": 2.0 if scale is None else scale, "hires_upscaler": names[upscaler]}
+    changes |= {"hires_steps": _whole(steps) or None}
+    return changes if strength is None else {**changes, "hires_strength": strength}
+
+
+def _whole(value: Any) -> Any:
+    """A whole number, which some clients write as 20.0."""
+    is_whole = isinstance(value, float) and abs(value) < 2**53 and value == int(value)
+    return int(value) if is_whole else value
+
+
+def _number(name: str, value: Any) -> float | None:
+    return None if value is None else float(check_kind(value, float, name))
+
+
+def _model(value: Any, models: Mapping[str, Path]) -> str:
+    """A checkpoint by its name, its title (name and hash), or its file's name without ending."""
+    name = check_kind(value, str, "sd_model_checkpoint").partition(" [")[0]
+    for known, path in models.items():
+        if name in (known, path.name, path.stem):
+            return known
+    raise InputError(f"sd_model_checkpoint {shown(value)}: choose one of {', '.join(models)}")

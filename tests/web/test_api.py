@@ -1,0 +1,213 @@
+import base64
+import json
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.web.address import free_port
+from ldm.web.api import Api
+from ldm.web.server import Server
+
+webuiapi = pytest.importorskip("webuiapi")
+gr = pytest.importorskip("gradio")
+DRAW = {"steps": 2, "width": 16, "height": 16, "cfg_scale": 3, "eta": 0}
+
+
+@pytest.fixture
+def port(desk, base, pictures):
+    """A server with the API alone."""
+    port = free_port("127.0.0.1", None)
+    with gr.Blocks() as blocks:
+        gr.Markdown("nothing")
+    routes = Api(desk, base, pictures).routes()
+    server = Server(blocks, routes, "127.0.0.1", port, auth="me:secret")
+    server.start()
+    yield port
+    desk.queue.close()
+    server.close()
+
+
+@pytest.fixture
+def loopback(monkeypatch):
+    """Connections to this machine are allowed; see tests/conftest.py."""
+    import socket
+
+    refuse = socket.socket.connect
+    real = socket.socket.__mro__[1].connect
+
+    def connect(self, address):
+        own = isinstance(address, tuple) and address[0] in ("127.0.0.1", "localhost")
+        return (real if own else refuse)(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+@pytest.fixture
+def client(port, loopback):
+    made = webuiapi.WebUIApi("127.0.0.1", port, username="me", password="secret")
+    yield made
+    made.session.close()
+
+
+def settings_of(image):
+    return json.loads(image.info["ldm"])
+
+
+def test_a_client_draws(client):
+    result = client.txt2img(prompt="a (red:1.2) house", seed=5, n_iter=2, **DRAW)
+    assert [image.size for image in result.images] == [(16, 16)] * 2
+    about = settings_of(result.image)
+    assert (about["prompt"], about["seed"]) == ("a (red:1.2) house", 5)
+    assert (about["sampler"], about["steps"], about["scale"]) == ("euler_a", 2, 3.0)
+    assert about["emphasis"]
+    assert result.info["all_seeds"] == [5, 6]
+    assert result.info["infotexts"][0] == result.image.info["parameters"]
+
+
+def test_merging_is_an_override_or_an_object_of_its_own(client):
+    override = {"token_merging_ratio": 0.5, "token_merging_ratio_hr": 0.25}
+    result = client.txt2img(enable_hr=True, hr_scale=2, override_settings=override, **DRAW)
+    tome = settings_of(result.image)["tome"]
+    assert (tome["ratio"], tome["hires"]["ratio"]) == (0.5, 0.25)
+    assert result.image.size == (32, 32)
+    own = {"tome": {"preset": "tomesd", "ratio": 0.25, "max_downsample": 2}}
+    tome = settings_of(client.txt2img(override_settings=own, **DRAW).image)["tome"]
+    assert (tome["ratio"], tome["max_downsample"], tome["random"]) == (0.25, 2, True)
+    beside = client.custom_post("txt2img", {**DRAW, "tome": {"ratio": 0.5}}, baseurl=True)
+    assert settings_of(beside.image)["tome"]["ratio"] == 0.5
+    assert settings_of(client.txt2img(**DRAW).image)["tome"]["ratio"] is None
+
+
+def test_options_hold_until_they_are_changed(client):
+    client.set_options({"token_merging_ratio": 0.5, "sd_model_checkpoint": "tiny"})
+    assert client.get_options()["token_merging_ratio"] == 0.5
+    assert settings_of(client.txt2img(**DRAW).image)["tome"]["ratio"] == 0.5
+    client.set_options({"token_merging_ratio": 0})
+    assert settings_of(client.txt2img(**DRAW).image)["tome"]["ratio"] == 0
+    answer = client.session.post(f"{client.baseurl}/options", json={"sd_model_checkpoint": "x"})
+    assert answer.status_code == 422
+    assert "choose one of tiny, broken" in answer.json()["detail"]
+
+
+def test_a_client_redraws_and_paints(client, tmp_path):
+    start = Image.fromarray(np.full((16, 16, 3), 200, np.uint8))
+    about = settings_of(client.img2img(images=[start], denoising_strength=0.5, **DRAW).image)
+    assert (about["strength"], about["init_img"]) == (0.5, "init_images")
+    mask = Image.fromarray(np.repeat([[0] * 8 + [255] * 8], 16, axis=0).astype(np.uint8))
+    result = client.img2img(images=[start], mask_image=mask, **DRAW)
+    pixels = np.asarray(result.image)
+    assert (pixels[:, :8] == 200).all()
+    assert (pixels[:, 8:] != 200).any()
+    assert "mask_blur" in result.info["not_used"]
+
+
+def test_what_there_is(client):
+    assert [one["title"] for one in client.get_sd_models()] == ["tiny", "broken"]
+    assert {"Euler a", "DPM++ 2M", "DDIM"} <= {one["name"] for one in client.get_samplers()}
+    assert {"karras", "automatic"} <= {one["name"] for one in client.get_schedulers()}
+    assert client.util_get_current_model() == "tiny"
+    progress = client.get_progress()
+    assert (progress["progress"], progress["state"]["job_count"]) == (0.0, 0)
+
+
+def test_a_picture_says_how_it_was_made(client):
+    image = client.txt2img(prompt="a house", seed=5, **DRAW).image
+    result = client.png_info(image)
+    assert result.info.startswith("a house\nSteps: 2, Sampler: Euler a")
+    assert result.parameters["seed"] == 5
+    plain = client.png_info(Image.new("RGB", (4, 4)))
+    assert (plain.info, plain.parameters) == ("", {})
+
+
+def test_jobs_are_seen_and_stopped_from_elsewhere(client, desk):
+    results = []
+    ask = threading.Thread(target=lambda: results.append(client.txt2img(**{**DRAW, "steps": 999})))
+    ask.start()
+    while client.get_progress()["progress"] == 0:
+        pass
+    state = client.get_progress()["state"]
+    assert (state["job_count"], state["sampling_steps"]) == (1, 999)
+    client.interrupt()
+    ask.join(60)
+    assert results[0].images == []
+
+
+def test_requests_are_drawn_in_the_order_in_which_they_came(client, desk):
+    blocker = threading.Thread(target=lambda: client.txt2img(**{**DRAW, "steps": 900}))
+    blocker.start()
+    while desk.queue.running is None:
+        pass
+    threads = []
+    for seed in range(10):
+        threads.append(threading.Thread(target=lambda s=seed: client.txt2img(seed=s, **DRAW)))
+        threads[-1].start()
+        while len(desk.queue.jobs()) < seed + 2:
+            pass
+    desk.queue.stop()
+    for thread in [blocker, *threads]:
+        thread.join(120)
+    drawn = [job.report.infos[0]["seed"] for job in desk.queue.jobs() if job.report.infos]
+    assert drawn == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"steps": 0}, "steps 0: allowed is 1 to 1000"),
+        ({"width": 0}, "width 0: allowed is 1 to "),
+        ({"cfg_scale": "x"}, "cfg_scale: must be a number"),
+        ({"steps": "--help"}, "must be a whole number"),
+        ({"steps": 10**400}, "1000"),
+        ({"width": 1e300}, "whole number"),
+        ({"prompt": ["x"]}, "must be a text"),
+        ({"prompt": "half \ud800"}, "surrogate"),
+        ({"n_iter": 10**6}, "Pictures"),
+        ({"sampler_name": "Euler z"}, "sampler_name 'Euler z': allowed is DDIM"),
+        ({"scheduler": "x"}, "scheduler 'x'"),
+        ({"script_name": "x/y"}, "'script_name' 'x/y': this cannot be done here"),
+        ({"alwayson_scripts": {"controlnet": {}}}, "'alwayson_scripts'"),
+        ({"restore_faces": True}, "'restore_faces' True"),
+        ({"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, "hr_upscaler"),
+        ({"tome": {"preset": "/etc/passwd"}}, "there is no ToMe preset"),
+        ({"tome": {"apply_to": ["kv", "--help"]}}, "must be one or more of"),
+        ({"tome": []}, "tome"),
+        ({"override_settings": "x"}, "override_settings"),
+        ({"override_settings": {"token_merging_ratio": 0.9}}, "can remove at most"),
+        ({"override_settings": {"sd_model_checkpoint": "/etc/passwd"}}, "choose one of"),
+        ([], "the request"),
+    ],
+)
+def test_what_cannot_be_used_is_named(client, body, words):
+    answer = client.session.post(f"{client.baseurl}/txt2img", data=json.dumps(body))
+    assert answer.status_code == 422
+    assert words in answer.json()["detail"]
+    assert "\n" not in answer.json()["detail"]
+
+
+def test_bad_pictures_and_bad_requests_are_named(client):
+    text = base64.b64encode(b"no picture").decode()
+    for images in ([], [text], ["!"], [5], ["x", "y"], "x"):
+        answer = client.session.post(f"{client.baseurl}/img2img", json={"init_images": images})
+        assert answer.status_code == 422, images
+        assert "init_images" in answer.json()["detail"]
+    for data in (b"{", b"[" * 100_000, b'{"steps": NaN}', b"\xff"):
+        answer = client.session.post(f"{client.baseurl}/txt2img", data=data)
+        assert answer.status_code == 422
+        assert "the request" in answer.json()["detail"]
+
+
+def test_nobody_without_the_password_draws(client, desk):
+    client.session.auth = None
+    assert client.session.post(f"{client.baseurl}/txt2img", json={}).status_code == 401
+    client.session.auth = ("me", "wrong")
+    assert client.session.get(f"{client.baseurl}/options").status_code == 401
+    assert desk.queue.jobs() == []
+
+
+def test_pages_elsewhere_cannot_ask(client, desk):
+    elsewhere = {"origin": "http://elsewhere.example"}
+    answer = client.session.post(f"{client.baseurl}/txt2img", json={}, headers=elsewhere)
+    assert answer.status_code == 403
+    assert desk.queue.jobs() == []
