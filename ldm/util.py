@@ -200,12 +200,18 @@ def written_whole(
 
 @contextmanager
 def part_of(path: str | os.PathLike[str], exclusive: bool = False) -> Iterator[Path]:
-    """Like `written_whole` for code that opens files itself: the path to write to."""
+    """Like `written_whole` for code that opens files itself: the path to write to.
+
+    It is that of an empty file in a temporary folder of its own, so that writers may also replace
+    it, or leave things beside it.
+    """
     target = Path(path) if exclusive else Path(os.path.realpath(path))
-    with _beside(target, is_folder=False) as part:
+    with _folder_beside(target) as folder:
+        part = folder / target.name
+        mode = _usual_mode(part)
         yield part
         with _said(target):
-            _sync(part)
+            _settle(part, mode)
             if exclusive:
                 _link(part, target)
             else:
@@ -220,15 +226,17 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: as for `written_whole`.
     """
     target = Path(os.path.realpath(path))
-    with _beside(target, is_folder=True) as part:
-        yield part
+    with _folder_beside(target) as folder:
+        mode = _usual_mode(folder / "mode")
+        (folder / "mode").unlink()
+        yield folder
         with _said(target):
-            for file in part.rglob("*"):
-                _sync(file)
-            before = part.with_suffix(".old")
+            for file in folder.rglob("*"):
+                _settle(file, mode)
+            before = folder.with_suffix(".old")
             if target.exists():
                 os.replace(target, before)
-            os.replace(part, target)
+            os.replace(folder, target)
             shutil.rmtree(before, ignore_errors=True)
 
 
@@ -249,33 +257,27 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def _beside(target: Path, is_folder: bool) -> Iterator[Path]:
-    """A temporary file or folder beside the target, locked as long as its writer lives."""
+def _folder_beside(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the target, locked as long as its writer lives."""
     with _said(target):
         remove_leftovers(target.parent)
     while True:
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
         with ExitStack() as stack:
             with _said(target):
-                if is_folder:
-                    part.mkdir()
-                else:
-                    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-                handle = stack.enter_context(_locked(part, wait=True))
+                folder.mkdir()
+                handle = stack.enter_context(_locked(folder, wait=True))
                 # between the two lines above another writer may have taken it for a leftover
-                if handle is not None and not _is_open_as(handle, part):
+                if handle is not None and not _is_open_as(handle, folder):
                     continue
             try:
-                yield part
+                yield folder
             except OSError as error:
                 if error.errno in _DISK_FAULTS:
                     raise _cannot_write(target, error) from error
                 raise
             finally:
-                if is_folder:
-                    shutil.rmtree(part, ignore_errors=True)
-                else:
-                    part.unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
             return
 
 
@@ -319,9 +321,17 @@ def _cannot_write(target: Path, error: OSError) -> InputError:
     return InputError(f"{escaped(target)} cannot be written: {error.strerror or error}")
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file is on the disk."""
+def _usual_mode(path: Path) -> int:
+    """Create an empty file; the permissions that the umask gives to it."""
+    with _said(path):
+        path.touch()
+        return path.stat().st_mode & 0o777
+
+
+def _settle(path: Path, mode: int) -> None:
+    """Give a finished file its permissions, and wait until it is on the disk."""
     if path.is_file():
+        path.chmod(mode)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
 

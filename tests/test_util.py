@@ -13,6 +13,7 @@ from ldm.util import (
     allow_module,
     get_obj_from_str,
     instantiate_from_config,
+    part_of,
     remove_leftovers,
     whole_folder,
     word_list,
@@ -177,6 +178,20 @@ def test_a_file_appears_whole_with_the_umasks_mode(tmp_path):
     os.umask(mask)
     assert target.stat().st_mode & 0o777 == 0o666 & ~mask
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_writer_may_replace_its_file(tmp_path):
+    """As safetensors does, which makes a file of its own with another mode."""
+    with part_of(tmp_path / "a.bin") as part:
+        assert part.suffix == ".bin"
+        (part.parent / "own").write_bytes(b"new")
+        (part.parent / "own").chmod(0o600)
+        (part.parent / "own").replace(part)
+        (part.parent / "left over").touch()
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.bin").read_bytes() == b"new"
+    assert (tmp_path / "a.bin").stat().st_mode == (tmp_path / "b").stat().st_mode
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.bin", "b"]
 
 
 def test_text_is_utf8_with_plain_newlines(tmp_path):

@@ -78,7 +78,14 @@ def build_without_weights(config: Mapping[str, Any], name: str, limit: int) -> L
             raise InputError(f"timesteps must be 1 to {MAX_TIMESTEPS}")
         with _parameters_on_meta(limit * 4 + 10_000):
             return instantiate_from_config(model, LatentDiffusion)
-    except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
+    except (
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
         reason = escaped(" ".join(str(error).split()), 300)
         raise InputError(f"no model can be built from {name}: {reason}") from error
 

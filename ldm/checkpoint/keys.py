@@ -228,7 +228,7 @@ def misfit(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> str | None
         pairs = list(_signature(unet, stage, text, shapes))
     except KeyError as error:
         raise InputError(f"the configuration is no latent-diffusion model: no {error}") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, IndexError) as error:
         raise InputError("the configuration is no latent-diffusion model") from error
     wrong = (pair for pair in pairs if pair[1] != pair[2])
     return next((f"it says {a} for {what}, the file {b}" for what, a, b in wrong), None)

@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import zipfile
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
-from ldm.checkpoint.files import open_state_dict
+from ldm.checkpoint.files import INDEX, open_state_dict
 from ldm.errors import InputError
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.half)}
@@ -315,4 +316,129 @@ def test_damaged_file_in_a_folder_is_named(tmp_path):
 def test_diffusers_folder(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(InputError, match="diffusers folder"):
+        open_state_dict(tmp_path)
+
+
+# --- hostile tensors --------------------------------------------------------------------------
+
+
+def holding_itself():
+    content = {"x": torch.ones(1)}
+    content["state_dict"] = content
+    return content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"w": torch.zeros(1).expand(10**9)},
+        {"w": torch.zeros(1).as_strided((10**5, 10**5), (0, 0))},
+        {f"w{i}": torch.zeros(1).expand(10**6) for i in range(1000)},
+        {f"w{i}": whole for whole in [torch.zeros(10**6)] for i in range(200)},
+    ],
+    ids=["expanded", "strided", "many", "one for all"],
+)
+def test_a_small_file_does_not_become_a_large_model(tmp_path, content):
+    torch.save(content, tmp_path / "m.ckpt")
+    with pytest.raises(InputError, match="tensors repeat"):
+        open_state_dict(tmp_path / "m.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.ones(3, dtype=torch.int8), "int8"),
+        (torch.ones(3, dtype=torch.bool), "bool"),
+        (torch.ones(3, dtype=torch.complex64), "complex64"),
+        (torch.eye(3).to_sparse(), "sparse_coo"),
+        (torch.empty(3, device="meta"), "meta"),
+    ],
+)
+def test_what_is_no_weight_is_named(tmp_path, tensor, kind):
+    torch.save({"w": tensor, "x": torch.ones(3)}, tmp_path / "m.ckpt")
+    with pytest.raises(InputError, match=rf"w is {kind}.*, and a weight must be"):
+        open_state_dict(tmp_path / "m.ckpt").require_weights(["x", "w"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.int64])
+def test_and_in_safetensors(tmp_path, dtype):
+    save_file({"w": torch.ones(3).to(dtype)}, tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match="and a weight must be"):
+        open_state_dict(tmp_path / "m.safetensors").require_weights("w")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_floating_point_numbers_are_weights(tmp_path, dtype, suffix):
+    path = tmp_path / f"m.{suffix}"
+    content = {"w": torch.ones(3, dtype=dtype)}
+    torch.save(content, path) if suffix == "ckpt" else save_file(content, path)
+    open_state_dict(path).require_weights("w")
+
+
+def test_a_dictionary_that_holds_itself_ends(tmp_path):
+    torch.save(holding_itself(), tmp_path / "m.ckpt")
+    assert list(open_state_dict(tmp_path / "m.ckpt")) == ["x"]
+
+
+def test_long_names_are_refused_and_shown_short(tmp_path):
+    save_file({"w\n\x1b[31m" + "x" * 10**4: torch.ones(1)}, tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=r"a name in it is w\\n\\x1b\[31mx+\.\.\.$") as caught:
+        open_state_dict(tmp_path / "m.safetensors")
+    assert len(str(caught.value)) < 300
+
+
+def test_pipes_are_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "m.safetensors")
+    for path in (tmp_path / "m.safetensors", tmp_path, "/dev/zero"):
+        with pytest.raises(InputError, match="is a pipe or a device"):
+            open_state_dict(path)
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path):
+    torch.save({"w": torch.zeros(10**6)}, tmp_path / "a.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.ckpt") as source,
+        zipfile.ZipFile(tmp_path / "b.ckpt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(InputError, match="compressed archive"):
+        open_state_dict(tmp_path / "b.ckpt")
+
+
+# --- folders of one conversion ----------------------------------------------------------------
+
+
+def split(folder, value=0.0, **files):
+    """A folder as `convert --split` writes it."""
+    folder.mkdir()
+    index = {}
+    for file, names in files.items():
+        tensors = {name: torch.full((2,), value) for name in names.split()}
+        save_file(tensors, folder / f"{file}.safetensors", {"split_id": f"id {value}"})
+        index |= dict.fromkeys(tensors, f"{file}.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+def test_a_folder_is_checked_against_its_index(tmp_path):
+    whole = split(tmp_path / "a", one="x y", two="z")
+    assert set(open_state_dict(whole)) == {"x", "y", "z"}
+    other = split(tmp_path / "b", value=1.0, one="x y", two="z")
+    (whole / "two.safetensors").write_bytes((other / "two.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"holds files of two models: one.* and two"):
+        open_state_dict(whole)
+    (whole / "two.safetensors").unlink()
+    with pytest.raises(InputError, match=r"z is in no file, not in two.safetensors"):
+        open_state_dict(whole)
+    (whole / INDEX).write_text("[]")
+    with pytest.raises(InputError, match="must be an object"):
+        open_state_dict(whole)
+
+
+def test_a_clone_that_holds_a_whole_file_is_told_to_name_it(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "sd-v1.safetensors").touch()
+    with pytest.raises(InputError, match=r"name one of its files, such as .*sd-v1\.safetensors"):
         open_state_dict(tmp_path)

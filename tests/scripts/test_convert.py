@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ldm.checkpoint.files import INDEX, open_state_dict
 from ldm.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -199,3 +201,44 @@ def test_a_folder_with_files_of_limited_size(tmp_path):
     assert all(torch.equal(stored[k], weights[k].half()) for k in stored)
     with pytest.raises(InputError, match="exists; give --force"):
         convert(source, split=0.35)
+    assert set(open_state_dict(folder)) == set(stored)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    """Fewer files than before, and a stop midway: never a folder of two models."""
+    for name, width in (("a", 900), ("b", 300)):
+        weights = {f"{UNET}layer{i}.weight": torch.randn(100, width) for i in range(3)}
+        torch.save(weights, tmp_path / f"{name}.ckpt")
+    folder = convert(tmp_path / "a.ckpt", tmp_path / "m", split=0.4)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    calls = []
+
+    def stop(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save_file(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ldm.checkpoint.convert.save_file", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "b.ckpt", folder, split=0.15, force=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    convert(tmp_path / "b.ckpt", folder, split=1, force=True)
+    assert sorted(path.name for path in folder.iterdir()) == [INDEX, "unet.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt", "m"]
+    (folder / "README").touch()
+    with pytest.raises(InputError, match=r"holds other files, too \(README\)"):
+        convert(tmp_path / "b.ckpt", folder, split=1, force=True)
+
+
+def test_the_mode_is_that_of_any_new_file(ckpt):
+    mask = os.umask(0)
+    os.umask(mask)
+    assert convert(ckpt).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("split", [0.0, -1.0, float("nan"), float("inf")])
+def test_the_size_of_files_is_a_size(ckpt, split):
+    with pytest.raises(InputError, match="give the megabytes of a file"):
+        convert(ckpt, split=split)
