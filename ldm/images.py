@@ -47,7 +47,12 @@ WEB_UI_SAMPLERS = {
     "euler": "Euler",
     "euler_a": "Euler a",
     "dpmpp_2m": "DPM++ 2M",
+    "heun": "Heun",
+    "dpmpp_sde": "DPM++ SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
 }
+WEB_UI_SCHEDULES = {"uniform": "Uniform", "karras": "Karras", "sgm_uniform": "SGM Uniform"}
 WEB_UI_UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 
 
@@ -418,7 +423,7 @@ def web_ui_text(settings: Mapping[str, Any]) -> str:
 def _schedule_type(settings: Mapping[str, Any]) -> str | None:
     """The name of the steps' spacing, for the samplers that have a choice."""
     has_choice = settings.get("sampler") in SIGMA_SAMPLERS
-    return settings["schedule"].capitalize() if has_choice else None
+    return WEB_UI_SCHEDULES.get(settings["schedule"]) if has_choice else None
 
 
 def _quoted(value: object) -> str:

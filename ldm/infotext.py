@@ -192,8 +192,8 @@ def _size(text: str) -> dict[str, Any]:
 
 def _sampler(text: str) -> dict[str, Any]:
     """A sampler's name, which in older files ends with that of a schedule."""
-    for schedule in SCHEDULES:
-        if text.lower().endswith(f" {schedule}"):
+    for schedule in reversed(SCHEDULES):
+        if text.lower().endswith(f" {schedule.replace('_', ' ')}"):
             return {**_sampler(text[: -len(schedule) - 1]), "schedule": schedule}
     if _NAMES.get(text) not in SAMPLERS:
         raise ValueError(text)

@@ -23,10 +23,14 @@ from ldm.images import Mask, Pixels
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMpp2MSampler, DPMSolverSampler
+from ldm.models.diffusion.dpmpp_sde import DPMppSDESampler
 from ldm.models.diffusion.euler import EulerAncestralSampler, EulerSampler
 from ldm.models.diffusion.guidance import Conditioning
+from ldm.models.diffusion.heun import HeunSampler
+from ldm.models.diffusion.lcm import LCMSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import NoiseSource, Sampler
+from ldm.models.diffusion.unipc import UniPCSampler
 from ldm.modules.encoders.prompts import embed_prompt, length_in_use
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import Tally
@@ -39,6 +43,10 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "euler": EulerSampler,
     "euler_a": EulerAncestralSampler,
     "dpmpp_2m": DPMpp2MSampler,
+    "heun": HeunSampler,
+    "dpmpp_sde": DPMppSDESampler,
+    "unipc": UniPCSampler,
+    "lcm": LCMSampler,
 }
 FLAT = 2  # levels of 255 by which the pixels of a picture of a single colour may differ
 N_KEPT_TEXTS = 100  # embeddings of prompts

@@ -11,9 +11,9 @@ from typing import Any
 
 from ldm.errors import InputError, escaped, shown
 
-SIGMA_SAMPLERS = ("euler", "euler_a", "dpmpp_2m")
+SIGMA_SAMPLERS = ("euler", "euler_a", "dpmpp_2m", "heun", "dpmpp_sde", "unipc", "lcm")
 SAMPLERS = ("ddim", "plms", "dpm_solver", *SIGMA_SAMPLERS)
-SCHEDULES = ("uniform", "karras")
+SCHEDULES = ("uniform", "karras", "sgm_uniform")
 UPSCALERS = ("latent", "lanczos")
 NOISE_ORDERS = ("image", "upstream")
 SIZE_STEP = 8  # pixels; heights and widths are multiples of it
@@ -64,9 +64,10 @@ class Settings:
         n_iter: how often to go through the prompts.
         seed: of the first picture; -1 chooses one.
         steps: of the sampler.
-        sampler: ddim, plms, dpm_solver, euler, euler_a or dpmpp_2m.
-        schedule: where the last three of them take their steps: uniform in time, or karras, which
-            has more of them at little noise.
+        sampler: ddim, plms, dpm_solver, euler, euler_a, dpmpp_2m, heun, dpmpp_sde, unipc or lcm
+            (for models distilled for it).
+        schedule: where those from euler on take their steps: uniform in time; karras, which has
+            more of them at little noise; or sgm_uniform, in time with a longer last step.
         scale: of the guidance: e_u + scale * (e_c - e_u); 1 does without e_u.
         eta: of DDIM: 0 is deterministic, 1 adds as much noise as the training process.
         H: height in pixels; rounded to a multiple of 8.

@@ -6,13 +6,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.schedule import make_beta_schedule, schedule_buffers
+from ldm.models.diffusion.schedule import (
+    make_beta_schedule,
+    rescale_zero_terminal_snr,
+    schedule_buffers,
+)
 
 
 class ClosedFormModel:
     """What samplers need of a model, around a function (x, t, c) -> output; it notes each call."""
 
     num_timesteps = 1000
+    zero_snr = False
     device = torch.device("cpu")
 
     def __init__(self, function, parameterization="eps"):
@@ -22,6 +27,8 @@ class ClosedFormModel:
         self.rows: list[int] = []
         self.n_runs = 0
         betas = make_beta_schedule("linear", self.num_timesteps, 0.00085, 0.0120)
+        if self.zero_snr:
+            betas = rescale_zero_terminal_snr(betas)
         for name, buffer in schedule_buffers(betas).items():
             setattr(self, name, buffer)
 
@@ -36,7 +43,7 @@ class ClosedFormModel:
 
     def level(self, t: float) -> float:
         """alpha_bar at a step, which may be a fraction."""
-        table = np.log(self.alphas_cumprod.double().numpy())
+        table = np.log(np.maximum(self.alphas_cumprod.double().numpy(), 2.0**-24))
         return float(np.exp(np.interp(t, np.arange(self.num_timesteps), table)))
 
 

@@ -11,8 +11,8 @@ from ldm.settings import Settings
         ("n_iter", -1, "1 to 1000000"),
         ("steps", 0, "1 to 1000"),
         ("steps", 1001, "1 to 1000"),
-        ("sampler", "heun", "ddim, plms, dpm_solver, euler, euler_a, dpmpp_2m"),
-        ("schedule", "exponential", "uniform, karras"),
+        ("sampler", "huen", "ddim, plms, dpm_solver, euler, euler_a, dpmpp_2m, heun, .* lcm"),
+        ("schedule", "exponential", "uniform, karras, sgm_uniform"),
         ("scale", float("nan"), "-1000 to 1000"),
         ("eta", 1.5, "0 to 1"),
         ("strength", 1.01, "0 to 1"),
@@ -49,7 +49,7 @@ def test_values_out_of_range_are_refused_with_the_limit(name, value, limit):
 
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
 def test_the_schedule_is_a_choice_of_three_samplers(sampler):
-    with pytest.raises(InputError, match=f"karras needs .* dpmpp_2m, not {sampler}"):
+    with pytest.raises(InputError, match=f"karras needs .* lcm, not {sampler}"):
         Settings("x", sampler=sampler, schedule="karras")
     with pytest.raises(InputError, match="schedule karras needs"):
         Settings("x", schedule="karras").filled({"sampler": sampler})

@@ -86,8 +86,8 @@ def add_sampling_flags(parser: Parser) -> None:
         "--schedule",
         choices=SCHEDULES,
         default="uniform",
-        help="where euler, euler_a and dpmpp_2m take their steps: uniform (default), or karras: "
-        "more steps at little noise",
+        help="where samplers from euler on take their steps: uniform (default); karras: more steps "
+        "at little noise; or sgm_uniform: a longer last step",
     )
     add("--ddim_eta", type=float, default=0.0, dest="eta", metavar="0..1", help="noise of DDIM")
     add(

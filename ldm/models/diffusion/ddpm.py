@@ -16,7 +16,12 @@ from ldm.errors import InputError, escaped
 from ldm.models.diffusion.arguments import INERT_ARGUMENTS, check_choice, check_inert
 from ldm.models.diffusion.denoiser import DiffusionWrapper
 from ldm.models.diffusion.guidance import PARAMETERIZATIONS, Conditioning
-from ldm.models.diffusion.schedule import make_beta_schedule, schedule_buffers, variational_weights
+from ldm.models.diffusion.schedule import (
+    make_beta_schedule,
+    rescale_zero_terminal_snr,
+    schedule_buffers,
+    variational_weights,
+)
 from ldm.modules.attention import remember_context
 from ldm.modules.ema import LitEma
 from ldm.modules.tome.merger import TokenMerger
@@ -41,6 +46,8 @@ class LatentDiffusion(nn.Module):
         linear_end: last beta.
         cosine_s: offset of the cosine schedule.
         given_betas: betas to use in place of a schedule, (T,).
+        zero_snr: rescale the schedule so that the last step is noise alone; for v-prediction. See
+            rescale_zero_terminal_snr.
         v_posterior: see schedule_buffers.
         parameterization: what the network predicts: ``eps``, ``x0`` or ``v``.
         loss_type: ``l2`` or ``l1``.
@@ -106,6 +113,7 @@ class LatentDiffusion(nn.Module):
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
         given_betas: Sequence[float] | None = None,
+        zero_snr: bool = False,
         v_posterior: float = 0.0,
         parameterization: str = "eps",
         loss_type: str = "l2",
@@ -168,6 +176,12 @@ class LatentDiffusion(nn.Module):
             if given_betas is None
             else np.asarray(given_betas, dtype=np.float64)
         )
+        if zero_snr:
+            if parameterization == "eps":
+                raise InputError(
+                    "zero_snr needs parameterization v: the noise of noise alone says nothing"
+                )
+            self.given_betas = rescale_zero_terminal_snr(self.given_betas)
         self.num_timesteps = len(self.given_betas)
         self.logvar_init = float(logvar_init)
         if learn_logvar:

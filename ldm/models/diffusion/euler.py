@@ -12,7 +12,19 @@ from ldm.models.diffusion.sampler import Blend, Draw, Sampler, Steps
 from ldm.models.diffusion.schedule import StepCoefficients, sigma_coefficients
 
 
-class EulerSampler(Sampler):
+class SigmaSampler(Sampler):
+    """Base of the samplers that step through sigma, all the way to no noise.
+
+    sigma is the standard deviation of the noise in x / sqrt(alpha_bar). `make_schedule` takes the
+    spacings of `sigma_coefficients`.
+    """
+
+    def _choose_steps(self, n_steps: int, discretization: str) -> list[StepCoefficients]:
+        alpha_bar = self.model.alphas_cumprod
+        return sigma_coefficients(alpha_bar, n_steps, discretization, self.eta)
+
+
+class EulerSampler(SigmaSampler):
     """Euler's method on the probability flow, all the way to no noise.
 
     For x / sqrt(alpha_bar), whose noise has the standard deviation sigma, a step adds
@@ -23,10 +35,6 @@ class EulerSampler(Sampler):
     """
 
     name = "Euler"
-
-    def _choose_steps(self, n_steps: int, discretization: str) -> list[StepCoefficients]:
-        alpha_bar = self.model.alphas_cumprod
-        return sigma_coefficients(alpha_bar, n_steps, discretization, self.eta)
 
     def iterate(
         self,

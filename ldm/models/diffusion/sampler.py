@@ -106,8 +106,8 @@ class Sampler:
 
         Args:
             ddim_num_steps: how many; see make_ddim_timesteps for the counts that come out.
-            ddim_discretize: ``uniform`` or ``quad``; for Euler and DPM++ 2M ``uniform`` or
-                ``karras``.
+            ddim_discretize: ``uniform`` or ``quad``; for those that step through sigma
+                ``uniform``, ``karras`` or ``sgm_uniform``.
             ddim_eta: 0 is deterministic, 1 has the variance of ancestral sampling; DDIM only.
             verbose: upstream's argument, without effect: nothing is printed.
 

@@ -22,7 +22,7 @@ from ldm.errors import InputError
 
 BETA_SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt", "squaredcos_cap_v2")
 DISCRETIZATIONS = ("uniform", "quad")
-SIGMA_SPACINGS = ("uniform", "karras")
+SIGMA_SPACINGS = ("uniform", "karras", "sgm_uniform")
 KARRAS_RHO = 7.0
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
@@ -67,6 +67,19 @@ def make_beta_schedule(
     raise InputError(f"beta_schedule {schedule!r}: choose from {', '.join(BETA_SCHEDULES)}")
 
 
+def rescale_zero_terminal_snr(betas: npt.ArrayLike) -> Float64Array:
+    """Betas, (T,), whose alpha_bar falls to exactly 0: the last step is noise alone.
+
+    sqrt(alpha_bar) is shifted and scaled so that its last value is 0 and its first one stays.
+
+    Source: Lin et al. 2023 (arXiv 2305.08891) algorithm 1.
+    """
+    root = np.sqrt(np.cumprod(1.0 - np.asarray(betas, dtype=np.float64)))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = root**2
+    return 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
 def schedule_buffers(betas: npt.ArrayLike, v_posterior: float = 0.0) -> dict[str, Tensor]:
     """The twelve schedule tensors that a checkpoint stores, by their state-dict names.
 
@@ -82,6 +95,8 @@ def schedule_buffers(betas: npt.ArrayLike, v_posterior: float = 0.0) -> dict[str
     alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
     posterior_variance = (1 - v_posterior) * beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
     posterior_variance = posterior_variance + v_posterior * beta
+    with np.errstate(divide="ignore"):  # of a schedule that ends in noise alone
+        recip = 1 / alpha_bar
     arrays = {  # state-dict names
         "betas": beta,
         "alphas_cumprod": alpha_bar,
@@ -89,8 +104,8 @@ def schedule_buffers(betas: npt.ArrayLike, v_posterior: float = 0.0) -> dict[str
         "sqrt_alphas_cumprod": np.sqrt(alpha_bar),
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alpha_bar),
         "log_one_minus_alphas_cumprod": np.log(1 - alpha_bar),
-        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alpha_bar),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alpha_bar - 1),
+        "sqrt_recip_alphas_cumprod": np.sqrt(recip),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(recip - 1),
         "posterior_variance": posterior_variance,
         # the variance of step 0 is 0
         "posterior_log_variance_clipped": np.log(np.maximum(posterior_variance, 1e-20)),
@@ -282,7 +297,8 @@ def sigma_coefficients(
     Args:
         alpha_bar: the model's alphas_cumprod, (T,).
         n_steps: at least 1.
-        spacing: ``uniform`` in time, or ``karras``: sigma^(1/7) falls linearly.
+        spacing: ``uniform`` in time; ``karras``: sigma^(1/7) falls linearly; or ``sgm_uniform``:
+            in time, but with the last step to no noise as long as the others.
         eta: see step_coefficients.
 
     Source: Karras et al. 2022 (arXiv 2206.00364) eq. 5; k-diffusion's get_sigmas.
@@ -292,11 +308,12 @@ def sigma_coefficients(
     """
     if n_steps < 1:
         raise InputError(f"{n_steps} sampling steps: at least 1 is needed")
-    table = to_numpy(alpha_bar).astype(np.float64)
-    log_sigma = 0.5 * np.log((1 - table) / table)
-    steps = np.arange(len(table))
+    log_sigma = _log_sigma(alpha_bar)
+    steps = np.arange(len(log_sigma))
     if spacing == "uniform":
         times = np.linspace(steps[-1], 0, n_steps)[::-1]
+    elif spacing == "sgm_uniform":
+        times = np.linspace(steps[-1], 0, n_steps + 1)[:-1][::-1]
     elif spacing == "karras":
         highest, lowest = np.exp(log_sigma[[-1, 0]] / KARRAS_RHO).tolist()
         roots = np.linspace(highest, lowest, n_steps)[::-1]
@@ -307,6 +324,26 @@ def sigma_coefficients(
     return step_coefficients(times, levels, np.append(1.0, levels[:-1]), eta)
 
 
-def to_numpy(values: Tensor) -> Float32Array:
-    """A schedule tensor as a float32 array in main memory."""
-    return values.detach().float().cpu().numpy()
+def time_of(alpha_bar: Tensor, sigma: float) -> float:
+    """The step, a fraction, at which a model's sigma = sqrt((1 - alpha_bar) / alpha_bar) is this.
+
+    Args:
+        alpha_bar: the model's alphas_cumprod, (T,).
+        sigma: above 0.
+    """
+    log_sigma = _log_sigma(alpha_bar)
+    return float(np.interp(math.log(sigma), log_sigma, np.arange(len(log_sigma))))
+
+
+def _log_sigma(alpha_bar: Tensor) -> Float64Array:
+    table = to_numpy(alpha_bar).astype(np.float64)
+    return 0.5 * np.log((1 - table) / table)
+
+
+def to_numpy(alpha_bar: Tensor) -> Float32Array:
+    """A model's alpha_bar as a float32 array in main memory.
+
+    Where it is 0, samplers take 2^-24, the smallest that float16 has, as diffusers do: what they
+    divide by is its root.
+    """
+    return np.maximum(alpha_bar.detach().float().cpu().numpy(), np.float32(2.0**-24))

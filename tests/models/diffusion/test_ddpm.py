@@ -223,3 +223,12 @@ def test_inpainting_configuration_uses_the_same_class():
     model = instantiate_from_config(config)
     cond = {"c_concat": [torch.zeros(2, 5, 4, 4)], "c_crossattn": [torch.zeros(2, 1, WIDTH)]}
     assert model.apply_model(torch.zeros(2, 4, 4, 4), torch.zeros(2), cond).shape == (2, 4, 4, 4)
+
+
+def test_a_model_may_end_its_schedule_in_noise_alone():
+    config = tiny_config(parameterization="v", zero_snr=True)["model"]
+    model = instantiate_from_config(config)
+    assert model.alphas_cumprod[-1] == 0
+    config["params"]["parameterization"] = "eps"
+    with pytest.raises(InputError, match="zero_snr needs parameterization v"):
+        instantiate_from_config(config)

@@ -12,6 +12,7 @@ from ldm.models.diffusion.schedule import (
     make_beta_schedule,
     make_ddim_timesteps,
     original_coefficients,
+    rescale_zero_terminal_snr,
     schedule_buffers,
     sigma_coefficients,
     variational_weights,
@@ -229,3 +230,17 @@ def test_unknown_sigma_spacings_are_refused():
         sigma_coefficients(ALPHA_BAR, 0)
     with pytest.raises(InputError, match="schedule 'quad': choose from uniform, karras"):
         sigma_coefficients(ALPHA_BAR, 5, "quad")
+
+
+def test_a_rescaled_schedule_ends_in_noise_alone():
+    betas = make_beta_schedule("linear", 1000, 0.00085, 0.0120)
+    rescaled = rescale_zero_terminal_snr(betas)
+    before, after = np.cumprod(1 - betas), np.cumprod(1 - rescaled)
+    assert after[-1] == 0
+    assert after[0] == pytest.approx(before[0])
+    assert (np.diff(after) < 0).all()
+    # sqrt(alpha_bar) is an affine function of what it was
+    slope = np.diff(np.sqrt(after)) / np.diff(np.sqrt(before))
+    assert slope == pytest.approx(np.full(999, slope[0]), rel=1e-6)
+    buffers = schedule_buffers(rescaled)
+    assert not any(buffer.isnan().any() for buffer in buffers.values())
