@@ -41,12 +41,12 @@ def find_config(path: str | os.PathLike[str]) -> Path:
         InputError: neither exists, or it is no file.
     """
     for candidate in (Path(path), shipped(path)):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
-    if Path(path).is_dir():
-        raise InputError(f"configuration {str(path)!r} is a folder; name a YAML file in it")
+    if os.path.isdir(path):
+        raise InputError(f"configuration {shown(path)} is a folder; name a YAML file in it")
     known = ", ".join(str(found) for found in model_configs())
-    raise InputError(f"there is no configuration {str(path)!r}; the shipped ones are {known}")
+    raise InputError(f"there is no configuration {shown(path)}; the shipped ones are {known}")
 
 
 def model_configs() -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ldm.errors import InputError
+from ldm.errors import InputError, escaped, shown
 from ldm.images import fit, load_rgb
+from ldm.text import check_kind, check_text, parse_json, read_text, split_lines
 
+MAX_LISTING = 2**30  # bytes
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 
 
@@ -30,7 +31,8 @@ class FolderPictures(Dataset):
         flip: whether to mirror half of the items; not for captions that say left or right.
 
     Raises:
-        InputError: the folder is missing or has no picture, or a picture has no caption.
+        InputError: the folder is missing or has no picture, a picture has no caption, or a
+            caption is no text in UTF-8.
     """
 
     def __init__(
@@ -41,12 +43,12 @@ class FolderPictures(Dataset):
         self.flip = flip
         root = Path(folder)
         if not root.is_dir():
-            raise InputError(f"{folder}: there is no such folder")
+            raise InputError(f"{escaped(folder)}: there is no such folder")
         listing = root / "metadata.jsonl"
         self.items = _listed(listing) if listing.is_file() else _beside(root)
         if not self.items:
             known = ", ".join(sorted(SUFFIXES))
-            raise InputError(f"{folder}: no pictures in it ({known})")
+            raise InputError(f"{escaped(folder)}: no pictures in it ({known})")
 
     def __len__(self) -> int:
         """How many pictures there are."""
@@ -71,24 +73,29 @@ def _beside(root: Path) -> list[tuple[Path, str]]:
             continue
         text = path.with_suffix(".txt")
         if not text.is_file():
-            raise InputError(f"{path}: no caption; write one into {text.name} or metadata.jsonl")
-        items.append((path, text.read_text(encoding="utf-8").strip()))
+            raise InputError(
+                f"{escaped(path)}: no caption; write one into {escaped(text.name)} or "
+                "metadata.jsonl"
+            )
+        items.append((path, check_text(read_text(text).strip(), escaped(text))))
     return items
 
 
 def _listed(listing: Path) -> list[tuple[Path, str]]:
     items = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(split_lines(read_text(listing, MAX_LISTING)), start=1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-            path, caption = listing.parent / entry["file_name"], entry["text"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f'{listing}, line {number}: not of the form {{"file_name": ..., "text": ...}}'
-            ) from None
+        where = f"{escaped(listing)}, line {number}"
+        entry = parse_json(line, where)
+        if not {"file_name", "text"} <= entry.keys():
+            raise InputError(f'{where}: not of the form {{"file_name": ..., "text": ...}}')
+        name = check_kind(entry["file_name"], str, f"{where}: file_name")
+        caption = check_kind(entry["text"], str, f"{where}: text")
+        path = listing.parent / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{where}: file_name {shown(name)} leads out of the folder")
         if not path.is_file():
-            raise InputError(f"{listing}, line {number}: there is no {path}")
+            raise InputError(f"{where}: there is no {escaped(path)}")
         items.append((path, caption))
     return items

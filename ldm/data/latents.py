@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm.errors import InputError
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, part_of
 
 
 class EncodedPictures(Dataset):
@@ -55,9 +54,12 @@ class EncodedPictures(Dataset):
         settings = json.dumps([pictures, version, first_stage], sort_keys=True).encode()
         digest = hashlib.sha256(settings + Path(weights).read_bytes()).hexdigest()[:16]
         path = Path(cache_dir) / f"latents-{digest}.npy"
-        if not path.is_file():
+        latents = _opened(path, len(self.pictures))
+        if latents is None:
             self._encode(path, first_stage, weights, batch_size)
-        self.latents = np.load(path, mmap_mode="r")
+            latents = _opened(path, len(self.pictures))
+            assert latents is not None, "just written"
+        self.latents = latents
 
     @torch.no_grad()
     def _encode(self, path: Path, config: dict[str, Any], weights: str, batch_size: int) -> None:
@@ -69,10 +71,9 @@ class EncodedPictures(Dataset):
         state = {k.removeprefix(prefix): v.float() for k, v in load_file(weights).items()}
         model.load_state_dict(state)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.part")
         starts = range(0, len(self.pictures), batch_size)
         latents: np.memmap | None = None
-        try:
+        with part_of(path) as part:
             for start in tqdm(starts, desc="Encoding pictures"):
                 stop = min(start + batch_size, len(self.pictures))
                 batch = [self.pictures[i][self.image_key] for i in range(start, stop)]
@@ -81,13 +82,11 @@ class EncodedPictures(Dataset):
                 z = model.encode(x).mode().contiguous().numpy()
                 if latents is None:
                     shape = (len(self.pictures), *z.shape[1:])
-                    latents = np.lib.format.open_memmap(unfinished, "w+", np.float16, shape)
+                    latents = np.lib.format.open_memmap(part, "w+", np.float16, shape)
                 latents[start:stop] = z
-            assert latents is not None, "the inner data set is empty"
+            if latents is None:
+                raise InputError("the data set of pictures to encode is empty")
             latents.flush()
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         """How many pictures there are."""
@@ -98,3 +97,12 @@ class EncodedPictures(Dataset):
         item = {k: v for k, v in self.pictures[index].items() if k != self.image_key}
         latent = self.latents[index].astype(np.float32) * self.scale_factor
         return {**item, "latent": torch.from_numpy(latent)}
+
+
+def _opened(path: Path, n_pictures: int) -> np.ndarray | None:
+    """The latents that a file keeps of so many pictures; None without, or where it is damaged."""
+    try:
+        latents = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return latents if latents.ndim == 4 and len(latents) == n_pictures else None

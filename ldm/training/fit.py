@@ -159,7 +159,11 @@ def _callbacks(config: Any) -> dict[str, pl.Callback]:
 def _checkpointing(config: Any) -> dict[str, Any]:
     """Arguments of ModelCheckpoint."""
     known(config, ("target", "params"), "lightning.modelcheckpoint")
-    params = dict(config.get("params") or {})
+    given = config.get("params") or {}
+    if not isinstance(given, Mapping):
+        place = "lightning.modelcheckpoint.params"
+        raise InputError(f"{place} {shown(given)}: must be 'key: value' pairs")
+    params = dict(given)
     if "period" in params:
         params["every_n_epochs"] = params.pop("period")
     for name in ("dirpath", "enable_version_counter"):

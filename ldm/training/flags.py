@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm.errors import InputError, shown
@@ -150,7 +150,7 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("nothing to train: give --base YAML, or --resume FOLDER")
     if options.finetune_from and options.resume:
         raise InputError("--finetune_from begins a run with others' weights: leave out --resume")
-    if options.finetune_from and not Path(options.finetune_from).exists():
+    if options.finetune_from and not os.path.exists(options.finetune_from):
         raise InputError(f"--finetune_from {shown(options.finetune_from)}: there is no such file")
     for flag in ("name", "postfix"):
         text = getattr(options, flag)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import re
 import sys
 from pathlib import Path
@@ -67,9 +68,9 @@ def run_of(resume: str) -> tuple[Path, Path | None]:
         InputError: there is no such run.
     """
     path = Path(resume)
-    if path.is_file():
+    if os.path.isfile(path):
         return path.absolute().parent.parent, path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(f"--resume {escaped(resume)}: there is no such folder; name that of a run")
     return path, None
 

@@ -46,6 +46,17 @@ def test_captions_in_a_list(tmp_path):
     assert data[0]["caption"] == "ein Bild für uns"
 
 
+def test_a_mark_at_the_beginning_is_no_caption_and_only_newlines_end_a_line(tmp_path):
+    write_picture(tmp_path / "one.png")
+    caption = "one\u2028two\x0cthree"
+    line = json.dumps({"file_name": "one.png", "text": caption}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8-sig")
+    assert FolderPictures(str(tmp_path), size=8)[0]["caption"] == caption
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "one.txt").write_text("a house", encoding="utf-8-sig")
+    assert FolderPictures(str(tmp_path), size=8)[0]["caption"] == "a house"
+
+
 def test_a_flip_mirrors_half_of_the_items(tmp_path):
     write_picture(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a")
@@ -61,7 +72,19 @@ def test_a_flip_mirrors_half_of_the_items(tmp_path):
         ({}, "no pictures"),
         ({"notes.txt": "a"}, "no pictures"),
         ({"a.png": None}, "no caption"),
-        ({"metadata.jsonl": "{"}, "line 1: not of the form"),
+        ({"metadata.jsonl": "{"}, "line 1: not a JSON object"),
+        ({"metadata.jsonl": "[1]"}, "line 1: must be an object"),
+        (
+            {"metadata.jsonl": '\n{"file_name": 7, "text": "a"}'},
+            "line 2: file_name: must be a text",
+        ),
+        ({"metadata.jsonl": '{"file_name": "a", "text": ["b"]}'}, "line 1: text: must be a text"),
+        ({"metadata.jsonl": '{"file_name": "../a", "text": "b"}'}, "leads out of the folder"),
+        ({"metadata.jsonl": '{"file_name": "/a", "text": "b"}'}, "leads out of the folder"),
+        ({"metadata.jsonl": "sch\u00f6n".encode("latin-1")}, "line 1: not a text file in UTF-8"),
+        ({"metadata.jsonl": "a".encode("utf-16")}, "UTF-16"),
+        ({"a.png": None, "a.txt": "a".encode("utf-16")}, "a.txt: this is UTF-16"),
+        ({"a.png": None, "a.txt": "a\nsch\u00f6n".encode("latin-1")}, "a.txt, line 2: not a text"),
         ({"metadata.jsonl": '{"file_name": "a.png"}'}, "line 1: not of the form"),
         ({"metadata.jsonl": '{"file_name": "a.png", "text": "a"}'}, "line 1: there is no"),
         ({"metadata.jsonl": ""}, "no pictures"),
@@ -72,7 +95,9 @@ def test_what_is_missing_is_named(tmp_path, files, message):
         if content is None:
             write_picture(tmp_path / name)
         else:
-            (tmp_path / name).write_text(content)
+            (tmp_path / name).write_bytes(
+                content if isinstance(content, bytes) else content.encode()
+            )
     with pytest.raises(InputError, match=message):
         FolderPictures(str(tmp_path))
 

@@ -55,6 +55,10 @@ def test_items_are_scaled_means_with_captions(weights, tmp_path):
     written = file.stat().st_mtime_ns
     EncodedPictures(PICTURES, FIRST_STAGE, path, 0.5, str(cache))
     assert file.stat().st_mtime_ns == written
+    whole = file.read_bytes()
+    file.write_bytes(whole[:150])  # damaged: made again
+    EncodedPictures(PICTURES, FIRST_STAGE, path, 0.5, str(cache), batch_size=2)
+    assert file.read_bytes() == whole
 
 
 def test_other_pictures_have_another_cache(weights, tmp_path):
