@@ -44,9 +44,9 @@ def find_config(path: str | os.PathLike[str]) -> Path:
         if os.path.isfile(candidate):
             return candidate
     if os.path.isdir(path):
-        raise InputError(f"configuration {shown(path)} is a folder; name a YAML file in it")
+        raise InputError(f"configuration {shown(str(path))} is a folder; name a YAML file in it")
     known = ", ".join(str(found) for found in model_configs())
-    raise InputError(f"there is no configuration {shown(path)}; the shipped ones are {known}")
+    raise InputError(f"there is no configuration {shown(str(path))}; the shipped ones are {known}")
 
 
 def model_configs() -> list[Path]:
