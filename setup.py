@@ -36,7 +36,7 @@ class BuildWithShippedFiles(build_py):
 WEB = ["gradio>=6.0"]
 # diffusers and tomesd: merging in their U-Nets, and by their functions, is compared with ours.
 TEST = [
-    *("pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", "tomesd>=0.1.3", "transformers>=4.40"),
+    *("pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", "tomesd>=0.1.3"),
     "scipy>=1.11",
     "webuiapi>=0.9",  # written for A1111's web UI; asks ours
     *WEB,
@@ -63,6 +63,7 @@ setup(
         "pytorch-lightning>=2.2",
         "omegaconf>=2.3",
         "einops>=0.7",
+        "transformers>=4.40",
         "open_clip_torch>=2.24",
         "kornia>=0.7",
         "pillow>=10.1",
@@ -76,7 +77,7 @@ setup(
         "web": WEB,  # scripts/webui.py
         "bench": ["diffusers>=0.30", "tomesd>=0.1.3", "matplotlib>=3.8"],
         # plots as PNG files; FID and CLIP scores, as torchmetrics has them
-        "evaluation": ["matplotlib>=3.8", "torch-fidelity>=0.3", "transformers>=4.40"],
+        "evaluation": ["matplotlib>=3.8", "torch-fidelity>=0.3"],
         "dev": [
             *TEST,
             "ruff==0.17.6",

@@ -176,7 +176,7 @@ class TextEncoder(nn.Module):
 
 
 class FrozenCLIPEmbedder(TextEncoder):
-    """The text encoder of Stable Diffusion 1: CLIP's text model from transformers.
+    """The text encoder of Stable Diffusion 1: CLIP's text model.
 
     Args:
         version: only "openai/clip-vit-large-patch14" is built in.
