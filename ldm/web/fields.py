@@ -66,9 +66,10 @@ class Fields:
                 self._number("hires_scale", precision=None, info="1 is off")
                 self._slider("hires_strength", 0, 1, 0.01)
             with gr.Row():
-                self._number("hires_steps", info="empty: as many as above")
+                self._number("hires_steps", info="0: as many as above")
                 self._choice("hires_upscaler", UPSCALERS)
-                self._number("hires_ratio", "ToMe ratio", None, info="empty: as above")
+            with gr.Row():
+                self._text("hires_ratio", "ToMe ratio", info="empty: as above", min_width=80)
         with gr.Accordion("LoRAs and embeddings", open=False):
             self._lay_out_addons()
         with gr.Accordion("More settings", open=bool(self.first["more"])):
@@ -211,7 +212,7 @@ class Fields:
             line = self.runner.describe(model, read_form(self.base, {**form, "seed": 0}).tome)
         except InputError as error:
             return failure(error)
-        words = PRESETS.get(form["preset"], "")
+        words = "" if form["preset"] == NO_PRESET else PRESETS.get(form["preset"], "")
         return f"<p>{html.escape(line)}</p><small>{html.escape(words)}</small>"
 
 

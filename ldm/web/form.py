@@ -75,7 +75,9 @@ class Base:
         form: Form = {name: self.wishes.given.get(name, defaults.get(name)) for name in SETTINGS}
         form["preset"] = self.wishes.preset_name or NO_PRESET
         form["ratio"] = self.preset_ratio(form["preset"]) or 0.0
-        form |= {"hires_ratio": self.wishes.hires_ratio, "more": ""}
+        again = self.wishes.hires_ratio
+        form |= {"hires_ratio": "" if again is None else str(again), "more": ""}
+        form["hires_steps"] = form["hires_steps"] or 0  # a field without a number shows 0
         ratio = self.wishes.keys.get("ratio")
         if isinstance(ratio, float | int):
             form["ratio"] = float(ratio)
@@ -96,6 +98,7 @@ def read_form(base: Base, form: Mapping[str, Any]) -> Draw:
     """
     changes: Form = {name: form[name] for name in SETTINGS}
     changes["seed"] = -1 if form["seed"] is None else form["seed"]
+    changes["hires_steps"] = form["hires_steps"] or None
     preset, ratio = form["preset"], form["ratio"] or 0.0
     usual = base.preset_ratio(preset)
     if preset != base.wishes.preset_name:
@@ -103,8 +106,11 @@ def read_form(base: Base, form: Mapping[str, Any]) -> Draw:
     changes |= {"no-tome": None, "tome.ratio": None if usual in (None, ratio) else ratio}
     wishes = base.wishes.changed({**changes, **_more(form["more"])})
     settings = wishes.settings()
-    again = form["hires_ratio"] if settings.hires_scale > 1 else None
-    tome = wishes.changed({"tome.hires_ratio": again}).tome
+    again = form["hires_ratio"]
+    if isinstance(again, str):
+        again = typed("tome.hires_ratio", again.split()) if again.strip() else None
+    # without a second pass it says nothing
+    tome = wishes.changed({"tome.hires_ratio": again if settings.hires_scale > 1 else None}).tome
     if tome is None and preset == NO_PRESET:
         tome = False  # the fields say so, whatever the model's YAML does
     return Draw(settings, tome)
@@ -139,7 +145,7 @@ def form_of(
         usual: the fields where the picture says nothing.
     """
     form, notes, lines = dict(usual), list(found.left_out), []
-    form |= {"preset": NO_PRESET, "ratio": 0.0, "hires_ratio": None, "hires_scale": 1.0}
+    form |= {"preset": NO_PRESET, "ratio": 0.0, "hires_ratio": "", "hires_scale": 1.0}
     form |= {"n_iter": 1, "n_samples": 1}
     for name, value in found.settings.items():
         if name in ("n_iter", "n_samples", "C", "f"):
@@ -176,7 +182,7 @@ def _tome_forms(base: Base, form: Form, keys: Mapping[str, Any]) -> Iterable[For
     own = dict(keys)
     hires = own.get("hires")
     if isinstance(hires, Mapping) and isinstance(hires.get("ratio"), float | int):
-        form = {**form, "hires_ratio": hires["ratio"]}
+        form = {**form, "hires_ratio": str(hires["ratio"])}
         del own["hires"]
     ratio = own.get("ratio")
     if isinstance(ratio, float | int):

@@ -321,6 +321,11 @@ window.ldm = (() => {
       setTimeout(() => by("draw").click(), 50);
     }
   });
+  // on a phone the picture is far below the button
+  document.addEventListener("click", (event) => {
+    if (innerWidth <= 640 && event.target.closest && event.target.closest("#draw"))
+      by("status").scrollIntoView({behavior: "smooth"});
+  });
   watch();
 
   return {

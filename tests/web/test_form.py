@@ -48,7 +48,8 @@ def test_presets_come_in_order_each_with_a_line():
 
 def test_fields_are_settings():
     base, form = start("--ddim_eta", "0.5")
-    form |= {"prompt": "the sea", "steps": 7, "W": None, "ratio": 0.5, "hires_ratio": 0.25}
+    form |= {"prompt": "the sea", "steps": 7, "W": None, "ratio": 0.5, "hires_ratio": "0.25"}
+    form |= {"hires_steps": 0}
     form |= {"more": "fixed_code\n\ntome.window 5\nscale 3\ntome-stride 2 2", "hires_scale": 2}
     draw = read_form(base, form)
     settings = draw.settings
