@@ -19,12 +19,12 @@ from starlette.routing import Route
 from ldm.errors import InputError, OutOfMemory, is_out_of_memory
 from ldm.images import (
     WEB_UI_SAMPLERS,
+    WEB_UI_SCHEDULES,
     WEB_UI_UPSCALERS,
     picture_texts,
     web_ui_text,
 )
 from ldm.infotext import understood
-from ldm.settings import SCHEDULES
 from ldm.text import check_kind
 from ldm.web.bodies import Options, Order, in_their_words, read_body
 from ldm.web.desk import Desk
@@ -228,7 +228,7 @@ def _samplers() -> list[dict[str, Any]]:
 
 
 def _schedulers() -> list[dict[str, Any]]:
-    named = [{"name": name, "label": name.replace("_", " ").capitalize()} for name in SCHEDULES]
+    named = [{"name": name, "label": label} for name, label in WEB_UI_SCHEDULES.items()]
     return [{"name": "automatic", "label": "Automatic"}, *named]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm.cli.values import Wishes
 from ldm.errors import InputError, shown
-from ldm.images import WEB_UI_SAMPLERS, WEB_UI_UPSCALERS
+from ldm.images import WEB_UI_SAMPLERS, WEB_UI_SCHEDULES, WEB_UI_UPSCALERS
 from ldm.settings import SCHEDULES
 from ldm.text import check_kind
 
@@ -168,13 +168,15 @@ def _sampler(body: Body) -> Body:
     index = body.pop("sampler_index", None)
     name = body.pop("sampler_name", None) or index
     schedule = body.pop("scheduler", None)
-    known = {theirs.lower(): ours for ours, theirs in reversed(WEB_UI_SAMPLERS.items())}
+    known = {theirs.lower(): ours for ours, theirs in WEB_UI_SAMPLERS.items()}
     changes: Body = {}
     if name is not None:
         words = check_kind(name, str, "sampler_name").lower()
-        for spacing in SCHEDULES:
-            if words.endswith(f" {spacing}") and schedule in (None, "", "Automatic", "automatic"):
-                words, schedule = words.removesuffix(f" {spacing}"), spacing
+        for spacing, label in WEB_UI_SCHEDULES.items():
+            is_open = schedule in (None, "", "Automatic", "automatic")
+            before = words.removesuffix(f" {label.lower()}")
+            if is_open and before != words and before in known:
+                words, schedule = before, spacing
         if known.get(words, words) not in WEB_UI_SAMPLERS:
             names = ", ".join(WEB_UI_SAMPLERS.values())
             raise InputError(f"sampler_name {shown(name)}: allowed is {names}")

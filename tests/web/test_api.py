@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.cli.values import Wishes
 from ldm.web.address import free_port
 from ldm.web.api import Api
+from ldm.web.bodies import Options, read_body
 from ldm.web.server import Server
 
 webuiapi = pytest.importorskip("webuiapi")
@@ -64,6 +66,25 @@ def test_a_client_draws(client):
     assert about["emphasis"]
     assert result.info["all_seeds"] == [5, 6]
     assert result.info["infotexts"][0] == result.image.info["parameters"]
+
+
+def test_samplers_go_by_the_names_that_clients_know():
+    def read(**body):
+        return read_body(
+            body, Wishes(frozenset(("sampler", "schedule", "eta", "seed"))), Options(), {}
+        )
+
+    for name, sampler, schedule in (
+        ("DPM++ 2M Karras", "dpmpp_2m", "karras"),
+        ("DPM++ SDE SGM Uniform", "dpmpp_sde", "sgm_uniform"),
+        ("Euler a", "euler_a", None),
+        ("heun", "heun", None),
+    ):
+        given = read(sampler_name=name, scheduler="automatic", eta=1.0).wishes.given
+        assert (given["sampler"], given.get("schedule")) == (sampler, schedule)
+        assert "eta" not in given
+    assert read(sampler_name="DDIM", eta=0.5).wishes.given["eta"] == 0.5
+    assert read(sampler_name="Euler a", eta=0.5).not_used == ("eta",)
 
 
 def test_merging_is_an_override_or_an_object_of_its_own(client):
