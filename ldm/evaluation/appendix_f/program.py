@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli import flags, options
 from ldm.cli.lists import at_least, numbers, share, words
 from ldm.cli.parser import Arguments, Parser
+from ldm.config import load_config
 from ldm.distributed import Process
 from ldm.errors import InputError
 from ldm.evaluation.appendix_f.plan import (
@@ -81,6 +82,20 @@ def build_parser() -> Parser:
         "--dry-run",
         action="store_true",
         help="say what would be drawn, and how long it takes and how much disk by one trial batch",
+    )
+    add(
+        "--docs",
+        nargs="?",
+        const=DOCS,
+        metavar="YAML",
+        help=f"make every table and picture of README and docs that depends on the demo model, as "
+        f"listed in a file (default: {DOCS}); with --quick a rehearsal, which leaves them alone",
+    )
+    add(
+        "--statistics",
+        action="store_true",
+        help="print how alike merged tokens are in each block, beside what is published of Stable "
+        "Diffusion",
     )
     add("--table-only", action="store_true", help="draw nothing; make the table of what is there")
     add("--from-file", metavar="FILE", help="prompts of your own, one a line")
@@ -161,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.device = process.device(args.device)
     model = options.model_arguments(args)
     options.check_writable(args.outdir)
+    if args.docs is not None:
+        return docs(args)
 
     from ldm.checkpoint.load import default_checkpoint, inspect_checkpoint
     from ldm.evaluation.appendix_f.work import unet_outline
@@ -189,6 +206,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     pipeline = load({**model, "tome": False})
     plan = filled(plan, args, pipeline)
+    if args.statistics:
+        return statistics(plan, pipeline)
     if args.dry_run:
         print("\n".join(dry_run(plan, protocol, args)))
         hours, gib = expected_cost(pipeline, plan)
@@ -197,6 +216,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     with process.joined():
         experiment = conduct(pipeline, plan, scenes, args.outdir, process, extras, args.table_only)
         finish(experiment, work, extras, command(argv))
+
+
+def docs(args: Arguments) -> None:
+    """Make what README and docs show of the demo model."""
+    from ldm.evaluation.docs import make_docs
+
+    spec = load_config(args.docs)
+    for name in ("experiments", "tables", "pictures"):
+        if not isinstance(spec.get(name), dict):
+            raise InputError(f"--docs {args.docs}: {name} must be a mapping")
+    for path in make_docs(spec, Path.cwd(), Path(args.outdir), args.quick):
+        print(f"Written: {path}")
+
+
+def statistics(plan: Plan, pipeline: Pipeline) -> None:
+    """Print a table of the mean cosine of merged pairs, of the first batch at each size."""
+    from ldm.evaluation.appendix_f.similarity import cosine_table, mean_cosines
+
+    for size in plan.sizes:
+        settings = replace(plan.sampling, H=size, W=size, prompt=plan.prompts)
+        batch = [(prompt, settings.seed + i) for i, prompt in enumerate(plan.prompts[:8])]
+        print(f"{size}x{size}, ratio 0.5, {len(batch)} pictures:\n")
+        print(cosine_table(mean_cosines(pipeline, settings, batch)), end="\n\n")
 
 
 def check(args: Arguments) -> None:
@@ -312,6 +354,7 @@ def speed_models(args: Arguments) -> list[str]:
     return found
 
 
+DOCS = "configs/study/docs.yaml"
 VOCABULARY = "ldm.demo.scenes.VOCABULARY"  # of a model that draws scenes
 SPEED_MODELS = ("own", "sd1.5", "sd2.1")
 AGAINST = ("tomesd", "todo")  # what differences are listed to

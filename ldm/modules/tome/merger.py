@@ -257,6 +257,8 @@ class TokenMerger:
         For an accelerator they are drawn and copied many at a time, and kept for the next runs, so
         that hardly any step has to wait for them.
         """
+        if config.method != "random" and not (config.method == "grid" and config.random):
+            return None
         if device.type == "cpu":
             drawn = _drawn(config, size, 1, self._generator)
             return None if drawn is None else drawn[0]
