@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ldm import __version__, images
-from ldm.checkpoint.embedding import Embedding, read_embeddings
+from ldm.checkpoint.embedding import Embedding, EmbeddingFile, read_embeddings
 from ldm.checkpoint.hashes import model_hash, named
 from ldm.checkpoint.load import (
     CheckpointInfo,
@@ -107,7 +107,8 @@ class Pipeline:
         ema: bool = False,
         parameterization: str | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
-        embeddings: Sequence[str | Path] = (),
+        embeddings: Sequence[EmbeddingFile] = (),
+        vae: str | Path | None = None,
     ) -> Pipeline:
         """Load a checkpoint.
 
@@ -123,6 +124,8 @@ class Pipeline:
             parameterization: eps or v, where that cannot be recognised.
             loras: see set_loras.
             embeddings: see set_embeddings.
+            vae: a file whose VAE takes the place of the checkpoint's; None: the one that lies
+                beside it as NAME.vae.safetensors (.pt, .ckpt), if there is one.
 
         Raises:
             InputError: something of this cannot be had; the message says what to do.
@@ -132,7 +135,7 @@ class Pipeline:
             path, note = default_checkpoint()
         where = choose_device(device)
         kind = choose_dtype(dtype, where)
-        info = inspect_checkpoint(path, config, parameterization, ema)
+        info = inspect_checkpoint(path, config, parameterization, ema, vae)
         merging = model_tome(info.config, tome)
         # These are looked at before loading, which takes a while.
         shapes = stored_shapes(path) if loras or embeddings else {}
@@ -140,7 +143,9 @@ class Pipeline:
         vectors = read_embeddings(embeddings, shapes)
         logger.info("%s", note or info.summary())
         logger.info("Device: %s, %s", where, str(kind).removeprefix("torch."))
-        model = load_model(path, config, parameterization, ema, kind, where, merging, attention)
+        model = load_model(
+            path, config, parameterization, ema, kind, where, merging, attention, vae
+        )
         pipeline = cls(model, info, attention, ema)
         pipeline._tome = tome, merging
         if changes:
@@ -188,10 +193,11 @@ class Pipeline:
         shapes = self._shapes()
         self._use_loras([read_lora(file, weight, shapes) for file, weight in loras])
 
-    def set_embeddings(self, embeddings: Sequence[str | Path]) -> None:
+    def set_embeddings(self, embeddings: Sequence[EmbeddingFile]) -> None:
         """Let words in prompts stand for the vectors of files, instead of those set before.
 
-        The words are each file's name and, if it has one, the word in it.
+        The words are each file's name and, if it has one, the word in it; or, for a file given
+        with a word, that alone.
 
         Raises:
             InputError: a file cannot be used with this model; nothing has changed then.
@@ -209,7 +215,8 @@ class Pipeline:
         words = {word: one.vectors for one in embeddings for word in one.words}
         with self._lock:
             self.model.cond_stage_model.set_words(words)
-            self._note("embeddings", [named(one.path) for one in embeddings])
+            files = dict.fromkeys(one.path for one in embeddings)
+            self._note("embeddings", [named(path) for path in files])
         for one in embeddings:
             logger.info("%s", one.summary())
 
@@ -421,6 +428,7 @@ class Pipeline:
                 "family": self.info.family,
                 "parameterization": self.model.parameterization,
                 "ema": self.ema,
+                **({"vae": self.info.vae.name} if self.info.vae else {}),
             },
             "device": unet.device.type,
             "dtype": str(unet.dtype).removeprefix("torch."),

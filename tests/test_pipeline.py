@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ldm import images
@@ -708,3 +709,16 @@ def test_the_words_of_embeddings_are_known_and_counted(pipeline, extras, caplog,
     assert "never seen: horse" in caplog.text
     pipeline.txt2img("cat-toy " * 38)
     assert "does not see its end: 'cat-toy'" in caplog.text
+
+
+def test_a_vae_beside_the_model_is_used_and_noted(tmp_path, tiny_checkpoint):
+    plain = Pipeline.from_checkpoint(tiny_checkpoint).txt2img("hills", steps=1)
+    with safe_open(tiny_checkpoint, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith("first_stage_model.")]  # noqa: SIM118
+        other = {name: file.get_tensor(name) + 0.01 for name in names}
+    save_file(other, tmp_path / "other.safetensors")
+    with_other = Pipeline.from_checkpoint(tiny_checkpoint, vae=tmp_path / "other.safetensors")
+    (picture,) = with_other.txt2img("hills", steps=1)
+    assert picture.settings["model"]["vae"] == "other.safetensors"
+    assert "vae" not in plain[0].settings["model"]
+    assert not (pixels([picture]) == pixels(plain)).all()

@@ -279,14 +279,14 @@ def _open_pickle(path: Path, kind: str) -> StateDict:
             f"are {total}"
         )
     entries = {
-        name: Entry(tuple(tensor.shape), _kind_of(tensor), tensor.detach)
+        name: Entry(tuple(tensor.shape), kind_of(tensor), tensor.detach)
         for name, tensor in tensors.items()
     }
     return StateDict(path, entries, {})
 
 
-def _kind_of(tensor: Tensor) -> str:
-    """See ``Entry.kind``."""
+def kind_of(tensor: Tensor) -> str:
+    """The type of a tensor in memory, in the words of ``Entry.kind``."""
     if tensor.is_quantized:
         return "quantised"
     if tensor.is_meta:

@@ -184,8 +184,15 @@ def add_model_flags(parser: Parser) -> None:
         "--embedding",
         action="append",
         default=[],
+        metavar="FILE[:WORD]",
+        help="a textual inversion; WORD, or else the file's name and the word that it was trained "
+        "as, stand for it in a prompt; can be repeated",
+    )
+    add(
+        "--vae",
         metavar="FILE",
-        help="a textual inversion; the file's name is its word in a prompt; can be repeated",
+        help="a VAE in place of the model's own (default: MODEL.vae.safetensors, .vae.pt or "
+        ".vae.ckpt beside the model, if it is there)",
     )
     add(
         "--device",

@@ -181,7 +181,8 @@ def model_arguments(args: Arguments) -> dict[str, Any]:
         "ema": args.ema,
         "parameterization": args.parameterization,
         "loras": [lora_argument(text) for text in args.lora],
-        "embeddings": [_existing("--embedding", text) for text in args.embedding],
+        "embeddings": [embedding_argument(text) for text in args.embedding],
+        "vae": None if args.vae is None else _existing("--vae", args.vae),
     }
 
 
@@ -207,6 +208,20 @@ def lora_argument(text: str) -> tuple[Path, float]:
     if not -100 <= value <= 100:
         raise InputError(f"--lora {text}: the weight {weight!r} is not a number from -100 to 100")
     return _existing("--lora", name), value
+
+
+def embedding_argument(text: str) -> Path | tuple[Path, str]:
+    """Read the text of a flag ``--embedding``: a file, and a word after the last colon.
+
+    Raises:
+        InputError: there is no such file, or the word is none.
+    """
+    name, colon, word = text.rpartition(":")
+    if not colon or exists(text) or not exists(name):
+        return _existing("--embedding", text)
+    if not (word.strip() and word.isprintable() and len(word) <= 100):
+        raise InputError(f"--embedding {escaped(text)}: give a word of 1 to 100 characters")
+    return _existing("--embedding", name), word
 
 
 def exists(path: str | Path) -> bool:

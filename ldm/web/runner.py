@@ -133,7 +133,7 @@ class Runner:
         if model not in self.models:
             raise InputError(f"Model {model!r}: choose one of {', '.join(self.models)}")
         if model not in self._infos:
-            names = ("config", "parameterization", "ema")
+            names = ("config", "parameterization", "ema", "vae")
             given = (self.arguments[name] for name in names)
             self._infos[model] = inspect_checkpoint(self.models[model], *given)
         return self._infos[model]

@@ -233,10 +233,14 @@ def test_loras_and_embeddings_are_files_with_a_weight_or_without(tmp_path, monke
         ("c:2", -1.0),
     ]
     assert options.model_arguments(parse("--embedding", "b.pt"))["embeddings"] == [Path("b.pt")]
+    named = options.model_arguments(parse("--embedding", "b.pt:my cat", "--vae", "b.pt"))
+    assert (named["embeddings"], named["vae"]) == ([(Path("b.pt"), "my cat")], Path("b.pt"))
     for given, words in [
         (["--lora", "none.pt:0.5"], "--lora none.pt:0.5: there is no such file"),
         (["--lora", "b.pt:much"], "--lora b.pt:much: the weight 'much' is not a number"),
         (["--embedding", "none.pt"], "--embedding none.pt: there is no such file"),
+        (["--embedding", "b.pt:"], "--embedding b.pt:: give a word"),
+        (["--vae", "none.pt"], "--vae none.pt: there is no such file"),
     ]:
         with pytest.raises(InputError, match=words):
             options.model_arguments(parse(*given))
