@@ -88,7 +88,7 @@ def test_help_comes_at_once_and_without_torch(program):
     ("argv", "message"),
     [
         ("--steps many", "invalid int value: 'many'"),
-        ("--sampler heun", "invalid choice: 'heun'"),
+        ("--sampler spam", "invalid choice: 'spam'"),
         ("--plms --schedule karras", "schedule karras needs one of the samplers euler, euler_a"),
         ("--seed", "expected one argument"),
         ("--laion400m", "--laion400m is unknown: that model is not supported"),
