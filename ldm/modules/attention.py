@@ -7,6 +7,7 @@ Stability-AI/stablediffusion.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +129,8 @@ class CrossAttention(nn.Module):
             x: (B, N, C) queries.
             context: (B, L, D) keys and values; None: x.
             mask: (B, ...) of L booleans for each row: False keeps a key from being attended to.
-            bias: added to the logits, broadcast to (B, heads, N, L).
+            bias: added to the logits, broadcast to (B, heads, N, L); with a mask or without
+                merging any, else the same for all queries, (B, 1, 1, L).
         """
         context = x if context is None else context
         q, k, v = (
@@ -139,9 +141,66 @@ class CrossAttention(nn.Module):
             barred = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
             barred = barred.masked_fill(~mask.bool(), -torch.finfo(q.dtype).max).flatten(1)
             bias = barred[:, None, None] if bias is None else bias + barred[:, None, None]
-        attend = F.scaled_dot_product_attention if self.backend == "sdpa" else einsum_attention
-        out = attend(q, k, v, None if bias is None else bias.to(q.dtype))
+        bias = None if bias is None else bias.to(q.dtype)
+        if self.backend != "sdpa":
+            out = einsum_attention(q, k, v, bias)
+        elif mask is None and bias is not None and takes_channel(q):
+            out = attend_by_channel(q, k, v, bias)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, bias)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
+TILES = (32, 64, 96, 128, 192, 256)  # channels of a head that PyTorch's flash kernels round up to
+
+
+def takes_channel(q: Tensor) -> bool:
+    """Whether a bias of the keys is carried as one more channel, not as a mask.
+
+    The flash kernel takes no mask. Of a head's channels it computes as many as its tile has, so 40,
+    80 and 160 of them have room for one more at no cost; 64 have not. Elsewhere a mask costs
+    nothing. (Tensors on meta, by which operators are counted, stand for a card.)
+    """
+    size = q.shape[3] + _n_more(q.shape[3])
+    tile = next((tile for tile in TILES if q.shape[3] <= tile), 0)
+    return q.device.type in ("cuda", "meta") and q.dtype != torch.float32 and size <= tile
+
+
+def attend_by_channel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention with a bias for each key, as a product of further channels.
+
+    With q' = [q, 1 / scale] and k' = [k, bias], the logits scale q' k'^T are scale q k^T + bias.
+    1 / scale is the sum of two channels, so that it is exact enough in half types; zeros follow, up
+    to a multiple of 8 channels.
+
+    Args:
+        q: (B, heads, N, d).
+        k, v: (B, heads, L, d).
+        bias: (B, 1, 1, L).
+    """
+    d, more = q.shape[3], _n_more(q.shape[3])
+    ones, zeros = _further_channels(d, more, q.dtype, q.device)
+    twice = bias.mT.expand(-1, k.shape[1], -1, 2)
+    q = torch.cat([q, ones.expand(*q.shape[:3], -1)], 3)
+    k = torch.cat([k, twice, zeros.expand(*k.shape[:3], -1)], 3)
+    v = F.pad(v, (0, more))
+    return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
+
+
+def _n_more(d: int) -> int:
+    """How many channels make d a multiple of 8, at least two."""
+    return (d + 2 + 7) // 8 * 8 - d
+
+
+@lru_cache(maxsize=32)
+def _further_channels(
+    d: int, more: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # such tensors would not do for gradients
+        ones = torch.zeros(more, dtype=torch.float64)
+        ones[0] = torch.tensor(d**0.5, dtype=torch.float64).to(dtype)
+        ones[1] = d**0.5 - ones[0]
+        return ones.to(dtype).to(device), torch.zeros(more - 2, dtype=dtype, device=device)
 
 
 def einsum_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,11 @@ from ldm.modules.attention import (
     CrossAttention,
     FeedForward,
     SpatialTransformer,
+    attend_by_channel,
     einsum_attention,
     remember_context,
     set_attention_backend,
+    takes_channel,
 )
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.match import metric_of
@@ -118,6 +121,37 @@ def test_backends_agree(dtype: torch.dtype, has_bias: bool) -> None:
     torch.testing.assert_close(
         module(x.to(dtype), bias=bias), fused, rtol=tolerance, atol=tolerance
     )
+
+
+@pytest.mark.parametrize("d", [40, 64, 80, 160, 20])
+def test_a_bias_as_a_channel_is_that_as_a_mask(d: int) -> None:
+    generator = torch.Generator().manual_seed(d)
+    q, k, v = (torch.randn(2, 2, n, d, generator=generator) for n in (9, 7, 7))
+    bias = torch.randint(1, 300, (2, 1, 1, 7), generator=generator).float().log()
+    exact = F.scaled_dot_product_attention(q, k, v, bias)
+    torch.testing.assert_close(attend_by_channel(q, k, v, bias), exact, rtol=1e-5, atol=1e-5)
+    for dtype in (torch.bfloat16, torch.float16):  # as near as with the mask
+        half = [x.to(dtype) for x in (q, k, v, bias)]
+        of_mask = (F.scaled_dot_product_attention(*half).float() - exact).abs().mean()
+        of_channel = (attend_by_channel(*half).float() - exact).abs().mean()
+        assert of_channel < 1.2 * of_mask
+    bias[:, :, :, 2] = -1e4  # a group without tokens
+    exact = F.scaled_dot_product_attention(q, k, v, bias)
+    torch.testing.assert_close(attend_by_channel(q, k, v, bias), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_channel_is_taken_where_the_kernel_has_room_for_it() -> None:
+    def takes(d: int, device: str, dtype: torch.dtype = torch.float16) -> bool:
+        shape, kind = torch.Size((2, 8, 9, d)), torch.device(device)
+        return takes_channel(SimpleNamespace(shape=shape, device=kind, dtype=dtype))
+
+    assert [d for d in (32, 40, 64, 80, 96, 128, 160, 256, 512) if takes(d, "cuda")] == [
+        40,
+        80,
+        160,
+    ]
+    assert not takes(40, "cpu")
+    assert not takes(40, "cuda", torch.float32)  # which has no flash kernel
 
 
 def test_einsum_attention_does_not_overflow_in_half() -> None:

@@ -96,6 +96,11 @@ def build_parser() -> Parser:
         metavar="RATIO,...",
         help=f"settings of plain --tome-ratio; auto is one, too (default: {STANDARD['ratios']})",
     )
+    add(
+        "--count",
+        action="store_true",
+        help="measure no time: count the operators of a block and of a step, on any machine",
+    )
     add("--rounds", type=int, metavar="N", help="measurements of each (default: 5)")
     add("--device", default="auto", help="auto (default), cpu, mps, cuda or cuda:1")
     add("--no-oracles", action="store_true", help="leave the oracles out")
@@ -126,6 +131,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtypes = choices(args.dtypes, "--dtypes", DTYPES)
     backends = choices(args.attention, "--attention", BACKENDS)
     settings = read_settings(args.ratios, args.presets)
+
+    if args.count:
+        from ldm.evaluation.benchmark.counts import table
+
+        for name, config in models.items():
+            print(f"Operators dispatched with {name} in float16, views not counted:\n")
+            print(table(config, settings))
+        return
 
     from ldm.device import choose_device, choose_dtype  # takes torch
 

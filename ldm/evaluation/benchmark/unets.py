@@ -39,7 +39,7 @@ def build_unet(
     config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> UNetModel:
     """The U-Net of a model's configuration, with random weights, as the pipeline would have it."""
-    unet = _without_weights(config).to(dtype).to_empty(device=device)
+    unet = unet_without_weights(config).to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in unet.named_parameters():
         if parameter.ndim > 1:  # such that activations keep their size
@@ -58,13 +58,13 @@ def upstream_unet(config: Mapping[str, Any], device: torch.device) -> UNetModel:
 
 def compiled_unet(config: Mapping[str, Any], unet: UNetModel) -> UNetModel:
     """The same U-Net, on the very same weights, with compiled transformer blocks."""
-    twin = _without_weights(config)
+    twin = unet_without_weights(config)
     twin.load_state_dict(unet.state_dict(), assign=True)
     compile_blocks(twin)
     return twin
 
 
-def _without_weights(config: Mapping[str, Any]) -> UNetModel:
+def unet_without_weights(config: Mapping[str, Any]) -> UNetModel:
     """The U-Net of a model's configuration, to be given weights; it merges nothing."""
     unet_config = config["model"]["params"]["unet_config"]
     params = {**unet_config["params"], "tome_config": None}

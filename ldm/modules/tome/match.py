@@ -77,8 +77,8 @@ def sampled_tokens(size: tuple[int, int], device: torch.device) -> Tensor:
     return (y[:, None] * size[1] + x).flatten()
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a projection is its weight and nothing else, and that is there to be read.
+def is_plain(layer: nn.Module, device: torch.device) -> bool:
+    """Whether a projection is its weight and nothing else, and that is on a device to be read.
 
     Not so are LoRAs beside it, quantised weights, and those that are brought in when it computes.
     """
@@ -86,7 +86,7 @@ def is_plain(layer: nn.Module) -> bool:
         return False
     is_hooked = layer._forward_pre_hooks or layer._forward_hooks
     is_tensor = type(layer.weight.data) is Tensor and layer.weight.is_floating_point()
-    return is_tensor and not is_hooked and layer.weight.device.type != "meta"
+    return is_tensor and not is_hooked and layer.weight.device == device
 
 
 def sampled_logits(
@@ -106,7 +106,7 @@ def sampled_logits(
     """
     few = asking(x.index_select(1, sample)).to(x.dtype)  # (B, R, heads d)
     few = few.unflatten(2, (heads, -1)).permute(0, 2, 3, 1)  # (B, heads, d, R)
-    if not is_plain(asked):
+    if not is_plain(asked, x.device):
         every = asked(x).to(x.dtype).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, heads, N, d)
         logits = torch.matmul(every, few * few.shape[2] ** -0.5).transpose(1, 2)
         return logits - logits.mean(1, keepdim=True)

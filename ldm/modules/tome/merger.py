@@ -260,31 +260,24 @@ class TokenMerger:
         if config.method != "random" and not (config.method == "grid" and config.random):
             return None
         if device.type == "cpu":
-            drawn = _drawn(config, size, 1, self._generator)
-            return None if drawn is None else drawn[0]
+            return _drawn(config, size, 1, self._generator)[0]
         key = (config.method, config.stride, size, device, self._seed)
         number = self._used[key] = self._used.get(key, -1) + 1
         stock = self._stock.setdefault(key, [])
         if number == len(stock) * _STOCK:
             seed = hash((self._seed, number)) if number else self._seed
-            drawn = _drawn(config, size, _STOCK, torch.Generator().manual_seed(seed))
-            if drawn is None:
-                return None
-            stock.append(drawn.to(device))
+            generator = torch.Generator().manual_seed(seed)
+            stock.append(_drawn(config, size, _STOCK, generator).to(device))
         return stock[number // _STOCK][number % _STOCK]
 
 
-def _drawn(
-    config: ToMeConfig, size: tuple[int, int], n: int, generator: torch.Generator
-) -> Tensor | None:
-    """Random numbers for n plans, (n, 1, N) or (n, rows, columns); None where none are needed."""
+def _drawn(config: ToMeConfig, size: tuple[int, int], n: int, generator: torch.Generator) -> Tensor:
+    """Random numbers for n plans, (n, 1, N) or (n, rows, columns)."""
     if config.method == "random":
         shape = (n, 1, size[0] * size[1])
         return torch.rand(shape, generator=generator, dtype=torch.float32)
-    if config.method == "grid" and config.random:
-        n_choices = min(config.stride[0], size[0]) * min(config.stride[1], size[1])
-        return torch.randint(n_choices, (n, *cells(*size, config.stride)), generator=generator)
-    return None
+    n_choices = min(config.stride[0], size[0]) * min(config.stride[1], size[1])
+    return torch.randint(n_choices, (n, *cells(*size, config.stride)), generator=generator)
 
 
 # --- the report -----------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NOTHING_THERE = -1e4  # bias of a group without tokens: not -inf, which times 0 is no number
+
 
 @lru_cache(maxsize=16)
 def _numbers(n: int, device: torch.device) -> Tensor:
@@ -181,7 +183,8 @@ class MergePlan:
         sizes = self.sizes
         if sizes is None:
             return None
-        return (sizes if is_proportional else sizes.clamp(max=1)).log()[:, None, None, :]
+        bias = (sizes if is_proportional else sizes.clamp(max=1)).log()[:, None, None, :]
+        return bias.clamp(min=NOTHING_THERE) if self.has_gaps else bias
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
         """Reduce each group to one token: (B, N, C) -> (B, n_kept, C), of x's type.

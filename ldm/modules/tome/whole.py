@@ -166,7 +166,9 @@ def metrics_of(
 ) -> list[Tensor]:
     """`match.metric_of` for each kind; logits of both kinds in one product, in float32."""
     q, k = attention.to_q, attention.to_k
-    is_known = all(kind.endswith("_logits") for kind in kinds) and is_plain(q) and is_plain(k)
+    is_known = all(kind.endswith("_logits") for kind in kinds) and all(
+        is_plain(layer, normed.device) for layer in (q, k)
+    )
     if not is_known:
         return match.metrics_of(attention, kinds, x, normed, size)
     heads, (n_rows, _, n_channels) = attention.heads, normed.shape
