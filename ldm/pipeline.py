@@ -385,6 +385,7 @@ class Pipeline:
                 )
             settings = dataclasses.replace(settings, H=height, W=width)
         settings = settings.filled(self.defaults)
+        self.model.cond_stage_model.check_clip_skip(settings.clip_skip)
         for name in ("C", "f"):
             if getattr(settings, name) != self.defaults[name]:
                 raise InputError(

@@ -123,9 +123,8 @@ class Texts:
         encoder, settings = self.model.cond_stage_model, self.settings
 
         def encode() -> Tensor:
-            if settings.long_prompt or settings.emphasis:
-                return embed_prompt(encoder, prompt, settings.long_prompt, settings.emphasis)
-            return self.model.get_learned_conditioning([prompt])
+            ways = settings.long_prompt, settings.emphasis, settings.clip_skip
+            return embed_prompt(encoder, prompt, *ways)
 
         return finite("the text encoder", encoder, encode)
 

@@ -22,6 +22,7 @@ MAX_TEXT = 100_000  # characters of a prompt
 NUMBERS: dict[str, tuple[type, float, float]] = {
     "n_samples": (int, 1, 4096),
     "n_iter": (int, 1, 10**6),
+    "clip_skip": (int, 1, 24),
     "seed": (int, -1, 2**63 - 1),
     "steps": (int, 1, 1000),
     "hires_steps": (int, 1, 1000),
@@ -58,8 +59,10 @@ class Settings:
         negative_prompt: what guidance steers away from.
         long_prompt: read prompts of any length, in chunks of 75 tokens; else the end of a long one
             is cut off.
-        emphasis: read ``(word:1.2)``, ``(word)`` and ``[word]`` as the web UIs do; brackets that
-            are meant are written with a backslash.
+        emphasis: read ``(word:1.2)``, ``(word)``, ``[word]`` and, with long_prompt, ``BREAK`` as
+            the web UIs do; brackets that are meant are written with a backslash.
+        clip_skip: which layer of the text encoder is used: 1 the one that the model was trained
+            with, 2 the one before it, and so on.
         n_samples: pictures in a batch; with a single prompt, also pictures in an iteration.
         n_iter: how often to go through the prompts.
         seed: of the first picture; -1 chooses one.
@@ -93,6 +96,7 @@ class Settings:
     negative_prompt: str = ""
     long_prompt: bool = False
     emphasis: bool = False
+    clip_skip: int = 1
     n_samples: int = 1
     n_iter: int = 1
     seed: int = 42

@@ -15,7 +15,7 @@ from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pipeline import Pipeline
 from ldm.remarks import unknown_words
-from ldm.sampling import PictureNoise
+from ldm.sampling import PictureNoise, Texts
 from ldm.settings import SAMPLERS, Settings
 
 
@@ -126,12 +126,18 @@ def test_several_prompts_and_a_short_last_batch(pipeline):
     assert sizes == [4, 2]  # with guidance, two rows a picture
 
 
-def test_each_prompt_is_encoded_once(pipeline):
-    encoded = []
-    encode = pipeline.model.get_learned_conditioning
-    pipeline.model.get_learned_conditioning = lambda c: encoded.extend(c) or encode(c)
+def test_each_prompt_is_encoded_once_and_the_last_hundred_are_kept(pipeline, monkeypatch):
+    encoder, encoded = pipeline.model.cond_stage_model, []
+    encode = encoder.embed
+    monkeypatch.setattr(encoder, "embed", lambda ids, *a: encoded.append(ids) or encode(ids, *a))
     pipeline.txt2img("a house", n_samples=2, n_iter=3, negative_prompt="blurry")
-    assert sorted(encoded) == ["a house", "blurry"]
+    assert len(encoded) == 2
+    texts = Texts(pipeline.model, Settings("x"))
+    words = [str(i) for i in range(150)]
+    for _ in range(2):
+        for word in words:
+            texts([word])
+    assert texts._kept.cache_info().currsize == 100
 
 
 def test_scale_1_needs_no_second_pass(pipeline, caplog):
@@ -507,6 +513,39 @@ def test_emphasis_changes_the_picture_only_where_it_is_asked_for(pipeline):
     assert not np.array_equal(plain, weighed)
     same = pixels(pipeline.txt2img("a (red:1.0) house", steps=3, emphasis=True))
     np.testing.assert_array_equal(same, plain)
+
+
+def test_the_web_uis_syntax_is_understood_or_named(pipeline, caplog):
+    options = {"steps": 1, "scale": 1}
+    plain = pixels(pipeline.txt2img("a house", **options))
+    caplog.clear()
+    tagged = pixels(pipeline.txt2img("a house<lora:style:0.8>", **options))
+    assert "<lora:style:0.8> in a prompt is left out" in caplog.text
+    np.testing.assert_array_equal(tagged, plain)
+    for prompt, emphasis, said in [
+        ("a (house:1.2)", False, "'(house:1.2)' in a prompt is read as words"),
+        ("a ((house))", False, "--emphasis reads the web UIs' emphasis"),
+        ("a BREAK house", False, "the web UIs' BREAK"),
+        ("a BREAK house", True, "BREAK in a prompt does nothing without --long_prompt"),
+        ("a [cat:dog:0.5]", True, "'[cat:dog:0.5]' in a prompt is read as words"),
+        ("a [cat|dog]", True, "alternating words is not included"),
+        ("a cat AND a dog", True, "'AND' in a prompt is read as words"),
+        ("a (red) house, and sand: 5", False, ""),
+        ("a (house:1.2)", True, ""),
+    ]:
+        caplog.clear()
+        pipeline.txt2img(prompt, emphasis=emphasis, **options)
+        assert said in caplog.text
+        assert bool(said) == bool(caplog.text)
+
+
+def test_clip_skip_leaves_out_layers(pipeline):
+    plain = pixels(pipeline.txt2img("a house"))
+    picture = pipeline.txt2img("a house", clip_skip=2)[0]
+    assert not np.array_equal(picture.pixels, plain[0])
+    assert "Clip skip: 2" in images.web_ui_text(picture.settings)
+    with pytest.raises(InputError, match="clip_skip 3: this model's text encoder takes 1 to 2"):
+        pipeline.txt2img("a house", clip_skip=3)
 
 
 def test_words_unknown_to_the_model_are_named(pipeline, caplog):

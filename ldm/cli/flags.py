@@ -27,6 +27,13 @@ def add_prompt_flags(parser: Parser, has_file: bool = True) -> argparse._Argumen
         action="store_true",
         help=r"read (word:1.2), (word) and [word] as weights; write \( for a bracket",
     )
+    add(
+        "--clip_skip",
+        type=int,
+        default=1,
+        metavar="N",
+        help="use the N-th last layer of the text encoder (default: 1, as it was trained)",
+    )
     if has_file:
         add(
             "--from-file",

@@ -102,6 +102,7 @@ class TextEncoder(nn.Module):
     """What the two encoders share: reading prompts, and calling ``encode_tokens``."""
 
     padding_id: int
+    n_layers: int
 
     def __init__(self, max_length: int) -> None:
         super().__init__()
@@ -151,9 +152,26 @@ class TextEncoder(nn.Module):
             row[: len(tokens)] = torch.tensor(tokens)
         return ids
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Encode B prompts given as ``token_ids``, to (B, L, C); what does not fit is cut off."""
-        return self.encode_tokens(self._rows(prompts).to(next(self.parameters()).device))
+    def embed(self, prompts: Sequence[Sequence[int]], clip_skip: int = 1) -> Tensor:
+        """Encode B prompts given as ``token_ids``, to (B, L, C); what does not fit is cut off.
+
+        Args:
+            prompts: without a start and an end.
+            clip_skip: 1 is the layer that the model was trained with, 2 the one before, ...; the
+                final normalisation follows, as in the web UIs.
+
+        Raises:
+            InputError: there are not so many layers.
+        """
+        self.check_clip_skip(clip_skip)
+        ids = self._rows(prompts).to(next(self.parameters()).device)
+        return self.encode_tokens(ids, clip_skip - 1)
+
+    def check_clip_skip(self, clip_skip: int) -> None:
+        """Raise InputError where there are not so many layers; see `embed`."""
+        most = self.n_layers - self.n_skipped
+        if not 1 <= clip_skip <= most:
+            raise InputError(f"clip_skip {clip_skip}: this model's text encoder takes 1 to {most}")
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
         """Encode prompts.
@@ -170,8 +188,8 @@ class TextEncoder(nn.Module):
         """Upstream's name for calling the encoder."""
         return self(text)
 
-    def encode_tokens(self, ids: Tensor) -> Tensor:
-        """Encode token ids, (B, L), to embeddings, (B, L, C)."""
+    def encode_tokens(self, ids: Tensor, n_more: int = 0) -> Tensor:
+        """Encode token ids, (B, L), to embeddings, (B, L, C), with n_more layers left out."""
         raise NotImplementedError
 
 
@@ -220,7 +238,7 @@ class FrozenCLIPEmbedder(TextEncoder):
                 f"FrozenCLIPEmbedder: layer 'hidden' needs layer_idx in -{n_layers} .. {n_layers}, "
                 f"not {layer_idx}"
             )
-        self.layer = layer
+        self.layer, self.n_layers = layer, n_layers
         if layer == "hidden":
             assert layer_idx is not None
             self.n_skipped = -1 - layer_idx if layer_idx < 0 else n_layers - layer_idx
@@ -235,12 +253,12 @@ class FrozenCLIPEmbedder(TextEncoder):
         tower: Any = self.transformer["text_model"]
         return tower.embeddings["token_embedding"]
 
-    def encode_tokens(self, ids: Tensor) -> Tensor:
+    def encode_tokens(self, ids: Tensor, n_more: int = 0) -> Tensor:
         """Encode token ids, (B, L), to embeddings, (B, L, C); C = hidden_size.
 
         As upstream, there is no padding mask: the padding is part of what the model was trained on.
         """
-        embeddings = self.transformer["text_model"](ids, self.n_skipped)
+        embeddings = self.transformer["text_model"](ids, self.n_skipped + n_more)
         if self.layer != "pooled":
             return embeddings
         ends = (ids == END_ID).int().argmax(dim=1)
@@ -286,7 +304,7 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         if layer not in ("last", "penultimate"):
             raise InputError(f"FrozenOpenCLIPEmbedder: layer {layer!r} is not last or penultimate")
         config = _override("FrozenOpenCLIPEmbedder", OPENCLIP_H, text_config)
-        self.n_skipped = int(layer == "penultimate")
+        self.n_layers, self.n_skipped = config["layers"], int(layer == "penultimate")
         self.model = OpenClipText(config)
         if freeze:
             self.eval().requires_grad_(False)
@@ -296,9 +314,9 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         """The table of vectors, one for each token id."""
         return self.model.token_embedding
 
-    def encode_tokens(self, ids: Tensor) -> Tensor:
+    def encode_tokens(self, ids: Tensor, n_more: int = 0) -> Tensor:
         """Encode token ids, (B, L), to embeddings, (B, L, C); C = width."""
-        return self.model(ids, self.n_skipped)
+        return self.model(ids, self.n_skipped + n_more)
 
 
 def _override(

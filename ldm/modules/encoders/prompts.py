@@ -3,46 +3,86 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ldm.errors import InputError
+from ldm.errors import InputError, escaped
 from ldm.modules.encoders.modules import TextEncoder
 
-FACTORS = {"()": 1.1, "[]": 1 / 1.1}  # what a pair of brackets multiplies the weight by
+FACTORS = {"(": 1.1, "[": 1 / 1.1}  # what a pair of brackets multiplies the weight by
+PARTNERS = {")": "(", "]": "["}
+BREAK = ("BREAK", -1.0)  # the piece that ends a chunk
+MAX_WEIGHT = 100.0
 _PARTS = re.compile(
-    r"\\[()\[\]\\]|[(\[]|(?::\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*)?\)|\]|[^\\()\[\]:]+|[\\:]"
+    r"\\[()\[\]\\]|[(\[]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[)\]]|[^\\()\[\]:]+|[\\:]"
 )
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_LORA = re.compile(r"<(?:lora|lyco):([^<>:]+)(?::([^<>]*))?>")
+# What the web UIs read as more than words, and what it is called.
+_EMPHASIS = (
+    (re.compile(r"\([^()]*:\s*[+-]?[\d.]+\s*\)"), "emphasis"),
+    (re.compile(r"\({2}|\[{2}"), "emphasis"),
+    (_BREAK, "BREAK"),
+)
+_OTHERS = (
+    (re.compile(r"(?<!\\)\[[^\[\]]*:[^\[\]:]*:?\s*[\d.]+\s*\]"), "prompt editing"),
+    (re.compile(r"(?<!\\)\[[^\[\]]*\|[^\[\]]*\]"), "alternating words"),
+    (re.compile(r"\bAND\b"), "AND"),
+)
+
+Tokens = list[tuple[int, float]]  # ids and weights
 
 
 def parse_emphasis(prompt: str) -> list[tuple[str, float]]:
     r"""Split a prompt into pieces of one weight each, as the web UIs read it.
 
     ``(text)`` weighs 1.1, ``((text))`` 1.21, ``(text:1.4)`` 1.4 and ``[text]`` 1 / 1.1; ``\(`` is a
-    bracket that is meant. So is one without a partner.
+    bracket that is meant. A bracket that is not closed reaches to the end, a closing one without a
+    partner is a character. The word BREAK is the piece `BREAK`.
 
-    Source: the syntax of AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py.
+    Source: AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py, parse_prompt_attention.
+
+    Raises:
+        InputError: a weight is beyond 100.
     """
     pieces: list[tuple[str, float]] = []
-    opened: list[tuple[str, int]] = []  # brackets, and the number of pieces before each
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # number of pieces before each
+
+    def multiply(start: int, factor: float) -> None:
+        pieces[start:] = [
+            (text, weight if (text, weight) == BREAK else weight * factor)
+            for text, weight in pieces[start:]
+        ]
+
     for match in _PARTS.finditer(prompt):
         part = match[0]
-        is_escaped = len(part) == 2 and part[0] == "\\"
-        pair = (opened[-1][0] if opened else "") + part[-1]
-        if part in ("(", "["):
-            opened.append((part, len(pieces)))
-            pieces.append((part, 1.0))  # goes when its partner is found
-        elif pair in FACTORS and not is_escaped:
-            _, start = opened.pop()
-            factor = FACTORS[pair] if match[1] is None else float(match[1])
-            pieces[start:] = [(text, weight * factor) for text, weight in pieces[start + 1 :]]
+        if part in opened:
+            opened[part].append(len(pieces))
+        elif match[1] is not None and opened["("]:
+            multiply(opened["("].pop(), float(match[1]))
+        elif part in PARTNERS and opened[PARTNERS[part]]:
+            multiply(opened[PARTNERS[part]].pop(), FACTORS[PARTNERS[part]])
+        elif part[0] == "\\" and len(part) == 2:
+            pieces.append((part[1:], 1.0))
         else:
-            pieces.append((part[1:] if is_escaped else part, 1.0))
+            first, *others = _BREAK.split(part)
+            pieces.append((first, 1.0))
+            for text in others:
+                pieces += [BREAK, (text, 1.0)]
+    for bracket, starts in opened.items():
+        for start in starts:
+            multiply(start, FACTORS[bracket])
     joined: list[tuple[str, float]] = []
-    for text, weight in pieces:
-        if joined and joined[-1][1] == weight:
+    for text, weight in filter(lambda piece: piece[0], pieces):
+        if abs(weight) > MAX_WEIGHT:
+            raise InputError(
+                f"emphasis {weight:g} of {escaped(text)!r}: allowed are -{MAX_WEIGHT:g} to "
+                f"{MAX_WEIGHT:g}"
+            )
+        if joined and joined[-1][1] == weight and BREAK not in ((text, weight), joined[-1]):
             text = joined.pop()[0] + text
         joined.append((text, weight))
     return joined
@@ -50,7 +90,76 @@ def parse_emphasis(prompt: str) -> list[tuple[str, float]]:
 
 def plain_text(prompt: str) -> str:
     """A prompt without the marks of emphasis."""
-    return "".join(text for text, _ in parse_emphasis(prompt))
+    return "".join(" " if piece == BREAK else piece[0] for piece in parse_emphasis(prompt))
+
+
+def take_loras(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """A prompt without its ``<lora:NAME:WEIGHT>``, and these names and weights (1 by default).
+
+    Raises:
+        InputError: a weight is not a number.
+    """
+    found = []
+    for match in _LORA.finditer(prompt):
+        try:
+            found.append((match[1], float(match[2] or 1)))
+        except ValueError:
+            raise InputError(f"{escaped(match[0])}: the weight is not a number") from None
+    return _LORA.sub("", prompt), found
+
+
+def syntax_remarks(prompt: str, is_long: bool = False, has_emphasis: bool = False) -> Iterator[str]:
+    """Lines about the web UIs' syntax in a prompt that is read as words, or not at all."""
+    for tag in _LORA.finditer(prompt):
+        yield f"{escaped(tag[0])} in a prompt is left out: --lora FILE:WEIGHT adds a LoRA"
+    prompt = _LORA.sub("", prompt)
+    if not has_emphasis:
+        for pattern, name in _EMPHASIS:
+            if match := pattern.search(prompt):
+                yield (
+                    f"{escaped(match[0].strip())!r} in a prompt is read as words: --emphasis reads "
+                    f"the web UIs' {name}"
+                )
+                break
+    elif not is_long and _BREAK.search(prompt):
+        yield "BREAK in a prompt does nothing without --long_prompt, which reads it in chunks"
+    for pattern, name in _OTHERS:
+        if match := pattern.search(prompt):
+            yield (
+                f"{escaped(match[0])!r} in a prompt is read as words: the web UIs' {name} is not "
+                "included"
+            )
+
+
+def chunks(
+    encoder: TextEncoder, prompt: str, is_long: bool = False, has_emphasis: bool = False
+) -> list[Tokens]:
+    """A prompt's tokens in as many chunks as it takes, at least one; an embedding is never cut.
+
+    Args:
+        encoder, prompt, is_long, has_emphasis: as in `embed_prompt`.
+    """
+    room = encoder.max_length - 2
+    sizes = {ids[0]: len(ids) for ids in encoder.words.values()}
+    found: list[Tokens] = [[]]
+    prompt = _LORA.sub("", prompt)
+    for piece in parse_emphasis(prompt) if has_emphasis else [(prompt, 1.0)]:
+        if piece == BREAK:
+            if is_long and found[-1]:
+                found.append([])
+            continue
+        ids = encoder.token_ids(piece[0])
+        while ids:
+            size = sizes.get(ids[0], 1)
+            if len(found[-1]) + size > room:
+                if not is_long:
+                    return found
+                found.append([])
+            found[-1] += [(token, piece[1]) for token in ids[:size]]
+            ids = ids[size:]
+    if len(found) > 1 and not found[-1]:
+        found.pop()
+    return found
 
 
 def length_in_use(
@@ -61,14 +170,16 @@ def length_in_use(
     Args:
         encoder, prompt, is_long, has_emphasis: as in `embed_prompt`.
     """
-    room = encoder.max_length - 2
-    n_tokens = len(encoder.token_ids(plain_text(prompt) if has_emphasis else prompt))
-    n_full = max(0, n_tokens - 1) // room if is_long else 0
-    return n_full * encoder.max_length + min(n_tokens - n_full * room, room) + 2
+    found = chunks(encoder, prompt, is_long, has_emphasis)
+    return (len(found) - 1) * encoder.max_length + len(found[-1]) + 2
 
 
 def embed_prompt(
-    encoder: TextEncoder, prompt: str, is_long: bool = False, has_emphasis: bool = False
+    encoder: TextEncoder,
+    prompt: str,
+    is_long: bool = False,
+    has_emphasis: bool = False,
+    clip_skip: int = 1,
 ) -> Tensor:
     """The embedding of one prompt, (1, n * L, C), from n contexts of L tokens.
 
@@ -77,30 +188,27 @@ def embed_prompt(
 
     Args:
         encoder: what reads it.
-        prompt: what the user wrote.
+        prompt: what the user wrote; ``<lora:...>`` in it is left out.
         is_long: read all of it, in chunks of L - 2 tokens, each encoded by itself with a start and
             an end of its own; else n is 1, and what does not fit is cut off.
         has_emphasis: read the marks of `parse_emphasis`.
+        clip_skip: see `TextEncoder.embed`.
 
     Raises:
         InputError: words have weights, but the encoder gives no embedding for each token.
     """
-    tokens: list[int] = []
-    weights: list[float] = []
-    for text, weight in parse_emphasis(prompt) if has_emphasis else [(prompt, 1.0)]:
-        ids = encoder.token_ids(text)
-        tokens += ids
-        weights += [weight] * len(ids)
-    room = encoder.max_length - 2
-    starts = range(0, max(1, len(tokens)), room) if is_long else range(1)
-    chunks = [slice(start, start + room) for start in starts]
-    embedding = encoder.embed([tokens[chunk] for chunk in chunks])
-    if any(weight != 1 for weight in weights):
+    found = chunks(encoder, prompt, is_long, has_emphasis)
+    embedding = encoder.embed([_ids(chunk) for chunk in found], clip_skip)
+    if any(weight != 1 for chunk in found for _, weight in chunk):
         if embedding.shape[1] != encoder.max_length:
             raise InputError("emphasis needs a text encoder with an embedding for each token")
-        factors = torch.ones(len(chunks), encoder.max_length, 1)
-        for row, chunk in zip(factors, chunks, strict=True):
-            row[1 : 1 + len(weights[chunk]), 0] = torch.tensor(weights[chunk])
-        empty = encoder.embed([[]])
+        factors = torch.ones(len(found), encoder.max_length, 1)
+        for row, chunk in zip(factors, found, strict=True):
+            row[1 : 1 + len(chunk), 0] = torch.tensor([weight for _, weight in chunk])
+        empty = encoder.embed([[]], clip_skip)
         embedding = embedding + (factors.to(embedding) - 1) * (embedding - empty)
     return rearrange(embedding, "n l c -> 1 (n l) c")
+
+
+def _ids(tokens: Sequence[tuple[int, float]]) -> list[int]:
+    return [token for token, _ in tokens]

@@ -6,10 +6,13 @@ import torch
 from ldm.errors import InputError
 from ldm.modules.encoders.modules import END_ID, FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 from ldm.modules.encoders.prompts import (
+    BREAK,
+    chunks,
     embed_prompt,
     length_in_use,
     parse_emphasis,
     plain_text,
+    take_loras,
 )
 from tests.golden_util import fill_parameters
 from tests.tiny_models import CLIP, OPEN_CLIP
@@ -37,8 +40,13 @@ def encoder(request):
         (r"\(red\) \[b\] \\", [("(red) [b] \\", 1)]),
         (r"(a\)b)", [("a)b", 1.1)]),
         ("a smile :) and ) and ]", [("a smile :) and ) and ]", 1)]),
-        ("(open [b] :1.2", [("(open ", 1), ("b", 1 / 1.1), (" :1.2", 1)]),
-        ("[a:1.2)", [("[a:1.2)", 1)]),
+        ("(open [b] :1.2", [("open ", 1.1), ("b", 1), (" :1.2", 1.1)]),
+        ("[a:1.2)", [("a:1.2)", 1 / 1.1)]),
+        ("a (((house:1.3)) b", [("a ", 1), ("house", 1.573), (" b", 1.1)]),
+        ("([a)] b", [("a b", 1)]),
+        ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
+        ("a BREAK (b BREAK c)", [("a", 1), BREAK, ("b", 1.1), BREAK, ("c", 1.1)]),
+        ("BREAKS", [("BREAKS", 1)]),
     ],
 )
 def test_emphasis_is_read_as_the_web_uis_do(prompt, pieces):
@@ -121,3 +129,46 @@ def test_length_in_use_of_a_long_prompt(encoder):
         whole = embed_prompt(encoder, "house " * n_tokens, is_long=True).shape[1]
         assert whole - encoder.max_length < n <= whole
         assert n == n_tokens + 2 * (whole // encoder.max_length)
+
+
+@torch.no_grad()
+def test_break_begins_a_chunk(encoder):
+    found = embed_prompt(encoder, "a red house BREAK the (sea:1.0)", True, True)
+    expected = torch.cat([encoder(["a red house"]), encoder(["the sea"])], dim=1)
+    torch.testing.assert_close(found, expected)
+    assert embed_prompt(encoder, "BREAK a house BREAK", True, True).shape[1] == 77
+
+
+def test_an_embedding_is_never_cut_in_two(encoder):
+    encoder.set_words({"mycat": torch.zeros(4, 16)})
+    try:
+        prompt = "house " * 73 + "mycat mycat"
+        first, second = chunks(encoder, prompt, is_long=True)
+        assert (len(first), len(second)) == (73, 8)
+        assert [len(chunk) for chunk in chunks(encoder, prompt)] == [73]
+        assert length_in_use(encoder, prompt, is_long=True) == 77 + 10
+    finally:
+        encoder.set_words({})
+
+
+def test_huge_weights_are_refused():
+    with pytest.raises(InputError, match=r"emphasis 1e\+06 of 'red': allowed are -100 to 100"):
+        parse_emphasis("a (red:1000000)")
+
+
+def test_loras_are_taken_out_of_a_prompt():
+    assert take_loras("a <lora:my style:0.5>house<lora:b>") == (
+        "a house",
+        [("my style", 0.5), ("b", 1.0)],
+    )
+    with pytest.raises(InputError, match="the weight is not a number"):
+        take_loras("<lora:a:much>")
+
+
+@torch.no_grad()
+def test_clip_skip_is_the_layer_before_with_the_final_norm(encoder):
+    tower = encoder.transformer["text_model"] if hasattr(encoder, "transformer") else encoder.model
+    ids = encoder.tokenize("a house")
+    found = embed_prompt(encoder, "a house", clip_skip=2)
+    assert torch.equal(found, tower(ids, encoder.n_skipped + 1))
+    assert torch.equal(embed_prompt(encoder, "a house"), encoder(["a house"]))
