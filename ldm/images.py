@@ -166,10 +166,12 @@ def picture_texts(path: str | Path) -> dict[str, str]:
     image = _open(path)
     info = image.info.items()
     texts = {key: value for key, value in info if isinstance(key, str) and isinstance(value, str)}
-    try:
-        comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT)
-    except Exception:  # as above; what cannot be read says nothing
-        comment = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is damaged there, which then says nothing
+        try:
+            comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT)
+        except Exception:  # as above
+            comment = None
     if isinstance(comment, bytes):
         comment = _comment(comment)
     if isinstance(comment, str) and "parameters" not in texts:

@@ -6,6 +6,7 @@ answers of a network are read here. All errors name the file, and the line where
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -13,14 +14,15 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import InputError
+from ldm.errors import InputError, shown
 
 MAX_BYTES = 64 * 2**20  # of a file
 MAX_CHARACTERS = 2**20  # of one string, or one line of JSON
 MAX_DEPTH = 32  # lists and mappings inside each other
 MAX_VALUES = 100_000  # in one JSON text
+MAX_NUMBER = 10**300  # where a whole number stands for any
 _LINE_END = re.compile(r"\r\n|\n|\r")
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _KINDS: dict[type, str] = {
     dict: "an object {...}",
     list: "a list [...]",
@@ -70,10 +72,11 @@ def decode_text(data: bytes, where: str, limit: int = MAX_BYTES) -> str:
         raise InputError(f"{where}: larger than {limit} bytes, which is the limit for text")
     if data.startswith(_UTF16):
         raise InputError(f"{where}: this is UTF-16, not a text file in UTF-8; save it as UTF-8")
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = len(_LINE_END.split(data[: error.start].decode("utf-8-sig")))
+        line = len(_LINE_END.split(data[: error.start].decode("utf-8")))
         raise InputError(
             f"{where}, line {line}: not a text file in UTF-8 (Latin-1, perhaps); save it as UTF-8"
         ) from None
@@ -158,15 +161,12 @@ def check_kind(value: Any, kind: type, where: str) -> Any:
     """
     is_bool = isinstance(value, bool)
     if kind is float and isinstance(value, int) and not is_bool:
+        if abs(value) > MAX_NUMBER:
+            raise InputError(f"{where}: the number {shown(value)} is too large")
         return float(value)
     if not isinstance(value, kind) or (is_bool and kind is not bool):
-        raise InputError(f"{where}: must be {_KINDS[kind]}, not {_short(value)}")
+        raise InputError(f"{where}: must be {_KINDS[kind]}, not {shown(value)}")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:40] + "..."
 
 
 def _integer(text: str) -> int:
@@ -190,7 +190,7 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{_short(name)} is there twice")
+            raise ValueError(f"{shown(name)} is there twice")
         found[name] = value
     return found
 

@@ -120,6 +120,22 @@ def test_tome_needs_torch_and_errors_alone(module):
         assert allowed, f"{module} imports {name}"
 
 
+def test_drawing_needs_no_trainer():
+    code = """
+import sys
+import ldm.pipeline, ldm.cli.txt2img, ldm.cli.img2img, ldm.cli.inpaint
+from ldm.pipeline import Pipeline
+Pipeline.from_checkpoint(device="cpu", dtype="float32").txt2img("hills", steps=1)
+print(*sorted(name for name in sys.modules if "." not in name))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert not loaded & {"pytorch_lightning", "lightning", "torchmetrics", "gradio", "diffusers"}
+
+
 def test_importing_the_package_is_silent_and_draws_nothing():
     names = ", ".join(repr(name) for name in modules())
     code = f"""

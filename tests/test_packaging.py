@@ -1,14 +1,19 @@
 """What is installed is what is imported, and the package carries what it needs."""
 
 import ast
+import importlib.util
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import setuptools
 import yaml
+
+import ldm
+from ldm.cli import commands
 
 ROOT = Path(__file__).parents[1]
 # import name -> distribution, where they differ
@@ -91,4 +96,43 @@ def test_the_gate_runs_the_readmes_test_command():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(re.findall(r"^pip install.*pytest.*$", readme, flags=re.M)) == 1
     gate = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    assert "README.md" in gate
+    for check in ("README.md", '".[dev]"', "ruff check .", "ruff format --check .", '"mypy"'):
+        assert check in gate
+
+
+def test_the_checkers_are_pinned(monkeypatch):
+    dev = setup_arguments(monkeypatch)["extras_require"]["dev"]
+    pinned = dict(requirement.split("==") for requirement in dev if "==" in requirement)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    revisions = {repo["repo"].rsplit("/", 1)[1]: repo["rev"] for repo in hooks["repos"]}
+    assert {"ruff", "mypy"} <= pinned.keys()
+    assert revisions["ruff-pre-commit"] == f"v{pinned['ruff']}"
+
+
+def test_console_commands_open_programs(monkeypatch):
+    arguments = setup_arguments(monkeypatch)
+    assert arguments["version"] == ldm.__version__
+    opened = []
+    monkeypatch.setattr(commands, "run_program", opened.append)
+    names = []
+    for entry in arguments["entry_points"]["console_scripts"]:
+        name, _, place = entry.partition(" = ")
+        module, _, function = place.partition(":")
+        assert module == commands.__name__
+        getattr(commands, function)()
+        names.append(name)
+    assert names == [
+        *("sd-txt2img", "sd-img2img", "sd-inpaint", "sd-webui", "sd-convert", "sd-train"),
+        "sd-benchmark",
+    ]
+    for module in opened:
+        assert importlib.util.find_spec(module), module
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.stem)
+def test_scripts_are_thin_doors(script):
+    text = script.read_text(encoding="utf-8")
+    assert "sys.path" not in text
+    assert len(text.splitlines()) <= 10
+    (module,) = re.findall(r'run_program\("(.+)"\)', text)
+    assert importlib.util.find_spec(module), module

@@ -32,6 +32,7 @@ def test_nothing_but_a_newline_ends_a_line():
         ("hüte".encode("utf-16"), r"t\.txt: this is UTF-16, .*save it as UTF-8"),
         ("hats".encode("utf-16-le"), r"t\.txt, line 1: not a text file in UTF-8; it has zero"),
         ("one\ntwo\nhüte".encode("latin-1"), r"t\.txt, line 3: not a text file in UTF-8 \(Latin"),
+        (b"\xef\xbb\xbfa\n\xa2b", r"t\.txt, line 2: not a text file"),
         (b"x" * 101, r"t\.txt: larger than 100 bytes"),
     ],
 )
@@ -87,6 +88,8 @@ def test_json_that_cannot_be_used_is_one_clear_line(said, message):
 
 def test_kinds_are_checked():
     assert text.check_kind(3, float, "a") == 3.0
+    with pytest.raises(InputError, match="a: the number .* is too large"):
+        text.check_kind(10**400, float, "a")
     for value, kind in ((True, int), (True, float), (1, bool), (None, str), ("1", int)):
         with pytest.raises(InputError, match="a: must be"):
             text.check_kind(value, kind, "a")

@@ -96,6 +96,8 @@ class Parser(argparse.ArgumentParser):
             name = flag.replace("_", "-")
             if name in OLD_FLAGS and name not in known:
                 raise InputError(f"{flag} is unknown: {OLD_FLAGS[name]} (--help lists the flags)")
+            if equals and value == "--" and name in known:  # which argparse drops
+                raise InputError(f"{argument}: '--' is not a value")
             spelled.append(known.get(name, flag) + equals + value)
         return super().parse_known_args(spelled, namespace)
 
