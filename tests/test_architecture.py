@@ -35,7 +35,7 @@ LAYERS = [
     ["ldm.checkpoint.program", "ldm.cli.drawing"],
     ["ldm.cli.txt2img", "ldm.cli.img2img", "ldm.cli.inpaint"],
     ["ldm.demo"],
-    ["ldm.evaluation", "ldm.demo.check"],
+    ["ldm.evaluation", "ldm.demo.check", "ldm.demo.check_program"],
     ["ldm.web"],
 ]
 # library -> the modules and packages that may import it

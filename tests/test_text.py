@@ -88,7 +88,7 @@ def test_json_that_cannot_be_used_is_one_clear_line(said, message):
 
 def test_kinds_are_checked():
     assert text.check_kind(3, float, "a") == 3.0
-    with pytest.raises(InputError, match="a: the number .* is too large"):
+    with pytest.raises(InputError, match=r"a: the number .* is too large"):
         text.check_kind(10**400, float, "a")
     for value, kind in ((True, int), (True, float), (1, bool), (None, str), ("1", int)):
         with pytest.raises(InputError, match="a: must be"):

@@ -265,35 +265,3 @@ def add_skip_flag(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="leave out the first N pictures; goes on with a run that was stopped",
     )
-
-
-# The names that programs outside of this folder use.
-from ldm.cli.lists import at_least, choices, numbers, share, words  # noqa: E402
-from ldm.cli.options import (  # noqa: E402
-    check_writable,
-    gallery,
-    model_arguments,
-    read_prompts,
-    settings,
-    tome_arguments,
-)
-from ldm.cli.parser import Arguments  # noqa: E402
-from ldm.cli.program import run  # noqa: E402
-from ldm.cli.tome_flags import add_tome_flags  # noqa: E402
-
-__all__ = [
-    "Arguments",
-    "add_tome_flags",
-    "at_least",
-    "check_writable",
-    "choices",
-    "gallery",
-    "model_arguments",
-    "numbers",
-    "read_prompts",
-    "run",
-    "settings",
-    "share",
-    "tome_arguments",
-    "words",
-]

@@ -1,11 +1,7 @@
-import runpy
-from pathlib import Path
-
 import pytest
 
+from ldm.demo.check_program import main
 from ldm.errors import InputError
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "check_demo.py"
 
 
 @pytest.mark.parametrize(
@@ -21,5 +17,5 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "check_demo.py"
 def test_bad_values(arguments, complaint, monkeypatch):
     monkeypatch.setattr("ldm.checkpoint.load.load_model", None)  # nothing heavy comes before
     with pytest.raises(InputError) as error:
-        runpy.run_path(str(SCRIPT))["main"](arguments)
+        main(arguments)
     assert complaint in str(error.value)

@@ -1,0 +1,96 @@
+"""Measure whether the demo model learned its scenes, and whether its attention matters.
+
+Writes a JSON report and a grid of pictures of held-out prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.cli.lists import at_least
+from ldm.cli.options import check_writable
+from ldm.cli.parser import Parser, number
+from ldm.cli.program import leaving_at_once
+from ldm.demo.scenes import ATTRIBUTES
+from ldm.errors import InputError
+from ldm.util import written_whole
+
+EPILOG = """
+examples:
+  the shipped model, in some twenty minutes on two cores:
+    python scripts/check_demo.py
+  a quick look:
+    python scripts/check_demo.py --n_prompts 24 --n_controls 8 --steps 15
+  scenes with stars, which are rare:
+    python scripts/check_demo.py --only sky=stars --n_prompts 24 --n_controls 0
+"""
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(__doc__, EPILOG)
+    add = parser.add_argument
+    add("--ckpt", metavar="PATH", help="a model trained on the scenes (default: the shipped demo)")
+    add("--outdir", default="outputs/check_demo", help="default: %(default)s")
+    add("--n_prompts", type=int, default=200, help="held-out prompts (default: %(default)s)")
+    add("--only", metavar="NAME=VALUE", help="scenes with this attribute, such as sky=stars")
+    add(
+        "--n_controls",
+        type=int,
+        default=32,
+        help="prompts for the controls; 0: none (default: %(default)s)",
+    )
+    add("--steps", type=int, default=25, help="of DDIM (default: %(default)s)")
+    add("--scale", type=number(-1000, 1000), default=4.0, help="of guidance (default: %(default)s)")
+    add("--cache_dir", metavar="PATH", help="where rendered training pictures are kept")
+    return parser
+
+
+def read_attribute(text: str) -> tuple[str, str]:
+    """An attribute of the scenes and one of its values."""
+    name, _, value = text.partition("=")
+    if name not in ATTRIBUTES:
+        raise InputError(f"--only {text}: allowed is NAME=VALUE with {', '.join(ATTRIBUTES)}")
+    if value not in ATTRIBUTES[name]:
+        raise InputError(f"--only {text}: {name} can be {', '.join(ATTRIBUTES[name])}")
+    return name, value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check, print, write."""
+    args = build_parser().parse_args(argv)
+    at_least(1, args, "n_prompts", "steps")
+    at_least(0, args, "n_controls")
+    only = read_attribute(args.only) if args.only else None
+    check_writable(args.outdir)
+
+    with leaving_at_once():
+        from ldm.checkpoint.load import load_model
+        from ldm.config import shipped
+        from ldm.demo.check import check
+        from ldm.demo.classifier import load_classifier
+        from ldm.device import choose_device, choose_dtype
+        from ldm.images import make_grid, save_image, to_pixels
+
+    device = choose_device("auto")
+    dtype = choose_dtype("auto", device)
+    model = load_model(args.ckpt or shipped("models/demo"), dtype=dtype, device=device)
+    model.first_stage_model.float()
+    report, pictures = check(
+        model,
+        load_classifier(),
+        args.n_prompts,
+        args.steps,
+        args.scale,
+        n_controls=args.n_controls,
+        only=only,
+        cache_dir=args.cache_dir,
+    )
+    outdir = Path(args.outdir)
+    save_image(make_grid(to_pixels(pictures[:48]), n_columns=8), outdir / "held_out.png")
+    with written_whole(outdir / "report.json", "w") as file:
+        file.write(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+    print(f"Written to {outdir}")
