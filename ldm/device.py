@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import platform
 import re
 import sys
@@ -71,37 +72,107 @@ def memory_format(dtype: torch.dtype, device: torch.device) -> torch.memory_form
 
 
 @contextmanager
-def reused_memory() -> Iterator[None]:
+def reused_memory(device: torch.device | None = None) -> Iterator[None]:
     """Let the C library keep what is freed, for what is allocated next.
 
     glibc asks the system for each large block anew, and a step of a U-Net touches all of its
-    blocks for the first time again. At the end everything is given back.
+    blocks for the first time again. At the end everything is given back, and the C library
+    allocates as it did before.
+
+    Args:
+        device: where the model computes; on others than the processor (None) nothing is changed.
     """
-    _keep_memory(True)
+    if not _has_glibc() or (device is not None and device.type != "cpu"):
+        yield
+        return
+    before = _allocation()
+    _tune(_REUSING)
     try:
         yield
     finally:
-        _keep_memory(False)
+        _tune(before)
+        if before != _REUSING:
+            release_memory()
 
 
 @contextmanager
 def returned_memory() -> Iterator[None]:
     """Undo `reused_memory` within its context for a while: allocate as the C library does."""
-    _keep_memory(False)
+    if not _has_glibc():
+        yield
+        return
+    before = _allocation()
+    _tune(_USUAL)
+    release_memory()
     try:
         yield
     finally:
-        _keep_memory(True)
+        _tune(before)
 
 
-def _keep_memory(keeps: bool) -> None:
-    if not _has_glibc():
-        return
+_Allocation = tuple[int, int]
+"""How many blocks the system may be asked for, and from how much on the heap is trimmed, bytes."""
+
+_REUSING: _Allocation = (0, 2**31 - 1)
+_USUAL: _Allocation = (65536, 128 * 1024)  # glibc's own
+_PROBE = 2**28  # bytes
+
+
+def _tune(allocation: _Allocation) -> None:
     tune = ctypes.CDLL(None).mallopt
-    tune(_MMAP_MAX, 0 if keeps else 65536)  # the latter of each are glibc's own values
-    tune(_TRIM_THRESHOLD, 2**31 - 1 if keeps else 128 * 1024)
-    if not keeps:
-        release_memory()
+    for name, value in zip((_MMAP_MAX, _TRIM_THRESHOLD), allocation, strict=True):
+        tune(name, value)
+
+
+def _allocation() -> _Allocation:
+    """How the C library allocates now.
+
+    It does not tell, but a large block that nobody touches shows whether it comes from the system,
+    and else whether the heap is trimmed when it is freed. Values are those of the environment, or
+    glibc's own.
+    """
+    library = ctypes.CDLL(None)
+    mapped, trimmed = _allocation_of_environment()
+    if not hasattr(library, "mallinfo2"):
+        return mapped, trimmed
+    library.mallinfo2.restype = _MallocInfo
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    before = library.mallinfo2()
+    block = library.malloc(_PROBE)
+    is_mapped = library.mallinfo2().hblks > before.hblks
+    library.free(block)
+    if is_mapped:
+        return mapped or _USUAL[0], trimmed
+    is_trimmed = library.mallinfo2().arena < before.arena + _PROBE // 2
+    return 0, trimmed if is_trimmed else _REUSING[1]
+
+
+class _MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def _allocation_of_environment() -> _Allocation:
+    """What the environment sets, glibc's own values elsewhere."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "").split(":")
+    found = dict(part.split("=", 1) for part in tunables if "=" in part)
+    texts = (
+        os.environ.get("MALLOC_MMAP_MAX_", found.get("glibc.malloc.mmap_max", "")),
+        os.environ.get("MALLOC_TRIM_THRESHOLD_", found.get("glibc.malloc.trim_threshold", "")),
+    )
+    mapped, trimmed = (
+        min(int(text), 2**31 - 1) if text.isascii() and text.isdigit() else usual
+        for text, usual in zip(texts, _USUAL, strict=True)
+    )
+    return mapped, trimmed
 
 
 def release_memory() -> None:

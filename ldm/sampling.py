@@ -282,7 +282,7 @@ def sample(
         options["unconditional_conditioning"] = negative
     if on_step is not None:
         options["img_callback"] = lambda predicted, i: on_step(i, n_steps, predicted)
-    with reused_memory():
+    with reused_memory(model.device):
         return sampler.decode(x, positive, n_steps, **options)
 
 

@@ -1,3 +1,5 @@
+import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +112,47 @@ def test_freed_memory_is_kept_meanwhile_and_given_back():
     kept, returned, kept_again, afterwards = map(float, done.stdout.split())
     assert min(kept, kept_again) > 48
     assert max(returned, afterwards) < 32
+
+
+HOST = """
+import ctypes, os, torch
+from ldm.device import _MallocInfo, reused_memory
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = _MallocInfo
+
+def is_mapped():
+    before = library.mallinfo2().hblks
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    return library.mallinfo2().hblks > before
+
+if "HOST" in os.environ:
+    library.mallopt(-4, 0)
+print(int(is_mapped()))
+with reused_memory(torch.device("meta")):
+    print(int(is_mapped()))
+with reused_memory(torch.device("cpu")):
+    print(int(is_mapped()))
+print(int(is_mapped()))
+"""
+
+
+@pytest.mark.skipif(
+    not device._has_glibc() or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="another C library, or an old one",
+)
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, "1 1 0 1"), ({"HOST": "1"}, "0 0 0 0"), ({"MALLOC_MMAP_MAX_": "0"}, "0 0 0 0")],
+)
+def test_what_the_host_program_had_set_is_left(environment, expected):
+    """Whether large blocks come from the system: elsewhere than on the processor, in, and after."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", HOST],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        check=True,
+        env={**os.environ, **environment},
+    )
+    assert done.stdout.split() == expected.split()

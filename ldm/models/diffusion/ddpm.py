@@ -288,6 +288,11 @@ class LatentDiffusion(nn.Module):
             self._tome.is_guided = False
         remember_context(self.model, False)
 
+    def at_step(self, t: float) -> None:
+        """Say at which step the next call is, so that nobody has to ask the device for it."""
+        if self._tome is not None:
+            self._tome.timestep = t
+
     def begin_batch(self) -> None:
         """Start the loss of another batch: token merging keeps no plan of the one before."""
         if self._tome is not None:

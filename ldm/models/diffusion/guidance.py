@@ -31,8 +31,9 @@ class DiffusionModel(Protocol):
         device: where ``apply_model`` takes its tensors.
 
     A model may also have ``begin_run(is_guided)`` and ``end_run()``, which are called before and
-    after each sampling run. Within one, all calls get the same conditioning objects, and all
-    batches have two halves if it is guided.
+    after each sampling run, and ``at_step(t)``, called before ``apply_model`` with t as a number.
+    Within a run, all calls get the same conditioning objects, and all batches have two halves if it
+    is guided.
     """
 
     num_timesteps: int
@@ -65,7 +66,7 @@ def sampling_run(model: DiffusionModel, is_guided: bool) -> Iterator[None]:
         getattr(model, "end_run", _nothing)()
 
 
-def _nothing(*_: bool) -> None: ...
+def _nothing(*_: float) -> None: ...
 
 
 def uses_guidance(unconditional_conditioning: Conditioning, scale: float) -> bool:
@@ -153,7 +154,9 @@ def noise_predictor(
             return unconditional + scale * (conditional - unconditional)
 
     def predict_noise(x: Tensor, t: int | float, alpha_bar: float) -> Tensor:
-        steps = torch.full((x.shape[0],), t, device=x.device)
+        dtype = torch.float32 if isinstance(t, float) else torch.long
+        steps = torch.full((x.shape[0],), t, dtype=dtype, device=x.device)
+        getattr(model, "at_step", _nothing)(t)
         return eps_from_output(model_output(x, steps), x, alpha_bar, model.parameterization)
 
     return predict_noise

@@ -118,6 +118,7 @@ class TokenMerger:
         config: what the user asked for.
         n_timesteps: T of the model, to which the timesteps of ``begin_call`` relate.
         is_guided: whether the rows of each call are two halves whose difference guidance takes.
+        timestep: of the next call, if it is known without asking the device.
         planner: makes the plans instead of `merge.plan_block`, for those who measure.
         observer: called with the number of the model call and its blocks after each call, for
             those who want to see the plans.
@@ -126,6 +127,7 @@ class TokenMerger:
     def __init__(self, config: ToMeConfig | None = None, n_timesteps: int = 1000) -> None:
         self.n_timesteps = n_timesteps
         self.is_guided = False
+        self.timestep: float | None = None
         self._stock: dict[tuple[object, ...], list[Tensor]] = {}
         self.planner: Planner | None = None
         self.observer: Callable[[int, list[Decision]], None] | None = None
@@ -161,7 +163,9 @@ class TokenMerger:
         self._call += 1
         self._blocks = []
         if any(config.steps for config in (self.config, *self.config.rules)):
-            self._progress = 1 - float(timesteps.float().mean()) / self.n_timesteps
+            t = float(timesteps.float().mean()) if self.timestep is None else self.timestep
+            self._progress = 1 - t / self.n_timesteps
+        self.timestep = None
 
     def end_call(self) -> None:
         """Count what the call has merged, now that it is over."""

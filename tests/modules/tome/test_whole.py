@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.config import load_preset
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.guidance import noise_predictor
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.tome import whole
 from ldm.modules.tome.config import ToMeConfig
@@ -17,6 +19,7 @@ from ldm.modules.tome.merge import plan_grid
 from ldm.modules.tome.merger import Decision, TokenMerger
 from ldm.modules.tome.plan import MergePlan
 from tests.golden_util import fill_parameters
+from tests.tiny_models import tiny_config
 
 
 def partition(plan: MergePlan) -> Tensor:
@@ -178,3 +181,63 @@ def test_few_operators(
             module(x, context, decision(config, x, side))
         counts.append(len(operators.names))
     assert counts[1] - counts[0] <= limit
+
+
+# --- no host in the loop -------------------------------------------------------------------------
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses whatever makes the host wait for the device, or copies between the two."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        assert not any(waiting in name for waiting in self.WAITING), name
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in (*args, out) if isinstance(t, Tensor) and t.ndim]
+        assert len({t.device for t in tensors}) <= 1, name
+        return out
+
+
+NO_HOST: list[dict[str, Any]] = [
+    {},
+    *(keys for keys, _ in SETTINGS.values()),
+    {"steps": [[0, 0.5], [1, 0.1]]},
+    {"method": "random", "ratio": 0.5},
+    {"ratio": "auto", "min_tokens": 4, "random": True},
+    {"method": "kth", "k": 4, "apply_to": ["kv"]},
+    {"method": "bipartite", "ratio": 0.5, "apply_to": ["attn", "crossattn", "mlp"]},
+    {"ratio": 0.5, "apply_to": ["block"], "reuse_steps": 2},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keys", NO_HOST, ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_no_host_in_a_step(keys: dict, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta every copy to or from the processor shows; on the processor all values are there."""
+    monkeypatch.setenv("TOME_MATCHING", "whole")
+    with torch.device(device):
+        model = LatentDiffusion(**tiny_config()["model"]["params"])
+        x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+    unet = model.model.diffusion_model.eval()
+    unet.tome.configure(ToMeConfig.from_mapping(keys))
+    denoise = noise_predictor(model, context, context.clone(), scale=3.0)
+    model.begin_run(is_guided=True)
+    denoise(x, 900, 0.1)  # what is kept is made
+    with NoHost():
+        for t in (800, 700.5):
+            denoise(x, t, 0.2)
+    model.end_run()
+
+
+def test_the_guard_against_the_host_works() -> None:
+    with NoHost(), pytest.raises(AssertionError):
+        torch.ones(1).item()
+    with NoHost(), pytest.raises(AssertionError):
+        torch.ones(3).nonzero()
+    with NoHost(), pytest.raises(AssertionError):
+        torch.ones(3).to("meta")
