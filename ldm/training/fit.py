@@ -38,8 +38,8 @@ from ldm.training.images import ImageLogger
 from ldm.training.module import Training
 from ldm.training.order import seed_all
 from ldm.training.stop import Stopped, StopSafely
-from ldm.training.trainer import trainer_settings
-from ldm.training.trial import LESS_TO_TRAIN, blamed_on, logged_names
+from ldm.training.trainer import LESS_TO_TRAIN, trainer_settings
+from ldm.training.trial import blamed_on, logged_names
 from ldm.training.wrap import in_training
 from ldm.util import instantiate_from_config
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import yaml
 
+from ldm.cli.program import leaving_at_once, said_when_stopped
 from ldm.config import load_config
-from ldm.errors import InputError, escaped
+from ldm.errors import InputError, escaped, memory_advice
 from ldm.training.check import check_sections
 from ldm.training.flags import parse
-from ldm.training.trainer import GONE, OLD_KEYS, TRAINER
+from ldm.training.trainer import GONE, LESS_TO_TRAIN, OLD_KEYS, TRAINER
 from ldm.util import allow_module
 
 DEFAULT_SEED = 23  # upstream's
@@ -55,10 +56,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     check_sections(config)
 
-    from ldm.training.fit import fit
-
     folder = folder if options.resume else new_folder(options)
-    fit(config, options, folder, checkpoint)
+    with memory_advice(LESS_TO_TRAIN):
+        with leaving_at_once():
+            from ldm.training.fit import fit
+
+        with said_when_stopped(lambda: "no step was done"):
+            fit(config, options, folder, checkpoint)
 
 
 def run_of(resume: str) -> tuple[Path, Path | None]:

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 from ldm.errors import InputError, escaped, shown
 
 logger = logging.getLogger(__name__)
+LESS_TO_TRAIN = (
+    "lower data.params.batch_size (lightning.trainer.accumulate_grad_batches makes up for it), "
+    "train with --precision bf16-mixed, or train a smaller model"
+)
 
 
 class Key(NamedTuple):

@@ -13,11 +13,8 @@ from ldm.errors import InputError, OutOfMemory, escaped, is_out_of_memory
 from ldm.training.data import DataModuleFromConfig
 from ldm.training.module import Training
 from ldm.training.order import SeededItems, seeded
+from ldm.training.trainer import LESS_TO_TRAIN
 
-LESS_TO_TRAIN = (
-    "lower data.params.batch_size (lightning.trainer.accumulate_grad_batches makes up for it), "
-    "train with --precision bf16-mixed, or train a smaller model"
-)
 NAMES = {"train": "train", "validation": "val", "test": "test"}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from ldm.errors import InputError
+from ldm.errors import InputError, OutOfMemory
 from ldm.training.flags import as_bool
 from ldm.training.run import main
 from tests.tiny_models import tiny_config, tiny_weights
@@ -215,3 +215,35 @@ def test_help_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "key.path=value" in done.stdout
+
+
+def test_too_little_memory_says_what_to_lower(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TB")
+
+    toy = write(tmp_path / "toy.yaml", toy_config(pictures(tmp_path / "pictures")))
+    for place in ("ldm.models.autoencoder.AutoencoderKL.forward", "pytorch_lightning.Trainer.fit"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(OutOfMemory, match=r"lower data\.params\.batch_size") as caught:
+                train(toy, tmp_path / "logs")
+        assert caught.value.exit_code == 3
+        assert not list((tmp_path / "logs").glob("*"))
+
+
+def test_training_needs_nothing_of_unix(tmp_path):
+    """What Windows lacks: the modules resource and fcntl, and SIGUSR1."""
+    toy = write(tmp_path / "toy.yaml", toy_config(pictures(tmp_path / "pictures"), max_steps=1))
+    code = f"""
+import signal, sys
+sys.modules["resource"] = sys.modules["fcntl"] = None
+warning = signal.SIGUSR1
+del signal.SIGUSR1
+import ldm.training.stop
+signal.SIGUSR1 = warning  # Lightning wants it where the system is not Windows
+from ldm.training.run import main
+main(["--base", {str(toy)!r}, "--train", "--logdir", {str(tmp_path / "logs")!r}])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert (run_of(tmp_path / "logs") / "checkpoints" / "last.ckpt").is_file()

@@ -140,7 +140,10 @@ class TokenMerger:
 
     def begin_run(self, seed: int | None = None) -> None:
         """Forget everything about earlier calls; ``seed`` replaces the configured one."""
+        before = getattr(self, "_seed", None)
         self._seed = self.config.seed if seed is None else seed
+        if self._seed != before:
+            self._stock.clear()  # in training each batch has a seed of its own
         self._generator = torch.Generator().manual_seed(self._seed)
         self._used: dict[tuple[object, ...], int] = {}  # numbers taken from the stock
         self._call = -1
