@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from ldm.errors import InputError, escaped, shown
 from ldm.modules.tome.config import ToMeConfig, overlay
 from ldm.plain_yaml import parse_yaml, resolved
+from ldm.settings import Settings
 from ldm.text import read_text
 
 MODEL_FOLDERS = ("configs/stable-diffusion", "configs/demo")
@@ -185,13 +186,28 @@ def model_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         params = config["model"]["params"]
-        f = 2 ** (len(params["first_stage_config"]["params"]["ddconfig"]["ch_mult"]) - 1)
-        side = params["image_size"] * f
-        derived = {"H": side, "W": side, "C": params["channels"], "f": f}
-    except (KeyError, TypeError) as error:
+        f = 2 ** min(len(params["first_stage_config"]["params"]["ddconfig"]["ch_mult"]) - 1, 16)
+        size = params["image_size"]
+        h, w = size if isinstance(size, list) else (size, size)
+        derived = {"H": h * f, "W": w * f, "C": params["channels"], "f": f}
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             "the configuration is no latent-diffusion model: 'model.params' needs image_size, "
             "channels and first_stage_config"
         ) from error
     general = {"scale": 7.5, "steps": 50, "sampler": "ddim", "prompt": DEFAULT_PROMPT}
-    return {**derived, **general, **(config.get("defaults") or {})}
+    own = config.get("defaults") or {}
+    if not isinstance(own, Mapping):
+        raise InputError(f"defaults {shown(own)}: must be 'key: value'")
+    known = {**derived, **general, "vocabulary": None}
+    if strange := sorted(set(own) - set(known)):
+        names = ", ".join(known)
+        raise InputError(f"defaults: {shown(strange[0])} is none of its keys, which are {names}")
+    defaults = {**derived, **general, **own}
+    if not isinstance(defaults["prompt"], str):
+        raise InputError(f"defaults: prompt {shown(defaults['prompt'])}: must be a text")
+    try:
+        Settings(**{name: value for name, value in defaults.items() if name != "vocabulary"})
+    except InputError as error:
+        raise InputError(f"defaults: {error}") from error
+    return defaults

@@ -267,6 +267,35 @@ def test_the_files_own_defaults_win():
     assert (defaults["H"], defaults["W"], defaults["prompt"]) == (64, 512, "hills")
 
 
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        ({"step": 3}, "'step' is none of its keys, which are H, W,"),
+        ({"steps": "many"}, "defaults: steps"),
+        ({"H": 10**12}, "defaults: H"),
+        ({"sampler": "magic"}, "defaults: sampler"),
+        ({"prompt": 3}, "defaults: prompt"),
+        ([1], "must be 'key: value'"),
+        (3, "must be 'key: value'"),
+    ],
+)
+def test_defaults_that_cannot_be_are_one_line(defaults, message):
+    config = shipped_model("v1-inference") | {"defaults": defaults}
+    with pytest.raises(InputError, match=message):
+        model_defaults(config)
+
+
+@pytest.mark.parametrize("size", ["x", [8], None, 10**12, -1, [1, "a"]])
+def test_sizes_that_cannot_be_are_one_line(size):
+    config = shipped_model("v1-inference")
+    config["model"]["params"]["image_size"] = size
+    del config["defaults"]
+    with pytest.raises(InputError):
+        model_defaults(config)
+    config["model"]["params"]["image_size"] = [64, 96]
+    assert (model_defaults(config)["H"], model_defaults(config)["W"]) == (512, 768)
+
+
 @pytest.mark.parametrize("config", [{}, {"model": {"params": {}}}, {"model": None}])
 def test_no_defaults_without_a_model(config):
     with pytest.raises(InputError, match="no latent-diffusion model"):

@@ -131,6 +131,8 @@ def _tensors(weights: StateDict, half: bool, ema: bool) -> dict[str, Tensor]:
             )
         names = {n: raw for n, raw in names.items() if not n.startswith("model_ema.")}
         names |= averages
+    weights.require_weights(raw for name, raw in names.items() if keys.is_weight(name))
+    weights.require_numbers(names.values())
     tensors = {}
     memory = set()
     for name, raw in names.items():

@@ -7,6 +7,7 @@ tensor that is asked for as a weight is one of real floating-point numbers.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -102,10 +103,16 @@ class StateDict(Mapping[str, Tensor]):
                     "floating-point numbers; look for the file in float16 or float32"
                 )
 
-    def shape(self, name: str, rank: int) -> tuple[int, ...] | None:
-        """The shape of a tensor of so many dimensions; None where there is none."""
-        entry = self.entries.get(name)
-        return entry.shape if entry is not None and len(entry.shape) == rank else None
+    def require_numbers(self, names: Iterable[str]) -> None:
+        """Stop at tensors that are not plain tables of numbers of some type.
+
+        Raises:
+            InputError: one is sparse, quantised, or has no numbers.
+        """
+        for name in names:
+            kind = self.entries[name].kind
+            if not re.fullmatch(r"\w*\d\w*|bool", kind, re.IGNORECASE):
+                raise InputError(f"{self.path}: {escaped(name)} is {kind}, not a table of numbers")
 
 
 def open_state_dict(path: str | os.PathLike[str]) -> StateDict:

@@ -261,8 +261,14 @@ def _inspect(
         config_name=name,
         vae=vae,
         can_encode=keys.has_encoder(shapes),
-        defaults={**model_defaults((relatives or [whole])[0]), **(whole.get("defaults") or {})},
+        defaults=_defaults(whole, (relatives or [whole])[0]),
     )
+
+
+def _defaults(whole: dict[str, Any], relative: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's own defaults; where it has none, those of the shipped one of its kind."""
+    own = model_defaults(whole)
+    return {**model_defaults(relative), **{name: own[name] for name in whole.get("defaults") or {}}}
 
 
 def _require_components(shapes: Mapping[str, keys.Shape], path: Path) -> None:

@@ -238,6 +238,19 @@ def test_the_mode_is_that_of_any_new_file(ckpt):
     assert convert(ckpt).stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+@pytest.mark.parametrize(
+    "tensor", [torch.eye(4).to_sparse(), torch.empty(4, 3, device="meta"), torch.ones(4, 3) + 0j]
+)
+@pytest.mark.parametrize("name", [f"{UNET}out.2.weight", "other"])
+def test_what_is_no_table_of_numbers_is_named(tmp_path, tensor, name):
+    torch.save({**WEIGHTS, name: tensor}, tmp_path / "m.ckpt")
+    if name == "other" and tensor.is_complex():
+        assert content(convert(tmp_path / "m.ckpt"))[0]["other"].is_complex()
+        return
+    with pytest.raises(InputError, match=f"{name} is "):
+        convert(tmp_path / "m.ckpt")
+
+
 @pytest.mark.parametrize("split", [0.0, -1.0, float("nan"), float("inf")])
 def test_the_size_of_files_is_a_size(ckpt, split):
     with pytest.raises(InputError, match="give the megabytes of a file"):
