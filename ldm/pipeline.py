@@ -384,7 +384,8 @@ class Pipeline:
                     *(init.shape[1], init.shape[0], width, height, SIZE_STEP, longest),
                 )
             settings = dataclasses.replace(settings, H=height, W=width)
-        settings = settings.filled(self.defaults)
+        reuse = self.model.model.diffusion_model.reuse.every
+        settings = settings.filled({"reuse_deep": reuse, **self.defaults})
         self.model.cond_stage_model.check_clip_skip(settings.clip_skip)
         for name in ("C", "f"):
             if getattr(settings, name) != self.defaults[name]:

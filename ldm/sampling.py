@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
@@ -282,8 +283,20 @@ def sample(
         options["unconditional_conditioning"] = negative
     if on_step is not None:
         options["img_callback"] = lambda predicted, i: on_step(i, n_steps, predicted)
-    with reused_memory(model.device):
+    with reused_memory(model.device), _deep_reuse(model, settings.reuse_deep):
         return sampler.decode(x, positive, n_steps, **options)
+
+
+@contextmanager
+def _deep_reuse(model: LatentDiffusion, every: int | None) -> Iterator[None]:
+    """Let the U-Net reuse its deep features so often; None: as its configuration says."""
+    reuse = model.model.diffusion_model.reuse
+    own = reuse.every
+    reuse.every = every or own
+    try:
+        yield
+    finally:
+        reuse.every = own
 
 
 def n_steps_back(n_steps: int, settings: Settings) -> int:

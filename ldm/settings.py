@@ -26,6 +26,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "seed": (int, -1, 2**63 - 1),
     "steps": (int, 1, 1000),
     "hires_steps": (int, 1, 1000),
+    "reuse_deep": (int, 1, 1000),
     "scale": (float, -1000, 1000),
     "eta": (float, 0, 1),
     "H": (int, 1, 16384),
@@ -45,7 +46,7 @@ CHOICES = {
     "rng": NOISE_ORDERS,
 }
 # What the model's YAML fills in where it is None.
-OPEN = {"sampler", "steps", "hires_steps", "scale", "H", "W", "C", "f"}
+OPEN = {"sampler", "steps", "hires_steps", "reuse_deep", "scale", "H", "W", "C", "f"}
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class Settings:
             (for models distilled for it).
         schedule: where those from euler on take their steps: uniform in time; karras, which has
             more of them at little noise; or sgm_uniform, in time with a longer last step.
+        reuse_deep: compute the deep half of the U-Net in one of so many steps, and reuse it in
+            those between (DeepCache); 1 computes all of it in each.
         scale: of the guidance: e_u + scale * (e_c - e_u); 1 does without e_u.
         eta: of DDIM: 0 is deterministic, 1 adds as much noise as the training process.
         H: height in pixels; rounded to a multiple of 8.
@@ -103,6 +106,7 @@ class Settings:
     steps: int | None = None
     sampler: str | None = None
     schedule: str = "uniform"
+    reuse_deep: int | None = None
     scale: float | None = None
     eta: float = 0.0
     H: int | None = None

@@ -164,6 +164,28 @@ def test_pictures_come_one_by_one(pipeline):
     assert len(list(stream)) == 2
 
 
+def test_deep_features_can_be_reused(pipeline, tiny_checkpoint):
+    options = {"steps": 6, "seed": 3}
+    plain = pixels(pipeline.txt2img("a house", **options))
+    np.testing.assert_array_equal(
+        pixels(pipeline.txt2img("a house", reuse_deep=1, **options)), plain
+    )
+    reused = pixels(pipeline.txt2img("a house", reuse_deep=3, **options))
+    assert not np.array_equal(reused, plain)
+    np.testing.assert_array_equal(pixels(pipeline.txt2img("a house", **options)), plain)
+    pipeline.set_tome({"ratio": 0.5})
+    merged = pipeline.txt2img("a house", reuse_deep=3, **options)[0]
+    assert not np.array_equal(merged.pixels, reused[0])
+    assert merged.settings["reuse_deep"] == 3
+    # in a configuration: for the network, or among the defaults
+    config = yaml.safe_load(tiny_checkpoint.with_suffix(".yaml").read_text())
+    for place in (config["model"]["params"]["unet_config"]["params"], config["defaults"]):
+        place["reuse_deep"] = 3
+        other = Pipeline.from_checkpoint(tiny_checkpoint, config, "cpu", "float32")
+        np.testing.assert_array_equal(pixels(other.txt2img("a house", **options)), reused)
+        del place["reuse_deep"]
+
+
 @pytest.mark.parametrize(("height", "width"), [(8, 40), (24, 16), (56, 8)])
 def test_any_multiple_of_8_is_a_size(pipeline, height, width):
     for tome in (None, {"ratio": 0.5}):

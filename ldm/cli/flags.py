@@ -96,6 +96,12 @@ def add_sampling_flags(parser: Parser) -> None:
         help="where samplers from euler on take their steps: uniform (default); karras: more steps "
         "at little noise; or sgm_uniform: a longer last step",
     )
+    add(
+        "--reuse_deep",
+        type=int,
+        metavar="N",
+        help="compute the deep half of the U-Net in every N-th step alone (DeepCache; default: 1)",
+    )
     add("--ddim_eta", type=float, default=0.0, dest="eta", metavar="0..1", help="noise of DDIM")
     add(
         "--scale",

@@ -23,6 +23,7 @@ from ldm.models.diffusion.schedule import (
     variational_weights,
 )
 from ldm.modules.attention import remember_context
+from ldm.modules.diffusionmodules.reuse import DeepReuse
 from ldm.modules.ema import LitEma
 from ldm.modules.tome.merger import TokenMerger
 from ldm.util import instantiate_from_config
@@ -272,7 +273,7 @@ class LatentDiffusion(nn.Module):
         return self
 
     def begin_run(self, is_guided: bool = False) -> None:
-        """Start a sampling run: what token merging remembers of the last one is forgotten.
+        """Start a sampling run: what is remembered of the last one is forgotten.
 
         Args:
             is_guided: batches have two halves, for classifier-free guidance.
@@ -280,12 +281,16 @@ class LatentDiffusion(nn.Module):
         if self._tome is not None:
             self._tome.begin_run()
             self._tome.is_guided = is_guided
+        if self._reuse is not None:
+            self._reuse.begin_run()
         remember_context(self.model)
 
     def end_run(self) -> None:
         """End a sampling run; what attention remembers of its prompts is forgotten."""
         if self._tome is not None:
             self._tome.is_guided = False
+        if self._reuse is not None:
+            self._reuse.end_run()
         remember_context(self.model, False)
 
     def at_step(self, t: float) -> None:
@@ -297,6 +302,11 @@ class LatentDiffusion(nn.Module):
         """Start the loss of another batch: token merging keeps no plan of the one before."""
         if self._tome is not None:
             self._tome.begin_batch()
+
+    @property
+    def _reuse(self) -> DeepReuse | None:
+        """Reuse of deep features in the network, if it has that."""
+        return getattr(self.model.diffusion_model, "reuse", None)
 
     @property
     def _tome(self) -> TokenMerger | None:

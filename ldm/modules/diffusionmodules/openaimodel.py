@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import InputError
-from ldm.modules.attention import SpatialTransformer
+from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from ldm.modules.diffusionmodules.reuse import N_SHALLOW, DeepReuse
 from ldm.modules.diffusionmodules.util import (
     checkpoint,
     normalization,
@@ -187,8 +188,10 @@ class UNetModel(nn.Module):
         use_linear_in_transformer: the transformers' projections are linear layers (SD 2).
         adm_in_channels: length of ``y`` for num_classes "sequential".
         tome_config: what to merge, as in the table of the README; None merges nothing.
+        reuse_deep: compute the deep blocks in one of so many calls of a run; see DeepReuse.
 
     Attributes:
+        reuse: what is kept for that.
         tome: the token merger that all transformers share; not part of the state dict.
 
     Raises:
@@ -228,6 +231,7 @@ class UNetModel(nn.Module):
         use_linear_in_transformer: bool = False,
         adm_in_channels: int | None = None,
         tome_config: Mapping[str, Any] | None = None,
+        reuse_deep: int = 1,
     ) -> None:
         super().__init__()
         _require("use_spatial_transformer", use_spatial_transformer, True)
@@ -257,6 +261,7 @@ class UNetModel(nn.Module):
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.num_classes = num_classes
+        self.reuse = DeepReuse(reuse_deep)
         self.tome = TokenMerger(ToMeConfig.from_mapping(tome_config))
         emb_channels = 4 * model_channels
 
@@ -333,6 +338,10 @@ class UNetModel(nn.Module):
             nn.SiLU(),
             zero_module(nn.Conv2d(ch, out_channels, 3, padding=1)),
         )
+        deep = (self.input_blocks[N_SHALLOW:], self.middle_block, self.output_blocks[:-N_SHALLOW])
+        self._n_deep_transformers = sum(
+            isinstance(module, BasicTransformerBlock) for part in deep for module in part.modules()
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -376,15 +385,29 @@ class UNetModel(nn.Module):
         if context is not None:
             context = context.to(dtype)
 
-        h = x.to(dtype)
-        skips = []
-        for block in self.input_blocks:
-            h = block(h, emb, context)
-            skips.append(h)
-        h = self.middle_block(h, emb, context)
-        for block in self.output_blocks:
-            h = torch.cat([h, skips.pop()], dim=1)
-            h = block(h, emb, context, size=skips[-1].shape[-2:] if skips else None)
+        skips: list[Tensor] = []
+
+        def down(h: Tensor, blocks: nn.ModuleList) -> Tensor:
+            for block in blocks:
+                h = block(h, emb, context)
+                skips.append(h)
+            return h
+
+        def up(h: Tensor, blocks: nn.ModuleList) -> Tensor:
+            for block in blocks:
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = block(h, emb, context, size=skips[-1].shape[-2:] if skips else None)
+            return h
+
+        h = down(x.to(dtype), self.input_blocks[:N_SHALLOW])
+        deep = self.reuse.begin_call(x)
+        if deep is None:
+            h = down(h, self.input_blocks[N_SHALLOW:])
+            deep = up(self.middle_block(h, emb, context), self.output_blocks[:-N_SHALLOW])
+            self.reuse.keep(x, deep)
+        else:
+            self.tome.skip(self._n_deep_transformers)
+        h = up(deep, self.output_blocks[-N_SHALLOW:])
         self.tome.end_call()
         return self.out(h).to(x.dtype)
 

@@ -149,6 +149,7 @@ class TokenMerger:
         self._call = -1
         self._progress = 0.0
         self._blocks: list[Decision] = []
+        self._n_skipped = 0
         self._kept: dict[tuple[object, ...], tuple[int, Decision]] = {}
         self._tally = Tally()
 
@@ -165,10 +166,15 @@ class TokenMerger:
         """
         self._call += 1
         self._blocks = []
+        self._n_skipped = 0
         if any(config.steps for config in (self.config, *self.config.rules)):
             t = float(timesteps.float().mean()) if self.timestep is None else self.timestep
             self._progress = 1 - t / self.n_timesteps
         self.timestep = None
+
+    def skip(self, n_blocks: int) -> None:
+        """Note that this call leaves out the next so many blocks; those after keep their places."""
+        self._n_skipped += n_blocks
 
     def end_call(self) -> None:
         """Count what the call has merged, now that it is over."""
@@ -197,7 +203,7 @@ class TokenMerger:
             {*config.apply_to} <= SELF_PLACES or "keys" in config.metric
         ):
             removed = 0
-        place = x.shape[2] if config.reuse_layers else len(self._blocks)
+        place = x.shape[2] if config.reuse_layers else len(self._blocks) + self._n_skipped
         key = (place, len(x), size, x.device, config)
         block = self._kept_block(key, config.reuse_steps) if removed else None
         if block is None:

@@ -333,3 +333,86 @@ def test_self_attention_can_be_disabled() -> None:
 def test_unusable_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_on_meta(**{**TINY, **arguments})
+
+
+# --- reuse of deep features -------------------------------------------------------------------
+
+
+def reusing_unet(every, tome=None):
+    unet = UNetModel(**TINY, tome_config=tome, reuse_deep=every)
+    return fill_parameters(unet, seed=2).eval()
+
+
+def run_of(unet, n_calls=5):
+    """The outputs of a run's calls, each for a step of its own."""
+    generator = torch.Generator().manual_seed(1)
+    x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 24)
+    unet.tome.begin_run()
+    unet.reuse.begin_run()
+    steps = range(900, 900 - 10 * n_calls, -10)
+    outputs = [unet(x + t / 5000, torch.tensor([t, t]), context) for t in steps]
+    unet.reuse.end_run()
+    return outputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tome", [None, {"ratio": 0.5}, {"ratio": 0.5, "reuse_steps": 4}])
+def test_deep_features_are_computed_in_every_nth_call(tome):
+    torch.manual_seed(0)
+    whole = run_of(reusing_unet(1))
+    torch.manual_seed(0)
+    unet = reusing_unet(3, tome)
+    calls = {"middle": 0, "first": 0, "last": 0}
+
+    def count(name):
+        def add(*_):
+            calls[name] += 1
+
+        return add
+
+    unet.middle_block.register_forward_hook(count("middle"))
+    unet.input_blocks[1].register_forward_hook(count("first"))
+    unet.output_blocks[-1].register_forward_hook(count("last"))
+    outputs = run_of(unet)
+    assert calls == {"middle": 2, "first": 5, "last": 5}
+    if tome is None:
+        equal = [torch.equal(a, b) for a, b in zip(outputs, whole, strict=True)]
+        assert equal == [True, False, False, True, False]
+        assert (outputs[1] - whole[1]).abs().mean() < (whole[1] - whole[4]).abs().mean() * 5
+
+
+@torch.no_grad()
+def test_a_reused_call_is_the_shallow_blocks_on_the_features_before():
+    unet = reusing_unet(2)
+    seen = []
+    unet.output_blocks[-2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    first, second = run_of(unet, 2)
+    n_skip = unet.input_blocks[1][0].out_layers[-1].out_channels
+    assert torch.equal(seen[0][:, :-n_skip], seen[1][:, :-n_skip])
+    assert not torch.equal(seen[0][:, -n_skip:], seen[1][:, -n_skip:])
+    assert not torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_nothing_is_reused_outside_of_a_run_or_for_another_shape():
+    unet = reusing_unet(9)
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([5, 5]), torch.randn(2, 7, 24)
+    outside = [unet(x, t, context), unet(x, t + 90, context)]
+    unet.reuse.begin_run()
+    assert torch.equal(unet(x, t, context), outside[0])
+    reused = unet(x, t + 90, context)
+    assert not torch.equal(reused, outside[1])
+    assert torch.equal(unet(x[:1], t[:1] + 90, context[:1]), unet(x[:1], t[:1] + 90, context[:1]))
+    unet.reuse.begin_run()
+    assert torch.equal(unet(x, t + 90, context), outside[1])
+
+
+@torch.no_grad()
+def test_merged_blocks_keep_their_places_where_deep_ones_are_left_out():
+    unet = reusing_unet(2, {"ratio": 0.5, "reuse_steps": 9, "random": False})
+    plans = []
+    unet.tome.observer = lambda call, blocks: plans.append([block.plan for block in blocks])
+    run_of(unet, 2)
+    whole, shallow = plans
+    assert len(shallow) == 3 < len(whole)
+    assert [id(p) for p in shallow] == [id(whole[0]), id(whole[-2]), id(whole[-1])]
