@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm import __version__, images
+from ldm import images
+from ldm.canvas import Canvas, prepare
 from ldm.checkpoint.embedding import Embedding, EmbeddingFile, read_embeddings
 from ldm.checkpoint.hashes import model_hash, named
 from ldm.checkpoint.load import (
@@ -39,18 +40,8 @@ from ldm.images import Mask, Picture, Pixels
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
-from ldm.remarks import prompt_remarks, report_tome, suspects
-from ldm.sampling import (
-    Batch,
-    Canvas,
-    OnStep,
-    Pass,
-    Texts,
-    decode,
-    draw,
-    enlarge,
-    prepare,
-)
+from ldm.remarks import model_notes, prompt_remarks, report_tome, suspects
+from ldm.sampling import Batch, OnStep, Pass, Texts, decode, draw, enlarge
 from ldm.settings import SIZE_STEP, Settings
 from ldm.util import word_list
 
@@ -286,7 +277,10 @@ class Pipeline:
         settings = self._settled(settings, init)
         again = settings.second_pass() if settings.hires_scale > 1 else None
         batches = process.share(settings.batches())
-        self._remark(settings)
+        known = self.defaults.get("vocabulary")
+        vocabulary = word_list(known) if known else None
+        for remark in prompt_remarks(self.model.cond_stage_model, settings, vocabulary):
+            logger.warning("%s", remark)
         if init is not None:
             init = images.fit(init, *settings.size)
         if mask is not None:
@@ -399,13 +393,6 @@ class Pipeline:
             logger.warning("ToMe hires has no effect without a second pass (hires_scale)")
         return settings
 
-    def _remark(self, settings: Settings) -> None:
-        """Warn of what the model will not read, or does not know."""
-        known = self.defaults.get("vocabulary")
-        vocabulary = word_list(known) if known else None
-        for remark in prompt_remarks(self.model.cond_stage_model, settings, vocabulary):
-            logger.warning("%s", remark)
-
     def about(
         self, settings: Settings, prompt: str, seed: int, drawn: Pass | None = None
     ) -> dict[str, Any]:
@@ -418,25 +405,13 @@ class Pipeline:
             drawn: the first pass over it, if there was one.
         """
         has_strength = drawn is not None and drawn.init is not None and drawn.mask is None
-        unet = next(self.model.model.parameters())
         tome = self._merger.config if drawn is None else drawn.tome
         return {
             **settings.noted(has_strength),
             "prompt": prompt,
             "seed": seed,
-            "model": {
-                "name": self.info.path.stem,
-                "hash": self._hash,
-                "family": self.info.family,
-                "parameterization": self.model.parameterization,
-                "ema": self.ema,
-                **({"vae": self.info.vae.name} if self.info.vae else {}),
-            },
-            "device": unet.device.type,
-            "dtype": str(unet.dtype).removeprefix("torch."),
+            **model_notes(self.model, self.info, self._hash, self.ema),
             "attention": self.attention,
-            "torch": torch.__version__,
-            "version": __version__,
             "tome": dataclasses.asdict(tome),
             **self._added,
         }

@@ -1,4 +1,4 @@
-"""What the user is told of a run: about its prompts, its merging, and what may have gone wrong."""
+"""What the user is told of a run: about its prompts, merging and model, and what may be wrong."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
+from ldm import __version__
+from ldm.checkpoint.load import CheckpointInfo
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import TextEncoder, truncated_words
 from ldm.modules.encoders.prompts import (
     parse_emphasis,
@@ -62,6 +67,34 @@ def report_tome(tally: Tally, config: ToMeConfig, where: str = "") -> None:
         logger.info("%s", tally.describe(config).replace("ToMe: ", f"ToMe: {where}", 1))
     for warning in tally.warnings(config):
         logger.warning("%s", where + warning)
+
+
+def model_notes(
+    model: LatentDiffusion, info: CheckpointInfo, file_hash: str, ema: bool
+) -> dict[str, Any]:
+    """What a picture remembers of the model that drew it, and where.
+
+    Args:
+        model: as it is after drawing: its type may have changed.
+        info: of its checkpoint.
+        file_hash: likewise.
+        ema: whether it has the averaged weights.
+    """
+    unet = next(model.model.parameters())
+    return {
+        "model": {
+            "name": info.path.stem,
+            "hash": file_hash,
+            "family": info.family,
+            "parameterization": model.parameterization,
+            "ema": ema,
+            **({"vae": info.vae.name} if info.vae else {}),
+        },
+        "device": unet.device.type,
+        "dtype": str(unet.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "version": __version__,
+    }
 
 
 def suspects(settings: Settings, loras: Sequence[Mapping[str, Any]], words: Iterable[str]) -> str:

@@ -1,12 +1,12 @@
 """From prompts and seeds to pixels, in four plain functions: noise, conditioning, sample, decode.
 
-`prepare` encodes what all batches of a run share, `draw` puts the first three together.
+`draw` puts the first three together; `canvas.prepare` encodes what all batches of a run share.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm import images
+from ldm.canvas import Canvas, PictureNoise, encode, latent_shape, rows
 from ldm.device import finite, reused_memory
 from ldm.images import Mask, Pixels
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -59,22 +59,6 @@ Batch: TypeAlias = Sequence[tuple[str, int]]
 """Prompt and seed of each picture that is drawn at once."""
 
 logger = logging.getLogger(__name__)
-
-
-class PictureNoise:
-    """Noise for a batch whose pictures each draw from a generator of their own, on the CPU.
-
-    Args:
-        seeds: of the pictures.
-    """
-
-    def __init__(self, seeds: Iterable[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, shape: Sequence[int]) -> Tensor:
-        """Unit normal noise of a shape (B, ...) with a row for each seed."""
-        rows = [torch.randn(tuple(shape[1:]), generator=g) for g in self.generators]
-        return torch.stack(rows)
 
 
 class Texts:
@@ -130,92 +114,6 @@ class Texts:
         return finite("the text encoder", encoder, encode)
 
 
-@dataclass(frozen=True)
-class Canvas:
-    """What the batches of a run are drawn on.
-
-    Attributes:
-        known: scaled latents of the picture to start from or to keep, (1 or n, C, h, w).
-        kept: where they stay, (1, 1, h, w): 1 where no pixel is painted; None: nowhere.
-        beside: what an inpainting model sees beside the noise, (1 or n, 1 + C, h, w).
-        start: noise from which every batch starts, (n, C, h, w).
-    """
-
-    known: Tensor | None = None
-    kept: Tensor | None = None
-    beside: Tensor | None = None
-    start: Tensor | None = None
-
-
-@torch.inference_mode()
-def prepare(
-    model: LatentDiffusion, settings: Settings, init: Pixels | None = None, mask: Mask | None = None
-) -> Canvas:
-    """Encode what all batches of a run share.
-
-    Args:
-        model: what draws.
-        settings: without None.
-        init: the picture to start from, (H, W, 3) of the settings' size.
-        mask: where to paint, (H, W).
-    """
-    known = kept = beside = start = None
-    height, width = latent_shape(model, settings)[1:]
-    is_inpainting = model.model.diffusion_model.in_channels == 2 * model.channels + 1
-    if init is not None and (mask is None or not is_inpainting):
-        known = encode(model, settings, images.to_unit(init))
-        if mask is not None:
-            hole = torch.from_numpy(mask).float()[None, None]
-            kept = 1 - F.adaptive_max_pool2d(hole, (height, width)).to(model.device)
-    if is_inpainting:
-        # Without a mask, all is to be painted. The mask's pixels are picked, not pooled, as in the
-        # training of such models.
-        hidden = np.ones(settings.size, bool) if mask is None else mask
-        seen = np.zeros((3, *settings.size), np.float32)
-        if init is not None:
-            seen = images.to_unit(init) * ~hidden
-        latents = encode(model, settings, seen)
-        hole = F.interpolate(torch.from_numpy(hidden).float()[None, None], (height, width))
-        beside = torch.cat([hole.to(latents).expand(len(latents), -1, -1, -1), latents], dim=1)
-    if settings.fixed_code:
-        start = _fixed_start(model, settings)
-    return Canvas(known, kept, beside, start)
-
-
-def latent_shape(model: LatentDiffusion, settings: Settings) -> tuple[int, int, int]:
-    """C, h and w of a picture's latents."""
-    assert settings.f is not None
-    height, width = settings.size
-    return model.channels, height // settings.f, width // settings.f
-
-
-def _fixed_start(model: LatentDiffusion, settings: Settings) -> Tensor:
-    shape = latent_shape(model, settings)
-    if settings.rng == "upstream":
-        return torch.randn((settings.n_samples, *shape), device=model.device)
-    one = PictureNoise([settings.seed])((1, *shape))
-    return one.expand(settings.n_samples, -1, -1, -1).to(model.device)
-
-
-@torch.inference_mode()
-def encode(model: LatentDiffusion, settings: Settings, picture: NDArray[np.float32]) -> Tensor:
-    """Scaled latents of a picture (3, H, W), (1, C, h, w); with upstream's draw, n_samples."""
-    stage = model.first_stage_model
-
-    def compute() -> Tensor:
-        weight = next(stage.parameters())
-        posterior = model.encode_first_stage(torch.from_numpy(picture[None]).to(weight))
-        if settings.rng != "upstream":
-            return model.get_first_stage_encoding(posterior.mode()).float()
-        noise = torch.randn((settings.n_samples, *latent_shape(model, settings)))
-        return model.get_first_stage_encoding(posterior, noise).float()
-
-    return finite("the first stage", stage, compute)
-
-
-# --- the four -----------------------------------------------------------------------------------
-
-
 def noise(
     model: LatentDiffusion, settings: Settings, seeds: Sequence[int], canvas: Canvas
 ) -> tuple[Tensor, NoiseSource | None]:
@@ -237,7 +135,7 @@ def conditioning(texts: Texts, prompts: Sequence[str], canvas: Canvas) -> Condit
     text = texts(prompts)
     if canvas.beside is None:
         return text
-    return {"c_crossattn": [text], "c_concat": [_rows(canvas.beside, len(prompts))]}
+    return {"c_crossattn": [text], "c_concat": [rows(canvas.beside, len(prompts))]}
 
 
 def sample(
@@ -272,7 +170,7 @@ def sample(
     n_steps = len(sampler.steps)
     options: dict[str, Any] = {"noise_source": source, "verbose": progress}
     if canvas.known is not None:
-        known = _rows(canvas.known, len(x))
+        known = rows(canvas.known, len(x))
         if canvas.kept is None:
             n_steps = n_steps_back(n_steps, settings)
             x = sampler.stochastic_encode(known, n_steps, noise=x)
@@ -397,8 +295,3 @@ class Pass:
         if self.mask is None or self.init is None:
             return drawn
         return np.where(self.mask[..., None], drawn, self.init)
-
-
-def _rows(tensor: Tensor, n: int) -> Tensor:
-    """The first n rows of a tensor, or its only row n times."""
-    return tensor.expand(n, *tensor.shape[1:]) if len(tensor) == 1 else tensor[:n]

@@ -30,7 +30,7 @@ LAYERS = [
     ["ldm.infotext"],
     ["ldm.cli"],
     ["ldm.training"],
-    ["ldm.sampling", "ldm.remarks"],
+    ["ldm.canvas", "ldm.sampling", "ldm.remarks"],
     ["ldm.pipeline"],
     ["ldm.checkpoint.program", "ldm.cli.drawing"],
     ["ldm.cli.txt2img", "ldm.cli.img2img", "ldm.cli.inpaint"],

@@ -11,11 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ldm import images
+from ldm.canvas import PictureNoise
 from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pipeline import Pipeline
 from ldm.remarks import unknown_words
-from ldm.sampling import PictureNoise, Texts
+from ldm.sampling import Texts
 from ldm.settings import SAMPLERS, Settings
 
 
