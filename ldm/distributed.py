@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from ldm.errors import InputError, shown
+
 T = TypeVar("T")
 
 # Processes wait for the slowest one before results are put together.
@@ -35,11 +37,22 @@ class Process:
 
     @classmethod
     def from_environment(cls) -> Process:
-        """What ``torchrun`` says; a single process without it."""
+        """What ``torchrun`` says; a single process without it.
+
+        Raises:
+            InputError: what is there instead cannot be used.
+        """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         if any(name not in os.environ for name in names):
             return cls()
-        return cls(*(int(os.environ[name]) for name in names))
+        texts = [os.environ[name] for name in names]
+        if not all(text.isdecimal() and len(text) < 10 for text in texts):
+            told = ", ".join(f"{name}={shown(os.environ[name])}" for name in names)
+            raise InputError(f"{told}: these come from torchrun, and have to be whole numbers")
+        process = cls(*map(int, texts))
+        if process.rank >= process.n_processes:
+            raise InputError(f"RANK={process.rank}: there are WORLD_SIZE={process.n_processes}")
+        return process
 
     @property
     def is_first(self) -> bool:

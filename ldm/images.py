@@ -512,10 +512,11 @@ class Gallery:
         return self._samples.save(self._writer(picture), next(self._expected, None))
 
     def close(self) -> None:
-        """Save the grid, with the settings of its first picture."""
+        """Save the grid, with the settings of its first picture and how many it shows."""
         if self._shown:
             grid = make_grid([picture.pixels for picture in self._shown], self.n_columns)
-            writer = self._writer(Picture(grid, self._shown[0].settings))
+            about = {**self._shown[0].settings, "grid": len(self._shown)}
+            writer = self._writer(Picture(grid, about))
             Numbers(self.folder, "grid-{:04}.png").save(writer)
 
     def _writer(self, picture: Picture) -> Callable[[Path], None]:

@@ -74,6 +74,8 @@ def understood(texts: Mapping[str, str], where: str) -> Found:
 def _own(about: Mapping[str, Any]) -> Found:
     found = Found({key: about[key] for key in about if key in _FIELDS and about[key] is not None})
     found.settings |= {"n_samples": 1, "n_iter": 1}  # it is one picture of its run
+    if "grid" in about:
+        found.left_out.append("it is a grid; the settings are those of its first picture")
     if "mask" in about:
         found.left_out.append("it was painted inside a mask (inpaint --mask)")
     elif "init_img" in about:

@@ -1,4 +1,7 @@
+import pytest
+
 from ldm.distributed import Process
+from ldm.errors import InputError
 
 
 def test_groups_are_dealt_out_once_each(monkeypatch):
@@ -17,3 +20,8 @@ def test_what_torchrun_says(monkeypatch):
         monkeypatch.setenv(name, value)
     assert Process.from_environment() == Process(3, 4, 1)
     assert Process.from_environment().device("cpu") == "cpu"
+    for name, value in (("RANK", "4"), ("RANK", "-1"), ("WORLD_SIZE", "many"), ("RANK", "")):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            with pytest.raises(InputError, match=name):
+                Process.from_environment()

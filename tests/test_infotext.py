@@ -156,6 +156,8 @@ def test_our_own_pictures_come_back_whole(tmp_path):
     assert (settings.prompt, settings.seed, settings.steps, settings.H) == ("hills", 7, 9, 64)
     assert (settings.sampler, settings.n_iter) == ("euler", 1)
     assert options.tome_arguments(args) == {"ratio": 0.5}
+    grid = understood({"ldm": json.dumps({**made, "grid": 4})}, "x.png")
+    assert "it is a grid; the settings are those of its first picture" in grid.left_out
     made["tome"] = plain(ToMeConfig())
     Picture(np.zeros((8, 8, 3), np.uint8), made).save(tmp_path / "x.png")
     assert options.tome_arguments(parse(txt2img, "--from_picture", tmp_path / "x.png")) is False

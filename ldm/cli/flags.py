@@ -248,11 +248,11 @@ def add_output_flags(parser: Parser, outdir: str) -> None:
     add("--skip_grid", action="store_true", help="do not save a grid")
     add("--skip_save", action="store_true", help="do not save single pictures")
     add("--no_metadata", action="store_true", help="do not write the settings into the pictures")
-    add_insight_flags(group)
 
 
-def add_insight_flags(group: argparse._ArgumentGroup) -> None:
+def add_insight_flags(parser: Parser) -> None:
     """What a run tells about itself."""
+    group = parser.add_argument_group("insight")
     group.add_argument("--verbose", action="store_true", help="say more: versions, times, memory")
     group.add_argument(
         "--profile",

@@ -36,6 +36,7 @@ def build_parser() -> Parser:
     add_tome_flags(parser)
     flags.add_model_flags(parser)
     flags.add_output_flags(parser, "outputs/img2img-samples")
+    flags.add_insight_flags(parser)
     return parser
 
 

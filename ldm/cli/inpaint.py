@@ -46,6 +46,7 @@ def build_parser() -> Parser:
     add_tome_flags(parser)
     flags.add_model_flags(parser)
     flags.add_output_flags(parser, "outputs/inpaint-samples")
+    flags.add_insight_flags(parser)
     return parser
 
 
@@ -55,8 +56,8 @@ def pairs(args: Arguments) -> list[tuple[Path, Path]]:
         if args.init_img is None or args.mask is None:
             raise InputError("give --init-img and --mask, or --indir")
         return [(Path(args.init_img), Path(args.mask))]
-    if args.init_img is not None or args.mask is not None:
-        raise InputError("--indir goes without --init-img and --mask")
+    if args.init_img is not None or args.mask is not None or args.profile:
+        raise InputError("--indir goes without --init-img and --mask, and without --profile")
     if args.n_samples > 1 or args.n_iter > 1:
         raise InputError("--indir makes one picture of each pair: leave --n_samples and --n_iter 1")
     folder = Path(args.indir)

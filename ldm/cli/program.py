@@ -31,10 +31,14 @@ def run_program(module: str) -> None:
         module: such as ``ldm.cli.txt2img``.
     """
     bound_caches()
-    with leaving_at_once():
-        import importlib
 
-        main = importlib.import_module(module).main
+    def main() -> None:
+        with leaving_at_once():
+            import importlib
+
+            program = importlib.import_module(module)
+        program.main()
+
     run(main)
 
 

@@ -53,6 +53,7 @@ def build_parser() -> Parser:
     add_tome_flags(parser)
     flags.add_model_flags(parser)
     flags.add_output_flags(parser, "outputs/txt2img-samples")
+    flags.add_insight_flags(parser)
     return parser
 
 
@@ -61,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse(build_parser(), argv)
     if args.interactive and (args.prompt is not None or args.from_file is not None):
         raise InputError("--interactive asks for prompts: leave out --prompt and --from-file")
-    if args.interactive and args.skip:
-        raise InputError("--interactive asks for prompts: leave out --skip")
+    if args.interactive and (args.skip or args.profile):
+        raise InputError("--interactive asks for prompts: leave out --skip and --profile")
     check_skip(args)
     jobs = read_jobs(args)
     model = options.model_arguments(args)

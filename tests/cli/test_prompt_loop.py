@@ -89,6 +89,14 @@ def test_a_picture_that_fails_or_is_stopped_does_not_end_the_loop(loop, capsys):
     assert capsys.readouterr().err == "stopped\nerror: no memory\n"
 
 
+def test_too_little_memory_does_not_end_the_loop(loop, capsys):
+    def draw(settings):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+
+    loop("a", "b", draw=draw)
+    assert capsys.readouterr().err.count("error: there is not enough memory: try") == 2
+
+
 def test_what_is_set_is_shown(loop, capsys):
     loop("!set negative_prompt grey, blurry", "!set tome.stride 2 4", "!set long_prompt", "!show")
     shown = capsys.readouterr().out.splitlines()
