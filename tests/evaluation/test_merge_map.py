@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ldm.evaluation.appendix_f.files import write_text
 
-from ldm.errors import InputError
 from ldm.evaluation.merge_map import (
     MergeMap,
     Recorder,
@@ -149,13 +147,3 @@ def test_a_page_holds_everything_and_escapes_the_prompt():
     assert data["prompt"] == "a </script><b>"
     (entry,) = data["maps"]
     assert (entry["step"], entry["block"], entry["h"], entry["w"], entry["kept"]) == (3, 1, 2, 4, 4)
-
-
-def test_text_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "page.html"
-    write_text(path, "ä")
-    assert path.read_text(encoding="utf-8") == "ä"
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
-        write_text(tmp_path / "file" / "page.html", "x")
-    assert [p.name for p in path.parent.iterdir()] == ["page.html"]

@@ -189,7 +189,11 @@ def amount(preset: Mapping[str, Any], ratio: float) -> dict[str, Any] | None:
     if config.method == "kth":
         k = 1 / (1 - ratio)
         return {"k": round(k)} if abs(k - round(k)) < _ROUNDING else None
-    if config.method == "downsample" or config.is_off or ratio > config.max_ratio + _ROUNDING:
+    if (
+        config.method in ("downsample", "tiles")
+        or config.is_off
+        or ratio > config.max_ratio + _ROUNDING
+    ):
         return None
     return {"ratio": ratio}
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.modules.tome.merge import plan_block
 from ldm.modules.tome.merger import Decision
 from ldm.modules.tome.plan import MergePlan
 
@@ -51,6 +52,8 @@ def oracle(unet: Any) -> Iterator[None]:
 
 
 def _free(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan, MergePlan]:
+    if decision.config.method == "tiles":  # of which nothing is free already
+        return plan_block(decision, metrics)
     # groups without content: a plan that has none counts as the identity
     kept = decision.n_tokens - decision.removed
     plan = FreePlan(decision.n_tokens, kept, groups=torch.empty(0))

@@ -12,23 +12,22 @@ from typing import Any
 
 from ldm.errors import InputError
 
-METHODS = ("bipartite", "kth", "random", "grid", "downsample")
+METHODS = ("bipartite", "kth", "random", "grid", "downsample", "tiles", "prune", "cover")
 PLACES = ("kv", "q", "attn", "crossattn", "mlp", "block")
 METRICS = ("hidden", "normed", "keys", "keys_mean", "logits")
 # The keys that say how much is removed: one of them at a time (for downsample, the stride).
 AMOUNTS = ("ratio", "r", "k", "max_tokens", "steps")
 # Keys that mean something to some methods only.
 _METHOD_KEYS = {
-    "ratio": ("bipartite", "random", "grid"),
-    "r": ("bipartite", "random", "grid"),
-    "max_tokens": ("bipartite", "random", "grid"),
-    "steps": ("bipartite", "random", "grid"),
+    **dict.fromkeys(
+        ("ratio", "r", "max_tokens", "steps"), ("bipartite", "random", "grid", "prune", "cover")
+    ),
     "k": ("kth",),
-    "stride": ("grid", "downsample"),
-    "random": ("grid",),
+    "stride": ("grid", "downsample", "tiles", "prune", "cover"),
+    "random": ("grid", "tiles", "prune"),
     "window": ("grid",),
     "protect": ("bipartite",),
-    "metric": ("bipartite", "kth", "random", "grid"),
+    "metric": ("bipartite", "kth", "random", "grid", "prune", "cover"),
     "similarity": ("bipartite", "kth", "random", "grid"),
 }
 _TOMESD_PLACES = {"merge_attn": "attn", "merge_crossattn": "crossattn", "merge_mlp": "mlp"}
@@ -159,8 +158,14 @@ KEYS: dict[str, Key] = {
     "ratio": Key(_ratio, "RATIO|auto", "share of tokens removed; 0 is off"),
     "r": Key(_integer(0, also_none=True), "N", "number of tokens removed, instead of a ratio"),
     "k": Key(_k, "K|tokens//N", "kth: one token in k survives"),
-    "stride": Key(_stride, "ROWS COLUMNS", "grid, downsample: size of a cell"),
-    "random": Key(_boolean, "BOOL", "grid: a random destination in each cell"),
+    "stride": Key(
+        _stride, "ROWS COLUMNS", "grid, downsample, prune: size of a cell; tiles, cover: of a tile"
+    ),
+    "random": Key(
+        _boolean,
+        "BOOL",
+        "grid: a random destination in each cell; tiles: of random size; prune: a little noise",
+    ),
     "apply_to": Key(
         _apply_to,
         "PLACE,...",
@@ -169,6 +174,9 @@ KEYS: dict[str, Key] = {
     "metric": Key(_metric, "|".join(METRICS), "what is compared to find similar tokens"),
     "weighted": Key(
         _boolean, "BOOL", "kv by logits: in a group's mean, count tokens by the attention they get"
+    ),
+    "mean": Key(
+        _one_of("plain", "norm"), "plain|norm", "norm: a mean as long as its tokens on average"
     ),
     "protect": Key(_one_of(0, 1, 2), "0|1|2", "bipartite: first tokens never merged away"),
     "window": Key(_window, "CELLS|none", "grid: match only within so many cells a side (odd)"),
@@ -225,6 +233,7 @@ class ToMeConfig:
     apply_to: tuple[str, ...] = ("attn",)
     metric: str = "logits"
     weighted: bool = True
+    mean: str = "plain"
     protect: int = 0
     window: int | None = 3
     max_downsample: int = 1
@@ -279,7 +288,7 @@ class ToMeConfig:
 
     @property
     def _has_amount(self) -> bool:
-        if self.method == "downsample":
+        if self.method in ("downsample", "tiles"):
             return self.stride != (1, 1)
         if self.steps:
             return any(ratio > 0 for _, ratio in self.steps)
@@ -305,9 +314,8 @@ class ToMeConfig:
     def max_ratio(self) -> float:
         """The largest share of tokens that the method can remove from a large picture."""
         cell = self.stride[0] * self.stride[1]
-        return {"bipartite": 0.5, "grid": 1 - 1 / cell, "downsample": 1 - 1 / cell}.get(
-            self.method, 1.0
-        )
+        by_cell = self.method in ("grid", "downsample", "prune", "cover")
+        return 1 - 1 / cell if by_cell else {"bipartite": 0.5}.get(self.method, 1.0)
 
     def removable(self, h: int, w: int) -> int:
         """How many of h * w tokens the method can remove."""
@@ -318,6 +326,9 @@ class ToMeConfig:
             return n - 1
         if self.method == "kth":
             return n - max(1, n // self.group(n))
+        if self.method in ("tiles", "cover"):
+            tile = tile_side(h, self.stride[0]) * tile_side(w, self.stride[1])
+            return n - (tile if self.method == "tiles" else n // tile)
         rows, columns = cells(h, w, self.stride)
         return n - rows * columns
 
@@ -335,7 +346,7 @@ class ToMeConfig:
         n, limit = h * w, self.removable(h, w)
         if ratio is None:
             ratio = self.ratio
-        if self.method in ("kth", "downsample"):
+        if self.method in ("kth", "downsample", "tiles"):
             return limit
         if isinstance(ratio, (int, float)):
             return min(limit, int(n * ratio + 1e-6))  # 0.29 of 100 tokens are 29
@@ -349,6 +360,18 @@ class ToMeConfig:
 def cells(h: int, w: int, stride: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of whole stride cells; at least one, however narrow the picture."""
     return h // min(stride[0], h), w // min(stride[1], w)
+
+
+def tile_side(side: int, least: int, option: int = 0) -> int:
+    """The rows or columns of a tile: those numbers from ``least`` on that divide the side.
+
+    Args:
+        side: tokens of the picture.
+        least: at least so many; the side itself where it is smaller.
+        option: 0 the smallest of them, 1 the next one, if there is one.
+    """
+    fits = [n for n in range(min(least, side), side + 1) if side % n == 0]
+    return fits[min(option, len(fits) - 1)]
 
 
 def overlay(base: Mapping[str, Any] | None, override: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -446,6 +469,11 @@ def _set_metric(values: dict[str, Any]) -> None:
         published = "keys" if places == {"kv"} else "hidden"
         values["metric"] = "logits" if is_ours else published
     by_logits = values["metric"] == "logits"
+    if values["method"] == "tiles" and places != {"attn"}:
+        raise InputError(
+            f"ToMe apply_to={list(values['apply_to'])}: method tiles cuts queries, keys and values "
+            "of self-attention alike; leave apply_to out"
+        )
     if by_logits and not is_attention:
         raise InputError(
             f"ToMe metric='logits' is for kv, q and attn alone, not for "

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError
-from ldm.modules.tome import whole
+from ldm.modules.tome import since, whole
 from ldm.modules.tome.config import cells
 from ldm.modules.tome.match import attention_received, nearest, nearest_in_window, similarity, take
 from ldm.modules.tome.merger import Decision
@@ -43,8 +43,10 @@ def plan_block(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan
         metrics: what is compared, one for each of ``decision.metrics``: (B, N, C), or logits
             (B, N, heads, R).
     """
-    if decision.config.metric != "logits" or decision.config.method == "downsample":
+    if decision.config.metric != "logits" or decision.metrics == ("hidden",):
         plan = _plan(decision, metrics[0])
+        if decision.config.mean == "norm":
+            plan = since.NormPlan.of(plan)
         return plan, plan
     logits = dict(zip(decision.metrics, metrics, strict=True))
     queries: MergePlan | None = None
@@ -70,7 +72,10 @@ def plan_block(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan
             keys = keys.weighted(received(logits["key_logits"]))
     found = keys or queries
     assert found is not None
-    return found, queries or found
+    plans = found, queries or found
+    if decision.config.mean == "norm":
+        return since.NormPlan.of(plans[0]), since.NormPlan.of(plans[1])
+    return plans
 
 
 def _plan_queries(decision: Decision, logits: Tensor) -> MergePlan:
@@ -103,6 +108,12 @@ def _plan(
     if config.method == "downsample":
         return _known_downsampling(len(metric), size, config.stride, metric.device)
     stride, draw, window = config.stride, decision.draw, config.window
+    if config.method == "tiles":
+        return since.plan_tiles(size, stride, draw)
+    if config.method == "prune":
+        return since.plan_prune(metric, size, stride, r, draw)
+    if config.method == "cover":
+        return since.plan_cover(metric, size, stride, r)
     if decision.is_whole_grid:
         return whole.plan_grid(metric, size, stride, r, draw, window, by_distance, is_tied)
     return plan_grid(metric, size, stride, r, draw, window, threshold, by_distance)

@@ -84,7 +84,7 @@ class Decision:
     @property
     def metrics(self) -> tuple[str, ...]:
         """What has to be compared for the plans; see `match.metric_of`."""
-        if self.config.method == "downsample":
+        if self.config.method in ("downsample", "tiles"):
             return ("hidden",)  # which costs nothing
         if self.config.metric != "logits":
             return (self.config.metric,)
@@ -100,6 +100,8 @@ class Decision:
         assert self.plan is not None
         assert self.query_plan is not None
         config = self.config
+        if config.method == "tiles":  # queries and keys are cut alike, and nothing is merged
+            return BlockPlans.at(("attn",), self.plan, self.plan, False)
         return BlockPlans.at(config.apply_to, self.plan, self.query_plan, config.proportional)
 
 
@@ -270,9 +272,9 @@ class TokenMerger:
         For an accelerator they are drawn and copied many at a time, and kept for the next runs, so
         that hardly any step has to wait for them.
         """
-        if config.method != "random" and not (config.method == "grid" and config.random):
+        if config.method != "random" and not config.random:
             return None
-        if device.type == "cpu":
+        if device.type == "cpu" or config.method == "tiles":  # the latter's decide about shapes
             return _drawn(config, size, 1, self._generator)[0]
         key = (config.method, config.stride, size, device, self._seed)
         number = self._used[key] = self._used.get(key, -1) + 1
@@ -289,6 +291,11 @@ def _drawn(config: ToMeConfig, size: tuple[int, int], n: int, generator: torch.G
     if config.method == "random":
         shape = (n, 1, size[0] * size[1])
         return torch.rand(shape, generator=generator, dtype=torch.float32)
+    if config.method == "tiles":
+        return torch.randint(2, (n, 2), generator=generator)
+    if config.method == "prune":
+        shape = (n, 1, size[0] * size[1])
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
     n_choices = min(config.stride[0], size[0]) * min(config.stride[1], size[1])
     return torch.randint(n_choices, (n, *cells(*size, config.stride)), generator=generator)
 
@@ -339,6 +346,8 @@ class Tally:
         for block in blocks:
             n, kept, places = block.n_tokens, block.n_kept, {*block.config.apply_to}
             n_queries = kept if places & {"q", "attn", "block"} else n
+            if block.config.method == "tiles":  # all of them, each in its tile
+                n_queries = n
             n_keys = kept if places & {"kv", "attn", "block"} else n
             self._work += n * n * block.n_channels
             self._work_left += n_queries * n_keys * block.n_channels
@@ -418,7 +427,7 @@ def describe(config: ToMeConfig) -> str:
     if config.rules:
         return "; ".join(f"from {rule.min_tokens} tokens {describe(rule)}" for rule in config.rules)
     words = [config.method]
-    if config.method in ("grid", "downsample"):
+    if config.method in ("grid", "downsample", "tiles", "prune", "cover"):
         words.append("x".join(map(str, config.stride)))
     for key in ("ratio", "r", "k", "max_tokens", "similarity", "window"):
         value = getattr(config, key)

@@ -427,7 +427,9 @@ KEPT = {
         size: tuple((side // d) ** 2 for d in (1, 2, 4, 8)) for size, side in SIZES.items()
     },
 }
-KEPT |= {"kv_full_keys": KEPT["birch_kth"], "quality": KEPT["todo"]}
+KEPT |= {"kv_full_keys": KEPT["birch_kth"], "quality": KEPT["todo"], "ca_tome": KEPT["todo"]}
+KEPT |= dict.fromkeys(("tofu", "sito", "toma"), KEPT["tomesd"])
+KEPT["hypertile"] = {size: (32 * 32, *counts[1:]) for size, counts in KEPT["todo"].items()}
 
 
 def preset(name: str) -> ToMeConfig:
