@@ -1,16 +1,21 @@
-"""The training script on a first stage of a few thousand parameters."""
+"""The training program on models of a few thousand parameters: what it does, and what it refuses."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
+from torch import nn
 
+from ldm.config import load_config
 from ldm.errors import InputError, OutOfMemory
+from ldm.training.check import check_object, check_sections
 from ldm.training.flags import as_bool
 from ldm.training.run import main
+from ldm.training.trainer import trainer_settings
 from tests.tiny_models import tiny_config, tiny_weights
 from tests.training.toy import diffusion_config, pictures, toy_config, train, write
 
@@ -242,8 +247,18 @@ del signal.SIGUSR1
 import ldm.training.stop
 signal.SIGUSR1 = warning  # Lightning wants it where the system is not Windows
 from ldm.training.run import main
+from ldm.training.trainer import trainer_settings
 main(["--base", {str(toy)!r}, "--train", "--logdir", {str(tmp_path / "logs")!r}])
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert (run_of(tmp_path / "logs") / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("name", ["first_stage", "diffusion", "text", "classifier"])
+def test_the_shipped_configurations_pass_the_check(name):
+    config = load_config(f"configs/demo/{name}.yaml")
+    check_sections(config)
+    check_object(config["model"], "model", nn.Module)
+    check_object(config["data"], "data", pl.LightningDataModule)
+    assert trainer_settings(config["lightning"]["trainer"], lambda: 0)
