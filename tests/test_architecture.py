@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["ldm.errors", "ldm.text", "ldm.checkpoint.files", "ldm.checkpoint.pickles"],
     ["ldm.util", "ldm.modules.tome", "ldm.models.diffusion.schedule", "ldm.lr_scheduler"],
+    ["ldm.numbered"],
     ["ldm.modules", "ldm.images", "ldm.demo.scenes", "ldm.demo.landscape", "ldm.demo.drawing"],
     [  # samplers know a model by its protocol alone; the model draws samples to show its progress
         "ldm.models.diffusion.guidance",

@@ -15,7 +15,8 @@ from ldm.cli.jobs import Job, without_first
 from ldm.cli.parser import Arguments
 from ldm.cli.program import said_when_stopped
 from ldm.distributed import ALONE, Process
-from ldm.images import Gallery, Mask, Numbers, Picture, Pixels
+from ldm.images import Gallery, Mask, Picture, Pixels
+from ldm.numbered import Numbers
 
 if TYPE_CHECKING:  # torch comes only after the flags are checked
     from ldm.pipeline import Pipeline

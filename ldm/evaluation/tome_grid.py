@@ -134,9 +134,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = options.model_arguments(args)
     gallery = dataclasses.replace(options.gallery(args), has_grid=False)
 
-    from ldm.images import Picture, make_grid, next_path
+    from ldm.images import Picture, make_grid
+    from ldm.numbered import Numbers
     from ldm.pipeline import Pipeline
-    from ldm.util import written_whole
 
     pipeline = Pipeline.from_checkpoint(**model)
     # what cannot be used is said before anything is drawn
@@ -167,14 +167,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for i, row in enumerate(zip(*runs, strict=True))
         for picture, column in zip(row, report, strict=True)
     ]
-    path = next_path(gallery.folder, "grid-{:04}.json")
     made = {key: value for key, value in runs[0][0].settings.items() if key != "tome"}
     prompts = [{"prompt": one.settings["prompt"], "seed": one.settings["seed"]} for one in runs[0]]
+    about = {"settings": made, "pictures": prompts, "columns": report}
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    grids = Numbers(gallery.folder, "grid-{:04}.png")
+    tables = Numbers(gallery.folder, "grid-{:04}.json")
+    table = tables.save(
+        lambda path: path.write_bytes(text.encode()), number=max(grids.next, tables.next)
+    )
     if not args.skip_grid:
         grid = Picture(make_grid(cells, args.n_rows or len(runs)), made)
-        grid.save(path.with_suffix(".png"), gallery.has_settings)
-        print(f"The pictures are in {path.with_suffix('.png')}")
-    about = {"settings": made, "pictures": prompts, "columns": report}
-    with written_whole(path, "w") as file:
-        file.write(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-    print(f"The numbers are in {path}")
+        grid.save(table.with_suffix(".png"), gallery.has_settings)
+        print(f"The pictures are in {table.with_suffix('.png')}")
+    print(f"The numbers are in {table}")

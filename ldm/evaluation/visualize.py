@@ -94,15 +94,22 @@ def write(
     """
     from ldm.evaluation.merge_map import draw_map, draw_strip, strip_steps
     from ldm.evaluation.merge_page import merge_page
-    from ldm.images import Picture, Pixels, label, next_path
-    from ldm.util import written_whole
+    from ldm.images import Picture, Pixels, label
+    from ldm.numbered import Numbers
 
-    page = next_path(outdir, "map-{:05}.html")
     shown = sorted({*steps, *strip_steps(len(calls))})
 
     def save(name: str, pixels: Pixels) -> None:
         Picture(pixels, picture.settings).save(outdir / f"{page.stem}-{name}.png", has_settings)
 
+    made = picture.settings
+    about = (
+        f"{made['W']}x{made['H']}, seed {made['seed']}, {len(calls)} steps of {made['sampler']}, "
+        f"guidance {made['scale']:g}. {report}"
+    )
+    chosen = [(step, block, calls[step][block]) for block in blocks for step in shown]
+    text = merge_page(picture.pixels, chosen, made["prompt"], about)
+    page = Numbers(outdir, "map-{:05}.html").save(lambda path: path.write_bytes(text.encode()))
     for block in blocks:
         for step in steps:
             one = calls[step][block]
@@ -111,14 +118,6 @@ def write(
             save(f"block{block:02}-step{step:03}", drawn)
         maps = {step: calls[step][block] for step in shown}
         save(f"block{block:02}-strip", draw_strip(picture.pixels, maps))
-    made = picture.settings
-    about = (
-        f"{made['W']}x{made['H']}, seed {made['seed']}, {len(calls)} steps of {made['sampler']}, "
-        f"guidance {made['scale']:g}. {report}"
-    )
-    chosen = [(step, block, calls[step][block]) for block in blocks for step in shown]
-    with written_whole(page, "w") as file:
-        file.write(merge_page(picture.pixels, chosen, made["prompt"], about))
     return page
 
 

@@ -22,6 +22,7 @@ from ldm.errors import InputError
 from ldm.images import Gallery, Mask, Picture, Pixels
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import describe
+from ldm.numbered import Numbers
 from ldm.pipeline import Pipeline
 from ldm.settings import Settings
 from ldm.web.models import find_addons
@@ -264,8 +265,7 @@ class Runner:
             cells.append(images.label(_enlarged(drawn[0]), [*words, facts]))
         about = {**report.infos[0], "grid": [draw.label for draw in task.draws]}
         picture = Picture(images.make_grid(cells, grid.n_columns), about)
-        path = images.next_path(self.gallery.folder, "grid-{:04}.png")
-        picture.save(path)
+        path = Numbers(self.gallery.folder, "grid-{:04}.png").save(picture.write)
         report.pictures.append(Shown(path.name, "grid"))
         report.infos.append(about)
         report.say(f"Saved {path}")
