@@ -37,6 +37,7 @@ from ldm.device import NoiseStream, choose_device, choose_dtype
 from ldm.distributed import ALONE, Process
 from ldm.errors import InputError, NotFinite, memory_advice
 from ldm.images import Mask, Picture, Pixels
+from ldm.models.diffusion.captures import check_way, compile_model
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
@@ -100,6 +101,7 @@ class Pipeline:
         loras: Sequence[tuple[str | Path, float]] = (),
         embeddings: Sequence[EmbeddingFile] = (),
         vae: str | Path | None = None,
+        compile: str = "auto",
     ) -> Pipeline:
         """Load a checkpoint.
 
@@ -117,6 +119,7 @@ class Pipeline:
             embeddings: see set_embeddings.
             vae: a file whose VAE takes the place of the checkpoint's; None: the one that lies
                 beside it as NAME.vae.safetensors (.pt, .ckpt), if there is one.
+            compile: auto, no, blocks or graph; see `ldm.models.diffusion.captures.compile_model`.
 
         Raises:
             InputError: something of this cannot be had; the message says what to do.
@@ -126,6 +129,7 @@ class Pipeline:
             path, note = default_checkpoint()
         where = choose_device(device)
         kind = choose_dtype(dtype, where)
+        check_way(compile, where)
         info = inspect_checkpoint(path, config, parameterization, ema, vae)
         merging = model_tome(info.config, tome)
         # These are looked at before loading, which takes a while.
@@ -137,6 +141,7 @@ class Pipeline:
         model = load_model(
             path, config, parameterization, ema, kind, where, merging, attention, vae
         )
+        compile_model(model, compile, where)
         pipeline = cls(model, info, attention, ema)
         pipeline._tome = tome, merging
         if changes:

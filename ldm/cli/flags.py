@@ -231,6 +231,13 @@ def add_model_flags(parser: Parser) -> None:
         default="sdpa",
         help="sdpa (default): torch's fast kernels; einsum: CompVis's formula, for comparison",
     )
+    add(
+        "--compile",
+        choices=("auto", "no", "blocks", "graph"),
+        default="auto",
+        help="graph: replay each step as a CUDA graph; blocks: compile the transformer blocks, a "
+        "minute or more for each size; auto (default): graph on cuda, no elsewhere",
+    )
 
 
 def add_output_flags(parser: Parser, outdir: str) -> None:

@@ -178,6 +178,7 @@ def model_arguments(args: Arguments) -> dict[str, Any]:
         "dtype": dtype,
         "tome": tome_arguments(args) if hasattr(args, "no_tome") else None,
         "attention": args.attention,
+        "compile": args.compile,
         "ema": args.ema,
         "parameterization": args.parameterization,
         "loras": [lora_argument(text) for text in args.lora],

@@ -287,6 +287,8 @@ class LatentDiffusion(nn.Module):
 
     def end_run(self) -> None:
         """End a sampling run; what attention remembers of its prompts is forgotten."""
+        if self.model.captures is not None:
+            self.model.captures.clear()
         if self._tome is not None:
             self._tome.is_guided = False
         if self._reuse is not None:

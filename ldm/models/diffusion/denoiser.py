@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import InputError
+from ldm.models.diffusion.captures import Captures
 from ldm.util import instantiate_from_config
 
 CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
@@ -35,6 +36,7 @@ class DiffusionWrapper(nn.Module):
         self.conditioning_key = conditioning_key
         # state-dict name
         self.diffusion_model = instantiate_from_config(diff_model_config, nn.Module)
+        self.captures: Captures | None = None  # calls of the network go through it, if it is there
 
     def forward(
         self,
@@ -57,21 +59,22 @@ class DiffusionWrapper(nn.Module):
         Raises:
             ValueError: a part that the conditioning key needs is missing.
         """
+        network = self.captures or self.diffusion_model
         key = self.conditioning_key
         if key is None:
-            return self.diffusion_model(x, t)
+            return network(x, t)
         if "concat" in key or "hybrid" in key:
             x = torch.cat([x, *_given("c_concat", c_concat, key)], dim=1)
         if key == "concat":
-            return self.diffusion_model(x, t)
+            return network(x, t)
         crossattn = _given("c_crossattn", c_crossattn, key)
         if key == "adm":
-            return self.diffusion_model(x, t, y=crossattn[0])
+            return network(x, t, y=crossattn[0])
         # One context stays the tensor that it is, so that the network can know it again.
         context = crossattn[0] if len(crossattn) == 1 else torch.cat(list(crossattn), dim=1)
         if key.endswith("-adm"):
-            return self.diffusion_model(x, t, context=context, y=_given("c_adm", c_adm, key))
-        return self.diffusion_model(x, t, context=context)
+            return network(x, t, context=context, y=_given("c_adm", c_adm, key))
+        return network(x, t, context=context)
 
 
 def _given(name: str, value: Any, key: str) -> Any:

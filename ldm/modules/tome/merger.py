@@ -122,6 +122,7 @@ class TokenMerger:
         is_guided: whether the rows of each call are two halves whose difference guidance takes.
         timestep: of the next call, if it is known without asking the device.
         planner: makes the plans instead of `merge.plan_block`, for those who measure.
+        last_decisions: those of the last call, in the order of its blocks.
         observer: called with the number of the model call and its blocks after each call, for
             those who want to see the plans.
     """
@@ -152,6 +153,7 @@ class TokenMerger:
         self._progress = 0.0
         self._blocks: list[Decision] = []
         self._n_skipped = 0
+        self.last_decisions: list[Decision] = []
         self._kept: dict[tuple[object, ...], tuple[int, Decision]] = {}
         self._tally = Tally()
 
@@ -178,8 +180,34 @@ class TokenMerger:
         """Note that this call leaves out the next so many blocks; those after keep their places."""
         self._n_skipped += n_blocks
 
+    def call_key(self) -> tuple[object, ...] | None:
+        """What tells the merging of the next call from others', known before the call.
+
+        None where two calls are never alike, because numbers are drawn for each, plans are kept,
+        the pictures decide how much is merged, or somebody else makes the plans.
+        """
+        configs = (self.config, *self.config.rules)
+        if self.planner is not None or self.config.reuse_steps > 1:
+            return None
+        if any(c.random or c.method == "random" or c.similarity is not None for c in configs):
+            return None
+        if not any(config.steps for config in configs):
+            return (self.config, self.is_guided)
+        if self.timestep is None:
+            return None
+        progress = 1 - self.timestep / self.n_timesteps
+        return (self.config, self.is_guided, *(config.ratio_at(progress) for config in configs))
+
+    def repeat_call(self, decisions: list[Decision]) -> None:
+        """Note a call that is a replay of another, which merged after these decisions."""
+        self._call += 1
+        self.timestep = None
+        self._blocks = list(decisions)
+        self.end_call()
+
     def end_call(self) -> None:
         """Count what the call has merged, now that it is over."""
+        self.last_decisions = self._blocks
         if self._blocks:
             self._tally.add_call(self._blocks)
             if self.observer is not None:
