@@ -139,7 +139,7 @@ class Pipeline:
         logger.info("%s", note or info.summary())
         logger.info("Device: %s, %s", where, str(kind).removeprefix("torch."))
         model = load_model(
-            path, config, parameterization, ema, kind, where, merging, attention, vae
+            path, config, parameterization, ema, kind, where, merging, attention, vae, info
         )
         compile_model(model, compile, where)
         pipeline = cls(model, info, attention, ema)

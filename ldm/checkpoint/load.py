@@ -155,6 +155,7 @@ def load_model(
     tome: ToMeConfig | Mapping[str, Any] | None = None,
     attention: str = "sdpa",
     vae: str | os.PathLike[str] | None = None,
+    info: CheckpointInfo | None = None,
 ) -> LatentDiffusion:
     """Load a checkpoint as a model that is ready to sample.
 
@@ -165,6 +166,7 @@ def load_model(
         device: where the model goes.
         tome: Token Merging settings instead of the configuration's; None leaves those.
         attention: ``sdpa`` or ``einsum``.
+        info: what ``inspect_checkpoint`` said for the same arguments, so that it is not said twice.
 
     Returns:
         The model in evaluation mode, without gradients.
@@ -173,7 +175,7 @@ def load_model(
         InputError: as for ``inspect_checkpoint``; or the tensors do not fill the model.
     """
     weights, vae_file = _open(ckpt, vae)
-    info = _inspect(weights, vae_file, config, parameterization, ema)
+    info = info or _inspect(weights, vae_file, config, parameterization, ema)
     model = build_without_weights(info.config, info.config_name, limit=len(weights))
     fill(model, weights, info.config, info.config_name, ema, dtype, device)
     model.to(device).eval().requires_grad_(False)

@@ -84,6 +84,7 @@ class _Statement:
     kind: str | None
     zero_snr: bool
     where: str
+    is_literal: bool = True  # said in so many words
 
 
 def decide_prediction(
@@ -126,7 +127,7 @@ def decide_prediction(
     elif stated:
         found = Prediction(stated[0].kind or "", False, f"by its {stated[0].where}")
         for other in stated[1:]:
-            if other.kind != found.kind:
+            if other.kind != found.kind and other.is_literal:
                 logger.warning(
                     "%s: its %s say %s-prediction, its %s %s; the former holds "
                     "(--parameterization decides otherwise)",
@@ -214,7 +215,8 @@ def _statements(
     yield _Statement("v" if "v_pred" in found else None, "ztsnr" in found, "keys")
     if beside is not None:
         name, whole = beside
-        yield _Statement(kind_of(whole), has_zero_terminal(whole), f"configuration {name}")
+        literal = "parameterization" in whole["model"]["params"]
+        yield _Statement(kind_of(whole), has_zero_terminal(whole), f"configuration {name}", literal)
     stem = weights.path.name if weights.path.is_dir() else Path(weights.path).stem
     yield _Statement(prediction_in_name(stem), bool(_ZERO_WORD.search(stem)), "name")
 

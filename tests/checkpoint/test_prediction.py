@@ -1,16 +1,17 @@
 """Who decides between eps and v, and how it is said."""
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 
 from ldm.checkpoint.convert import convert
-from ldm.checkpoint.load import inspect_checkpoint
+from ldm.checkpoint.load import inspect_checkpoint, load_model
 from ldm.checkpoint.prediction import prediction_in_metadata, prediction_in_name
 from ldm.config import load_config
 from ldm.errors import InputError
 from tests.golden_util import load_golden_keys
-from tests.tiny_models import write_header
+from tests.tiny_models import tiny_config, tiny_weights, write_header, write_safetensors
 
 MARKERS = ("v_pred", "ztsnr")
 BIAS = {"model.diffusion_model.out.2.bias": (4,)}
@@ -146,6 +147,29 @@ def test_the_first_in_the_order_holds_and_a_contradiction_is_said(tmp_path, capl
     model(path, markers=["v_pred"], modelspec__prediction_type="epsilon")
     assert inspect_checkpoint(path).prediction == "eps"
     assert "its metadata say eps-prediction, its keys v" in caplog.text
+
+
+def test_a_configuration_that_says_nothing_does_not_contradict(tmp_path, caplog):
+    """Upstream's file has no such key, which means eps where nothing else is said."""
+    whole = load_config("configs/stable-diffusion/v2-inference.yaml")
+    whole["model"]["params"].pop("parameterization", None)
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(whole))
+    assert inspect_checkpoint(model(tmp_path / "m.safetensors", "sd2")).prediction == "eps"
+    path = model(tmp_path / "m.safetensors", "sd2", markers=["v_pred"])
+    assert inspect_checkpoint(path).prediction == "v"
+    assert not caplog.records
+
+
+def test_the_schedule_of_a_file_with_zero_terminal_snr_ends_in_noise_alone(tmp_path, caplog):
+    config = tiny_config()
+    weights = tiny_weights(config) | dict.fromkeys(MARKERS, torch.zeros(0))
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(config))
+    path = write_safetensors(tmp_path / "m.safetensors", weights)
+    info = inspect_checkpoint(path)
+    loaded = load_model(path, info=info)
+    assert (loaded.parameterization, loaded.alphas_cumprod[-1].item()) == ("v", 0)
+    assert "zero terminal SNR" in info.summary()
+    assert not caplog.records
 
 
 def test_zero_terminal_snr_without_v_is_left_out_with_a_line(tmp_path, caplog):
