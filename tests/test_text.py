@@ -93,3 +93,6 @@ def test_kinds_are_checked():
     for value, kind in ((True, int), (True, float), (1, bool), (None, str), ("1", int)):
         with pytest.raises(InputError, match="a: must be"):
             text.check_kind(value, kind, "a")
+    for value, kind in ((10**400, float), ([10**5000], int)):  # beyond floats, and beyond texts
+        with pytest.raises(InputError):
+            text.check_kind(value, kind, "a")

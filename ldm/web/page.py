@@ -175,7 +175,7 @@ class Page:
             if fits(components[name], value):
                 update[components[name]] = value
         preset = kept["preset"]
-        if preset == "none" or preset in self.fields.base.presets:
+        if fits(components["preset"], preset):
             is_free = self.fields.base.preset_ratio(preset) is not None
             ratio = kept["ratio"] if fits(components["ratio"], kept["ratio"]) else 0.0
             update[components["ratio"]] = gr.update(value=ratio, interactive=is_free)
@@ -193,6 +193,7 @@ def fits(component: Any, value: Any) -> bool:
     if isinstance(component, gr.Textbox):
         return isinstance(value, str)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = is_number and abs(value) < 2**63  # NaN is not
     if isinstance(component, gr.Slider):
         return is_number and component.minimum <= value <= component.maximum
     return is_number or value is None
