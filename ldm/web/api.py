@@ -69,7 +69,10 @@ class Api:
                 "loaded": {name: {} for name in find_addons("embeddings")},
                 "skipped": {},
             },
-            "sd-vae": list,
+            "sd-vae": lambda: [
+                {"model_name": path.name, "filename": name}
+                for name, path in find_addons("vae").items()
+            ],
             "scripts": lambda: {"txt2img": [], "img2img": []},
             "cmd-flags": dict,
             "progress": self._progress,
@@ -119,7 +122,8 @@ class Api:
                 mask = mask_of(body["mask"], "mask")
                 mask = ~mask if body.get("inpainting_mask_invert") else mask
         draw = Draw(order.wishes.settings(), order.wishes.tome)
-        return order, self.desk.order(model, [draw], init, mask, "init_images")
+        job = self.desk.order(model, [draw], init, mask, "init_images", order.options.vae)
+        return order, job
 
     def _model(self) -> str:
         runner = self.desk.runner
@@ -157,7 +161,7 @@ class Api:
             "token_merging_ratio_hr": options.hires_ratio or 0.0,
             "tome": dict(options.tome),
             "CLIP_stop_at_last_layers": options.clip_skip,
-            "sd_vae": "Automatic",
+            "sd_vae": options.vae or "Automatic",
         }
 
     def _set_options(self, given: Any) -> None:

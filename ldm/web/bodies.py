@@ -13,6 +13,7 @@ from ldm.errors import InputError, shown
 from ldm.images import WEB_UI_SAMPLERS, WEB_UI_SCHEDULES, WEB_UI_UPSCALERS
 from ldm.settings import SCHEDULES
 from ldm.text import check_kind
+from ldm.web.models import find_addons, offered
 
 Body = dict[str, Any]
 # A1111's names of settings that mean the same here.
@@ -57,7 +58,8 @@ class Options:
         ratio: share of tokens merged away; None: as the program was started.
         hires_ratio: likewise, in the second pass.
         tome: keys of ``tome_config``, and ``preset``.
-        clip_skip: layers of the text encoder; 1 is all.
+        clip_skip: which layer of the text encoder is used; 1 is the last.
+        vae: a name among ``models/vae``; empty: the model's own.
         not_used: what was named and means nothing here.
     """
 
@@ -66,6 +68,7 @@ class Options:
     hires_ratio: float | None = None
     tome: Mapping[str, Any] = field(default_factory=dict)
     clip_skip: int = 1
+    vae: str = ""
     not_used: tuple[str, ...] = ()
 
     def changed(self, given: Any, models: Mapping[str, Path]) -> Options:
@@ -84,6 +87,9 @@ class Options:
                 new = replace(new, hires_ratio=_number(name, value))
             elif name == "tome":
                 new = replace(new, tome=check_kind(value, dict, "tome"))
+            elif name == "sd_vae":
+                own = value in (None, "", "None", "Automatic")
+                new = replace(new, vae="" if own else _vae(value))
             elif name == "CLIP_stop_at_last_layers":
                 new = replace(new, clip_skip=check_kind(value, int, name))
             else:
@@ -216,6 +222,14 @@ def _whole(value: Any) -> Any:
 
 def _number(name: str, value: Any) -> float | None:
     return None if value is None else float(check_kind(value, float, name))
+
+
+def _vae(value: Any) -> str:
+    """A VAE by its name or its file's."""
+    name = check_kind(value, str, "sd_vae")
+    names = {path.name: name for name, path in find_addons("vae").items()}
+    offered("vae", names.get(name, name))
+    return names.get(name, name)
 
 
 def _model(value: Any, models: Mapping[str, Path]) -> str:

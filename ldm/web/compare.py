@@ -65,7 +65,7 @@ class CompareTab:
             InputError: it cannot be accepted.
         """
         draws, grid = cells(self.desk, self.fields.base, model, form, *axes)
-        self.desk.order(model, draws, grid=grid)
+        self.desk.order(model, draws, vae=form.get("vae") or "", grid=grid)
 
 
 def cells(

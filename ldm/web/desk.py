@@ -16,7 +16,7 @@ from ldm.images import Mask, Pixels
 from ldm.pipeline import SIZE_LIMIT
 from ldm.settings import SIZE_STEP, Settings
 from ldm.web import limits
-from ldm.web.models import find_addons
+from ldm.web.models import find_addons, offered
 from ldm.web.queue import Job, Queue
 from ldm.web.report import Report
 from ldm.web.runner import Addons, Draw, Grid, Runner, Task
@@ -44,6 +44,7 @@ class Desk:
         init: Pixels | None = None,
         mask: Mask | None = None,
         init_name: str = "",
+        vae: str = "",
         is_pair: bool = False,
         grid: Grid | None = None,
     ) -> Job[Task, Report]:
@@ -55,6 +56,7 @@ class Desk:
             init: the picture to start from.
             mask: where to paint it.
             init_name: what the user calls it.
+            vae: a name among ``models/vae``; empty: the model's own.
             is_pair: two draws are with and without merging.
             grid: how to show all in one picture.
 
@@ -64,7 +66,9 @@ class Desk:
         complete = tuple(self._completed(model, draw, init) for draw in draws)
         if mask is not None and not mask.any():
             raise InputError("there is nothing to paint: brush over the part to be redrawn")
-        task = Task(model, complete, init, mask, init_name, is_pair, grid)
+        if vae:
+            offered("vae", vae)
+        task = Task(model, complete, init, mask, init_name, vae, is_pair, grid)
         if task.n_pictures > limits.MOST_PICTURES:
             raise InputError(
                 f"Pictures {task.n_pictures}: allowed are {limits.MOST_PICTURES} in a job"

@@ -68,6 +68,7 @@ class DrawTab:
             with_unmerged(self.desk, model, read_form(self.fields.base, form), compare),
             init=pixels,
             init_name=Path(init).name if pixels is not None and init else "",
+            vae=form.get("vae") or "",
             is_pair=compare,
         )
 

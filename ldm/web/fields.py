@@ -70,11 +70,12 @@ class Fields:
                 self._choice("hires_upscaler", UPSCALERS)
             with gr.Row():
                 self._text("hires_ratio", "ToMe ratio", info="empty: as above", min_width=80)
-        with gr.Accordion("LoRAs and embeddings", open=False):
+        with gr.Accordion("LoRAs, embeddings and VAE", open=False):
             self._lay_out_addons()
         with gr.Accordion("More settings", open=bool(self.first["more"])):
             self._check("emphasis", "Emphasis: (word:1.2), (word) and [word] are weights")
             self._check("long_prompt", "Long prompts: read all of it, not only 75 tokens")
+            self._number("clip_skip", info="1: all of the text encoder; 2: without its last layer")
             self._text(
                 "more",
                 label="Any other setting, a name and its value on each line",
@@ -114,6 +115,13 @@ class Fields:
         with gr.Row():
             self.word = gr.Dropdown(words, label="Embedding", elem_id="embedding", value=None)
             self.add_word = gr.Button("Add", elem_id="add-embedding", min_width=80)
+        self.by_name["vae"] = gr.Dropdown(
+            [("the model's own", ""), *find_addons("vae")],
+            value="",
+            label="VAE",
+            info="files of models/vae",
+            elem_id="vae",
+        )
 
     def _text(self, name: str, label: str = "", **kwargs: Any) -> None:
         self.by_name[name] = gr.Textbox(

@@ -20,10 +20,10 @@ from ldm.infotext import Found
 from ldm.modules.tome.config import KEYS, ToMeConfig
 from ldm.web.runner import Draw
 
-# Fields that are settings; beside them the form has "preset", "ratio", "hires_ratio" and "more".
+# Fields that are settings; beside them: "preset", "ratio", "hires_ratio", "more" and "vae".
 SETTINGS = (
     *("prompt", "negative_prompt", "W", "H", "n_iter", "n_samples", "sampler", "schedule"),
-    *("steps", "scale", "seed", "strength", "emphasis", "long_prompt"),
+    *("steps", "scale", "seed", "strength", "emphasis", "long_prompt", "clip_skip"),
     *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
 )
 MODEL_SETTINGS = ("W", "H", "sampler", "steps", "scale")  # which have defaults of the model
@@ -76,7 +76,7 @@ class Base:
         form["preset"] = self.wishes.preset_name or NO_PRESET
         form["ratio"] = self.preset_ratio(form["preset"]) or 0.0
         again = self.wishes.hires_ratio
-        form |= {"hires_ratio": "" if again is None else str(again), "more": ""}
+        form |= {"hires_ratio": "" if again is None else str(again), "more": "", "vae": ""}
         form["hires_steps"] = form["hires_steps"] or 0  # a field without a number shows 0
         ratio = self.wishes.keys.get("ratio")
         if isinstance(ratio, float | int):

@@ -81,5 +81,6 @@ class InpaintTab:
             init=pixels,
             mask=mask_of(mask, "Mask"),
             init_name=Path(init).name,
+            vae=form.get("vae") or "",
             is_pair=compare,
         )

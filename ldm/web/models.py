@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ldm.checkpoint.load import DEMO, default_checkpoint
 from ldm.config import shipped
+from ldm.errors import InputError, shown
 
 SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 ADDONS = ("lora", "embeddings", "vae", "controlnet")  # folders below models/ with other things
@@ -28,6 +29,7 @@ def find_models(ckpt: str | None = None) -> dict[str, Path]:
         for path in _files(folder)
         if demo.resolve() not in path.resolve().parents
         and path.relative_to(folder).parts[0] not in ADDONS
+        and not path.stem.endswith(".vae")  # which belongs to the checkpoint beside it
     ]
     if any(demo.glob("*.safetensors")):
         others.append(demo)
@@ -43,6 +45,19 @@ def find_addons(kind: str) -> dict[str, Path]:
     folders = [folder / kind for folder in _folders()]
     files = [path for folder in folders for path in _files(folder)]
     return {name.removesuffix(path.suffix): path for name, path in _named(files, folders).items()}
+
+
+def offered(kind: str, name: object) -> Path:
+    """One of them, by its name.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    files = find_addons(kind)
+    if not isinstance(name, str) or name not in files:
+        have = ", ".join(files) or "none yet"
+        raise InputError(f"{kind} {shown(name)}: not in models/{kind}, where there are: {have}")
+    return files[name]
 
 
 def _folders() -> list[Path]:

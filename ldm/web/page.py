@@ -187,7 +187,7 @@ class Page:
 def fits(component: Any, value: Any) -> bool:
     """Whether a component can have a value that a browser has kept."""
     if isinstance(component, gr.Dropdown | gr.Radio):
-        return value in [choice for _, choice in component.choices]
+        return value in [choice[-1] for choice in component.choices]
     if isinstance(component, gr.Checkbox):
         return isinstance(value, bool)
     if isinstance(component, gr.Textbox):

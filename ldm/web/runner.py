@@ -18,14 +18,14 @@ from torch import Tensor
 from ldm import images
 from ldm.checkpoint.load import CheckpointInfo, inspect_checkpoint
 from ldm.config import TomeKeys, model_tome
-from ldm.errors import InputError
+from ldm.errors import InputError, shown
 from ldm.images import Gallery, Mask, Picture, Pixels
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import describe
 from ldm.numbered import Numbers
 from ldm.pipeline import Pipeline
 from ldm.settings import Settings
-from ldm.web.models import find_addons
+from ldm.web.models import find_addons, offered
 from ldm.web.preview import Preview
 from ldm.web.queue import Job, Stopped
 from ldm.web.report import Report, Shown
@@ -79,6 +79,7 @@ class Task:
         init: img2img and inpainting: the picture to start from, (H, W, 3).
         mask: inpainting: where to paint, (H, W) of any size.
         init_name: what the user calls the picture, for the notes.
+        vae: a name among ``models/vae``; empty: the model's own.
         is_pair: the two draws are the same, with and without merging.
         grid: how to show all draws in one picture.
     """
@@ -88,6 +89,7 @@ class Task:
     init: Pixels | None = None
     mask: Mask | None = None
     init_name: str = ""
+    vae: str = ""
     is_pair: bool = False
     grid: Grid | None = None
 
@@ -120,6 +122,7 @@ class Runner:
         self.arguments = arguments
         self.gallery = gallery
         self.loaded: str | None = None
+        self._vae = ""
         self.pipeline: Pipeline | None = None
         self._preview: Preview | None = None
         self._addons: tuple[Addons, tuple[str, ...]] = ((), ())
@@ -131,8 +134,8 @@ class Runner:
         Raises:
             InputError: there is no such model, or it cannot be used.
         """
-        if model not in self.models:
-            raise InputError(f"Model {model!r}: choose one of {', '.join(self.models)}")
+        if not isinstance(model, str) or model not in self.models:
+            raise InputError(f"Model {shown(model)}: choose one of {', '.join(self.models)}")
         if model not in self._infos:
             names = ("config", "parameterization", "ema", "vae")
             given = (self.arguments[name] for name in names)
@@ -152,19 +155,26 @@ class Runner:
         config = self.resolve(model, tome)
         return "ToMe: off" if config.is_off else f"ToMe: {describe(config)}"
 
-    def load(self, model: str) -> Pipeline:
+    def load(self, model: str, vae: str = "") -> Pipeline:
         """The pipeline of a model; the one before is given up, if the new file looks right.
+
+        Args:
+            model: its name.
+            vae: a name among ``models/vae``; empty: the model's own.
 
         Raises:
             InputError: the checkpoint cannot be used.
         """
-        if self.pipeline is None or model != self.loaded:
+        if self.pipeline is None or (model, vae) != (self.loaded, self._vae):
             self.info(model)
+            arguments = dict(self.arguments)
+            if vae:
+                arguments["vae"] = offered("vae", vae)
             self.loaded = self.pipeline = self._preview = None  # two may be too much for memory
             self._addons = ((), ())
-            self.pipeline = Pipeline.from_checkpoint(path=self.models[model], **self.arguments)
+            self.pipeline = Pipeline.from_checkpoint(path=self.models[model], **arguments)
             self._preview = Preview(self.pipeline.model)
-            self.loaded = model
+            self.loaded, self._vae = model, vae
         return self.pipeline
 
     def work(self, job: DrawJob) -> None:
@@ -178,7 +188,7 @@ class Runner:
         with _Listening(report, job):
             report.text = f"loading {task.model}" if task.model != self.loaded else "starting"
             job.tell()
-            pipeline = self.load(task.model)
+            pipeline = self.load(task.model, task.vae)
             watch = _Watch(self._preview, job)
             results: list[tuple[Pixels, float] | None] = []
             for draw in task.draws:

@@ -35,7 +35,7 @@ def page(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    names = {"config": None, "device": "cpu", "dtype": "float32", "ema": False}
+    names = {"config": None, "device": "cpu", "dtype": "float32", "ema": False, "vae": None}
     runner = Runner(
         {"tiny": tiny_checkpoint}, {**names, "parameterization": None}, Gallery(tmp_path / "out")
     )

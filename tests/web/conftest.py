@@ -10,7 +10,7 @@ from ldm.web.runner import Runner
 
 ARGUMENTS = {
     **{"config": None, "device": "cpu", "dtype": "float32", "tome": None, "attention": "sdpa"},
-    **{"ema": False, "parameterization": None},
+    **{"ema": False, "parameterization": None, "vae": None},
 }
 
 

@@ -1,13 +1,20 @@
 import pytest
 
 from ldm.config import shipped
-from ldm.web.models import find_addons, find_models
+from ldm.errors import InputError
+from ldm.web.models import find_addons, find_models, offered
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.ckpt", "sub/b.SAFETENSORS", "lora/ink.safetensors", "embeddings/cat.pt"):
+    for name in (
+        "a.ckpt",
+        "sub/b.SAFETENSORS",
+        "lora/ink.safetensors",
+        "embeddings/cat.pt",
+        "vae/v.pt",
+    ):
         path = tmp_path / "models" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -50,4 +57,10 @@ def test_addons_are_no_checkpoints(folder):
     assert not [name for name in find_models() if "ink" in name or "cat" in name]
     assert list(find_addons("lora")) == ["ink"]
     assert find_addons("embeddings")["cat"].name == "cat.pt"
-    assert find_addons("vae") == {}
+    assert find_addons("controlnet") == {}
+    (folder / "a.vae.pt").touch()
+    assert "a.vae.pt" not in find_models()
+    assert offered("vae", "v").name == "v.pt"
+    for name in ("../a", "/etc/passwd", "a", None, ["v"]):
+        with pytest.raises(InputError, match="not in models/vae"):
+            offered("vae", name)
