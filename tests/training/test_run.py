@@ -1,4 +1,4 @@
-"""The training program on models of a few thousand parameters: what it does, and what it refuses."""
+"""The training program on tiny models: what it does, and what it refuses."""
 
 import subprocess
 import sys
