@@ -57,17 +57,29 @@ def check_sections(config: Mapping[str, Any]) -> None:
     for section in ("model", "data"):
         if section not in config:
             raise InputError(f"the configuration has no section {section!r}")
-    for section in SECTIONS[:-1]:
-        if not isinstance(config.get(section) or {}, Mapping):
-            raise InputError(f"{section} {shown(config[section])}: must be 'key: value' pairs")
-    known(config.get("lightning") or {}, LIGHTNING, "lightning")
-    for name, value in (config.get("lightning") or {}).items():
-        if name != "find_unused_parameters" and not isinstance(value or {}, Mapping):
-            raise InputError(f"lightning.{name} {shown(value)}: must be 'key: value' pairs")
-    known(config["model"] or {}, ("target", "params", "base_learning_rate"), "model")
-    known(config["data"] or {}, ("target", "params"), "data")
+    pairs(config.get("defaults"), "defaults")
+    known(pairs(config["model"], "model"), ("target", "params", "base_learning_rate"), "model")
+    known(pairs(config["data"], "data"), ("target", "params"), "data")
+    lightning = pairs(config.get("lightning"), "lightning")
+    known(lightning, LIGHTNING, "lightning")
+    for name, value in lightning.items():
+        if name != "find_unused_parameters":
+            pairs(value, f"lightning.{name}")
     for path, value in _numbers(config, ""):
         _check_bounds(path, value)
+
+
+def pairs(value: Any, place: str) -> Mapping[str, Any]:
+    """A mapping; null stands for an empty one.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InputError(f"{place} {shown(value)}: must be 'key: value' pairs")
+    return value
 
 
 def known(config: Any, names: Sequence[str], place: str) -> None:
@@ -76,9 +88,7 @@ def known(config: Any, names: Sequence[str], place: str) -> None:
     Raises:
         InputError: it has, or is no mapping.
     """
-    if not isinstance(config, Mapping):
-        raise InputError(f"{place} {shown(config)}: must be 'key: value' pairs")
-    for name in config:
+    for name in pairs(config, place):
         if name not in names:
             raise InputError(f"{place} has no key {shown(name)}; it has {', '.join(names)}")
 
@@ -124,8 +134,7 @@ def check_object(config: Any, place: str, expected: type | tuple[type, ...] = ob
         found = get_obj_from_str(config["target"], expected)
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
-    params = config.get("params") or {}
-    check_arguments(found, params, f"{place}.params")
+    check_arguments(found, pairs(config.get("params"), f"{place}.params"), f"{place}.params")
     return found
 
 
@@ -141,8 +150,7 @@ def check_arguments(function: Callable[..., Any], given: Any, place: str) -> Non
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = [p.name for p in parameters.values() if p.kind in by_name]
     names += list(getattr(function, "inert_arguments", ()))
-    if not isinstance(given, Mapping):
-        raise InputError(f"{place} {shown(given)}: must be 'key: value' pairs")
+    given = pairs(given, place)
     if not takes_all:
         known(given, names, place)
     for name, parameter in parameters.items():

@@ -24,7 +24,7 @@ from torch import nn
 
 from ldm.errors import InputError, OutOfMemory, escaped, is_out_of_memory, shown
 from ldm.training.callbacks import Chance, CUDACallback, FiniteLoss, SetupCallback
-from ldm.training.check import check_arguments, check_object, known
+from ldm.training.check import check_arguments, check_object, known, pairs
 from ldm.training.checkpoints import (
     Diverged,
     RunCheckpoints,
@@ -84,7 +84,7 @@ def fit(
         InputError: something of the configuration cannot be; then there is no folder.
         Diverged: a loss is no number.
     """
-    lightning = {key: value or {} for key, value in config["lightning"].items()}
+    lightning = {key: value or {} for key, value in (config["lightning"] or {}).items()}
     finds_unused = bool(lightning.get("find_unused_parameters"))
     settings = trainer_settings(lightning["trainer"], torch.cuda.device_count, finds_unused)
     check_object(config["model"], "model", nn.Module)
@@ -105,6 +105,9 @@ def fit(
     with blamed_on("model"):
         model = instantiate_from_config(config["model"], nn.Module)
         training: Any = in_training(model)
+        n_gathered = settings.get("accumulate_grad_batches", 1)
+        if isinstance(training, Training):
+            settings = training.take_over(settings)
     with blamed_on("data"):
         data = instantiate_from_config(config["data"], pl.LightningDataModule)
         if isinstance(data, DataModuleFromConfig):
@@ -123,7 +126,8 @@ def fit(
     with _run_folder(folder, is_new=resumed is None) as folder:
         stop = StopSafely(folder / "checkpoints" / "last.ckpt")
         trainer = _trainer(settings, folder, callbacks, kept, stop, config, lightning)
-        rate = learning_rate(config, trainer, options.scale_lr)
+        n_batches = n_gathered * trainer.world_size
+        rate = learning_rate(config, n_batches if options.scale_lr else None)
         training.learning_rate = rate
         print(f"Learning rate: {rate:.2e}. Run: {folder}")
         if resumed is not None:
@@ -159,11 +163,7 @@ def _callbacks(config: Any) -> dict[str, pl.Callback]:
 def _checkpointing(config: Any) -> dict[str, Any]:
     """Arguments of ModelCheckpoint."""
     known(config, ("target", "params"), "lightning.modelcheckpoint")
-    given = config.get("params") or {}
-    if not isinstance(given, Mapping):
-        place = "lightning.modelcheckpoint.params"
-        raise InputError(f"{place} {shown(given)}: must be 'key: value' pairs")
-    params = dict(given)
+    params = dict(pairs(config.get("params"), "lightning.modelcheckpoint.params"))
     if "period" in params:
         params["every_n_epochs"] = params.pop("period")
     for name in ("dirpath", "enable_version_counter"):
@@ -221,19 +221,21 @@ def _check_pictures(training: Any, callbacks: Mapping[str, pl.Callback]) -> None
             check_arguments(training.log_images, {"batch": {}, **callback.kwargs}, place)
 
 
-def learning_rate(config: dict[str, Any], trainer: pl.Trainer, scale: bool) -> float:
-    """The base rate, multiplied as upstream does if ``scale``.
+def learning_rate(config: dict[str, Any], n_batches: int | None) -> float:
+    """The base rate, multiplied as upstream does by the pictures of a step.
+
+    Args:
+        config: with ``model`` and ``data``.
+        n_batches: of a step; None leaves the rate as it is.
 
     Raises:
-        InputError: there is nothing to scale it by, or it is no rate.
+        InputError: it is no rate.
     """
     base = config["model"].get("base_learning_rate", 1e-4)
     if isinstance(base, bool) or not isinstance(base, int | float):
         raise InputError(f"model.base_learning_rate {shown(base)}: must be a number")
-    factor = 1
-    if scale:
-        batch_size = (config["data"].get("params") or {}).get("batch_size", 1)
-        factor = trainer.accumulate_grad_batches * trainer.world_size * batch_size
+    batch_size = pairs(config["data"].get("params"), "data.params").get("batch_size", 1)
+    factor = 1 if n_batches is None else n_batches * batch_size
     rate = float(base * factor)
     if not 0 < rate < math.inf:
         raise InputError(f"model.base_learning_rate {shown(base)}: times {factor} is no rate")

@@ -7,7 +7,7 @@ import os
 import re
 from typing import Any, NoReturn
 
-from ldm.errors import InputError, shown
+from ldm.errors import InputError, escaped, shown
 from ldm.plain_yaml import parse_yaml
 from ldm.training.trainer import GONE, OLD_KEYS, TRAINER
 
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError instead of printing the usage."""
-        raise InputError(f"{message} (--help lists the flags)")
+        raise InputError(f"{escaped(message, 400)} (--help lists the flags)")
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import InputError
 from ldm.util import instantiate_from_config
 
 
@@ -26,11 +27,55 @@ class Training(pl.LightningModule):
     """
 
     net: Any
+    n_gathered = 1
+    clip: tuple[float | None, str | None] = (None, None)
 
     def __init__(self, model: nn.Module, learning_rate: float = 1e-4) -> None:
         super().__init__()
         self.net = model
         self.learning_rate = learning_rate
+
+    def take_over(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The trainer's settings, without those that a model with steps of its own heeds itself.
+
+        With several optimisers Lightning neither gathers gradients of several batches nor clips
+        them; `step` does.
+
+        Args:
+            settings: of the trainer.
+
+        Raises:
+            InputError: the precision needs a scaler, which is Lightning's alone.
+        """
+        if self.automatic_optimization:
+            return settings
+        if settings.get("precision") == "16-mixed":
+            raise InputError(
+                "lightning.trainer.precision 16-mixed: two optimisers need bf16-mixed or 32-true"
+            )
+        rest = dict(settings)
+        self.n_gathered = rest.pop("accumulate_grad_batches", 1)
+        self.clip = rest.pop("gradient_clip_val", None), rest.pop("gradient_clip_algorithm", None)
+        return rest
+
+    def step(self, optimizer: Any, loss: Tensor, batch_idx: int, counts: bool = True) -> None:
+        """One batch's part of an optimiser's step, for models with several optimisers.
+
+        Args:
+            optimizer: Lightning's.
+            loss: of this batch.
+            batch_idx: within the epoch; the step is done after every ``n_gathered`` batches.
+            counts: whether it is a step of the run.
+        """
+        if batch_idx % self.n_gathered == 0:
+            optimizer.zero_grad()
+        self.manual_backward(loss / self.n_gathered)
+        if (batch_idx + 1) % self.n_gathered and not self.trainer.is_last_batch:
+            return
+        value, algorithm = self.clip
+        if value:
+            self.clip_gradients(optimizer, value, algorithm or "norm")
+        (optimizer if counts else optimizer.optimizer).step()
 
     @property
     def monitor(self) -> str | None:

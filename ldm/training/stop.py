@@ -84,9 +84,17 @@ class StopSafely(pl.callbacks.Checkpoint):
         self.is_training = False
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        """Save, and stop if that was wanted."""
+        """Save, and stop if that was wanted; never between the batches of one step."""
+        n_gathered = max(trainer.accumulate_grad_batches, getattr(pl_module, "n_gathered", 1))
+        if (batch_idx + 1) % n_gathered and not trainer.is_last_batch:
+            return
         stops = self._agreed(trainer, self.stop is not None)
         if stops or self._agreed(trainer, self.must_save):
             trainer.save_checkpoint(self.path)

@@ -86,7 +86,7 @@ def diffusion_config(data: Path, **trainer: Any) -> dict[str, Any]:
 
 
 class Interrupting(pl.Callback):
-    """Sends its own process signals.
+    """Sends its own process a signal.
 
     Args:
         name: of the signal.
@@ -98,9 +98,11 @@ class Interrupting(pl.Callback):
         self.name = name
         self.step = step
         self.when = when
+        self.is_sent = False
 
     def _send(self, when: str, step: int) -> None:
-        if when == self.when and step == self.step:
+        if when == self.when and step == self.step and not self.is_sent:
+            self.is_sent = True
             os.kill(os.getpid(), getattr(signal, self.name))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
