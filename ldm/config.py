@@ -199,7 +199,7 @@ def model_defaults(config: dict[str, Any]) -> dict[str, Any]:
     own = config.get("defaults") or {}
     if not isinstance(own, Mapping):
         raise InputError(f"defaults {shown(own)}: must be 'key: value'")
-    known = {**derived, **general, "vocabulary": None}
+    known = {**derived, **general, "reuse_deep": None, "vocabulary": None}
     if strange := sorted(set(own) - set(known)):
         names = ", ".join(known)
         raise InputError(f"defaults: {shown(strange[0])} is none of its keys, which are {names}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -21,26 +20,12 @@ import numpy as np
 import torch
 
 from ldm import images
-from ldm.canvas import Canvas, prepare
-from ldm.checkpoint.embedding import Embedding, EmbeddingFile, read_embeddings
-from ldm.checkpoint.hashes import model_hash, named
-from ldm.checkpoint.load import (
-    CheckpointInfo,
-    default_checkpoint,
-    inspect_checkpoint,
-    load_model,
-    stored_shapes,
-)
-from ldm.checkpoint.lora import Lora, WeightChanges, read_lora
-from ldm.config import TomeKeys, model_tome
-from ldm.device import NoiseStream, choose_device, choose_dtype
+from ldm.canvas import Canvas, latent_shape, prepare
+from ldm.device import NoiseStream
 from ldm.distributed import ALONE, Process
 from ldm.errors import InputError, NotFinite, memory_advice
 from ldm.images import Mask, Picture, Pixels
-from ldm.models.diffusion.captures import check_way, compile_model
-from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merger import TokenMerger
+from ldm.loaded import LoadedModel, pixels_of
 from ldm.remarks import model_notes, prompt_remarks, report_tome, suspects
 from ldm.sampling import Batch, OnStep, Pass, Texts, decode, draw, enlarge
 from ldm.settings import SIZE_STEP, Settings
@@ -52,177 +37,15 @@ SIZE_LIMIT = 1.5
 logger = logging.getLogger(__name__)
 
 
-class Pipeline:
+class Pipeline(LoadedModel):
     """A loaded model that draws pictures.
 
     Several threads may use one object: they take turns, batch by batch, and each picture is what it
     would be without the others. What is set applies to pictures asked for from then on; LoRAs and
     embeddings also to those that another thread has yet to draw.
 
-    Args:
-        model: on its device, in its type, in evaluation mode.
-        info: what is known of its checkpoint.
-        attention: how it computes attention; noted in the pictures, as is the next.
-        ema: whether it has the averaged weights.
-
-    Attributes:
-        defaults: what decides where a setting is None: H, W, scale, steps, sampler, prompt.
+    What is loaded and added, see LoadedModel.
     """
-
-    def __init__(
-        self,
-        model: LatentDiffusion,
-        info: CheckpointInfo,
-        attention: str = "sdpa",
-        ema: bool = False,
-    ) -> None:
-        self.model = model
-        self.info = info
-        self.attention = attention
-        self.ema = ema
-        self.defaults = info.defaults
-        self._tome: tuple[TomeKeys, ToMeConfig] | None = None  # the last that was settled
-        self._hash = model_hash(info.path)
-        self._weights = WeightChanges(model)
-        self._added: dict[str, list[dict[str, Any]]] = {}  # noted in the pictures, likewise
-        self._lock = threading.RLock()
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        path: str | Path | None = None,
-        config: str | Path | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        tome: TomeKeys = None,
-        attention: str = "sdpa",
-        ema: bool = False,
-        parameterization: str | None = None,
-        loras: Sequence[tuple[str | Path, float]] = (),
-        embeddings: Sequence[EmbeddingFile] = (),
-        vae: str | Path | None = None,
-        compile: str = "auto",
-    ) -> Pipeline:
-        """Load a checkpoint.
-
-        Args:
-            path: ``.ckpt``, ``.safetensors``, or a folder of the latter; None: upstream's default
-                path if there is a file, else the demo model.
-            config: its YAML; None: recognised.
-            device: auto, cpu, mps, cuda or cuda:N.
-            dtype: of the weights: auto, float32, bfloat16 or float16.
-            tome: Token Merging settings, over those of the YAML; False: merge nothing.
-            attention: sdpa or einsum.
-            ema: use the averaged weights of a training checkpoint.
-            parameterization: eps or v, where that cannot be recognised.
-            loras: see set_loras.
-            embeddings: see set_embeddings.
-            vae: a file whose VAE takes the place of the checkpoint's; None: the one that lies
-                beside it as NAME.vae.safetensors (.pt, .ckpt), if there is one.
-            compile: auto, no, blocks or graph; see `ldm.models.diffusion.captures.compile_model`.
-
-        Raises:
-            InputError: something of this cannot be had; the message says what to do.
-        """
-        note = None
-        if path is None:
-            path, note = default_checkpoint()
-        where = choose_device(device)
-        kind = choose_dtype(dtype, where)
-        check_way(compile, where)
-        info = inspect_checkpoint(path, config, parameterization, ema, vae)
-        merging = model_tome(info.config, tome)
-        # These are looked at before loading, which takes a while.
-        shapes = stored_shapes(path) if loras or embeddings else {}
-        changes = [read_lora(file, weight, shapes) for file, weight in loras]
-        vectors = read_embeddings(embeddings, shapes)
-        logger.info("%s", note or info.summary())
-        logger.info("Device: %s, %s", where, str(kind).removeprefix("torch."))
-        model = load_model(
-            path, config, parameterization, ema, kind, where, merging, attention, vae, info
-        )
-        compile_model(model, compile, where)
-        pipeline = cls(model, info, attention, ema)
-        pipeline._tome = tome, merging
-        if changes:
-            pipeline._use_loras(changes)
-        if vectors:
-            pipeline._use_embeddings(vectors)
-        return pipeline
-
-    def set_tome(self, tome: ToMeConfig | TomeKeys) -> None:
-        """Change the Token Merging settings.
-
-        Args:
-            tome: what `tome_config` gave, or what it takes.
-
-        Raises:
-            InputError: they cannot be used.
-        """
-        config = tome if isinstance(tome, ToMeConfig) else self.tome_config(tome)
-        with self._lock:
-            self._merger.configure(config)
-
-    def tome_config(self, tome: TomeKeys) -> ToMeConfig:
-        """What Token Merging settings come to with this model; see from_checkpoint.
-
-        Raises:
-            InputError: they cannot be used.
-        """
-        settled = self._tome
-        if settled is None or settled[0] != tome:
-            settled = self._tome = tome, model_tome(self.info.config, tome)
-        return settled[1]
-
-    def set_loras(self, loras: Sequence[tuple[str | Path, float]]) -> None:
-        """Add LoRAs to the model's weights, instead of those set before.
-
-        Without any, the weights are again those of the checkpoint, to the bit. The originals of
-        the changed weights are kept in main memory meanwhile.
-
-        Args:
-            loras: files, each with the weight that it gets; 1 is as it was trained.
-
-        Raises:
-            InputError: a file cannot be used with this model; nothing has changed then.
-        """
-        shapes = self._shapes()
-        self._use_loras([read_lora(file, weight, shapes) for file, weight in loras])
-
-    def set_embeddings(self, embeddings: Sequence[EmbeddingFile]) -> None:
-        """Let words in prompts stand for the vectors of files, instead of those set before.
-
-        The words are each file's name and, if it has one, the word in it; or, for a file given
-        with a word, that alone.
-
-        Raises:
-            InputError: a file cannot be used with this model; nothing has changed then.
-        """
-        self._use_embeddings(read_embeddings(embeddings, self._shapes()))
-
-    def _use_loras(self, loras: Sequence[Lora]) -> None:
-        with self._lock:
-            self._weights.set(loras)
-            self._note("loras", [{**named(one.path), "weight": one.weight} for one in loras])
-        for one in loras:
-            logger.info("%s", one.summary())
-
-    def _use_embeddings(self, embeddings: list[Embedding]) -> None:
-        words = {word: one.vectors for one in embeddings for word in one.words}
-        with self._lock:
-            self.model.cond_stage_model.set_words(words)
-            files = dict.fromkeys(one.path for one in embeddings)
-            self._note("embeddings", [named(path) for path in files])
-        for one in embeddings:
-            logger.info("%s", one.summary())
-
-    def _note(self, what: str, files: list[dict[str, Any]]) -> None:
-        self._added.pop(what, None)
-        if files:
-            self._added[what] = files
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
 
     def txt2img(self, prompt: str | Sequence[str] | None = None, **settings: Any) -> list[Picture]:
         """Draw pictures of a prompt, or of several; see Settings for what can be set."""
@@ -235,7 +58,7 @@ class Pipeline:
         **settings: Any,
     ) -> list[Picture]:
         """Redraw a picture (a file, or pixels (H, W, 3)) after a prompt."""
-        return list(self.generate(Settings(prompt, **settings), _pixels(init)))
+        return list(self.generate(Settings(prompt, **settings), pixels_of(init)))
 
     def inpaint(
         self,
@@ -246,7 +69,7 @@ class Pipeline:
     ) -> list[Picture]:
         """Redraw the part of a picture where a mask (a file, or (H, W)) is white or True."""
         hole = mask if isinstance(mask, np.ndarray) else images.load_mask(mask)
-        return list(self.generate(Settings(prompt, **settings), _pixels(init), hole))
+        return list(self.generate(Settings(prompt, **settings), pixels_of(init), hole))
 
     def generate(
         self,
@@ -343,16 +166,20 @@ class Pipeline:
         if one.tome is not others:
             merger.configure(one.tome)
         try:
-            latents = draw(self.model, one.settings, batch, one.texts, canvas, **watch)
+            with self._guided(one.settings):
+                latents = draw(self.model, one.settings, batch, one.texts, canvas, **watch)
             one.tally.add(merger.tally)
         finally:
             if one.tome is not others:
                 merger.configure(others)
         return latents
 
-    @property
-    def _merger(self) -> TokenMerger:
-        return self.model.model.diffusion_model.tome
+    def _guided(self, settings: Settings) -> AbstractContextManager[None]:
+        """Let the ControlNet, if there is one, guide what is drawn."""
+        if self._control is None:
+            return nullcontext()
+        _, h, w = latent_shape(self.model, settings)
+        return self._control.over(self.model.model.diffusion_model, h, w)
 
     @contextmanager
     def _turn(self, settings: Settings) -> Iterator[None]:
@@ -420,7 +247,3 @@ class Pipeline:
             "tome": dataclasses.asdict(tome),
             **self._added,
         }
-
-
-def _pixels(picture: str | Path | Pixels) -> Pixels:
-    return picture if isinstance(picture, np.ndarray) else images.load_rgb(picture)

@@ -14,10 +14,13 @@ from ldm import images
 from ldm.canvas import PictureNoise
 from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.modules.controlnet import ControlNet
 from ldm.pipeline import Pipeline
 from ldm.remarks import unknown_words
 from ldm.sampling import Texts
 from ldm.settings import SAMPLERS, Settings
+from tests.golden_util import fill_parameters
+from tests.tiny_models import write_safetensors
 
 
 @pytest.fixture
@@ -578,6 +581,70 @@ def test_words_unknown_to_the_model_are_named(pipeline, caplog):
     assert unknown_words("Hills, 2 hills!", {"hills"}) == ["2"]
 
 
+# --- ControlNet -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def controlnet(tmp_path, pipeline):
+    """A file of random weights for the tiny model, and a picture."""
+    unet = pipeline.info.config["model"]["params"]["unet_config"]["params"]
+    net = fill_parameters(ControlNet(**unet), seed=4)
+    path = write_safetensors(
+        tmp_path / "scribble.safetensors",
+        {f"control_model.{name}": tensor for name, tensor in net.state_dict().items()},
+    )
+    picture = np.zeros((30, 30, 3), np.uint8)
+    picture[8:20, 8:20] = 255
+    return path, picture
+
+
+def test_a_controlnet_guides_what_is_drawn(pipeline, tiny_checkpoint, controlnet):
+    path, picture = controlnet
+    options = {"steps": 3, "seed": 4, "n_samples": 2}
+    plain = pixels(pipeline.txt2img("a house", **options))
+    control = {"net": path, "picture": picture, "strength": 0.5}
+    pipeline.set_control(**control)
+    (guided, _) = pipeline.txt2img("a house", **options)
+    assert not np.array_equal(guided.pixels, plain[0])
+    assert [one["name"] for one in guided.settings["controlnets"]] == ["scribble"]
+    at_once = Pipeline.from_checkpoint(
+        tiny_checkpoint, device="cpu", dtype="float32", control=control
+    )
+    np.testing.assert_array_equal(at_once.txt2img("a house", **options)[0].pixels, guided.pixels)
+    pipeline.set_control(path, 255 - picture, 0.5)
+    inverted = pixels(pipeline.txt2img("a house", **options))
+    assert not np.array_equal(inverted[0], guided.pixels)
+    # edges are the same, whichever side is the bright one
+    pipeline.set_control(path, picture, 0.5, finds_edges=True)
+    edges = pixels(pipeline.txt2img("a house", **options))
+    pipeline.set_control(path, 255 - picture, 0.5, finds_edges=True)
+    np.testing.assert_array_equal(pixels(pipeline.txt2img("a house", **options)), edges)
+    for strength in (0.0, None):
+        pipeline.set_control(*(() if strength is None else (path, picture, strength)))
+        np.testing.assert_array_equal(pixels(pipeline.txt2img("a house", **options)), plain)
+    with pytest.raises(InputError, match="control_strength 3: allowed is 0 to 2"):
+        pipeline.set_control(path, picture, 3)
+
+
+def test_tokens_are_merged_inside_a_controlnet(pipeline, controlnet):
+    pipeline.set_control(*controlnet)
+    net = pipeline._control.net
+    unmerged = pixels(pipeline.txt2img("a house", steps=2, reuse_deep=2))
+    assert net.tome.saved_work() == 0
+    pipeline.set_tome({"ratio": 0.5})
+    merged = pixels(pipeline.txt2img("a house", steps=2, hires_scale=2))
+    assert net.tome.saved_work() > 0.2
+    assert merged.shape == (1, 32, 32, 3)
+    assert unmerged.shape == (1, 16, 16, 3)
+
+
+def test_a_controlnet_guides_an_inpainting_model(inpainting, controlnet, photograph):
+    mask = np.ones((16, 24), bool)
+    plain = pixels(inpainting.inpaint(photograph, mask, "x", steps=2))
+    inpainting.set_control(*controlnet)
+    assert not np.array_equal(pixels(inpainting.inpaint(photograph, mask, "x", steps=2)), plain)
+
+
 # --- threads ---------------------------------------------------------------------------------
 
 
@@ -754,7 +821,7 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_loaded(
     pipeline, tiny_checkpoint, extras, tmp_path, monkeypatch
 ):
     lora, embedding = extras
-    monkeypatch.setattr("ldm.pipeline.load_model", None)
+    monkeypatch.setattr("ldm.loaded.load_model", None)
     with pytest.raises(InputError, match=r"cat-toy.pt is no LoRA|holds no tensors"):
         Pipeline.from_checkpoint(tiny_checkpoint, device="cpu", loras=[(embedding, 1)])
     with pytest.raises(InputError, match="is no textual-inversion embedding: it has 4 tensors"):

@@ -201,6 +201,16 @@ def add_model_flags(parser: Parser) -> None:
         help="a textual inversion; WORD, or else the file's name and the word that it was trained "
         "as, stand for it in a prompt; can be repeated",
     )
+    add("--controlnet", metavar="FILE", help="a ControlNet of Stable Diffusion 1 or 2")
+    add("--control", metavar="PICTURE", help="what it reads: edges, depth, ... as it was trained")
+    add("--control_canny", action="store_true", help="let it read the picture's Canny edges")
+    add(
+        "--control_strength",
+        type=float,
+        default=1.0,
+        metavar="0..2",
+        help="how strongly it guides (default: 1)",
+    )
     add(
         "--vae",
         metavar="FILE",

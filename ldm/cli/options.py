@@ -16,7 +16,7 @@ from ldm.cli.parser import Arguments, Parser
 from ldm.cli.values import Wishes
 from ldm.config import TomeKeys, find_config
 from ldm.errors import InputError, escaped, shown
-from ldm.images import Gallery, picture_texts
+from ldm.images import Gallery, load_rgb, picture_texts
 from ldm.infotext import understood
 from ldm.modules.tome.config import ToMeConfig
 from ldm.settings import Settings
@@ -184,6 +184,29 @@ def model_arguments(args: Arguments) -> dict[str, Any]:
         "loras": [lora_argument(text) for text in args.lora],
         "embeddings": [embedding_argument(text) for text in args.embedding],
         "vae": None if args.vae is None else _existing("--vae", args.vae),
+        "control": control_arguments(args),
+    }
+
+
+def control_arguments(args: Arguments) -> dict[str, Any] | None:
+    """The checked arguments of ``Pipeline.set_control``; None without ``--controlnet``.
+
+    Raises:
+        InputError: a file is missing, a value is out of range, or flags need each other.
+    """
+    if args.controlnet is None or args.control is None:
+        if args.controlnet is not None or args.control is not None:
+            raise InputError("--controlnet FILE and --control PICTURE need each other")
+        if args.control_canny or args.control_strength != 1:
+            raise InputError("--control_canny and --control_strength need --controlnet FILE")
+        return None
+    if not 0 <= args.control_strength <= 2:
+        raise InputError(f"--control_strength {args.control_strength}: allowed is 0 to 2")
+    return {
+        "net": _existing("--controlnet", args.controlnet),
+        "picture": load_rgb(args.control),
+        "strength": args.control_strength,
+        "finds_edges": args.control_canny,
     }
 
 

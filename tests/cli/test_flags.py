@@ -91,6 +91,8 @@ def test_help_comes_at_once_and_without_torch(program):
         ("--sampler spam", "invalid choice: 'spam'"),
         ("--plms --schedule karras", "schedule karras needs one of the samplers euler, euler_a"),
         ("--seed", "expected one argument"),
+        ("--control x.png", "--controlnet FILE and --control PICTURE need each other"),
+        ("--control_canny", "--control_canny and --control_strength need --controlnet"),
         ("--laion400m", "--laion400m is unknown: that model is not supported"),
         ("--steps 0", "steps 0: allowed is 1 to 1000"),
         ("--H 0", "H 0: allowed is 1 to 16384"),

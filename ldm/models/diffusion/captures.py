@@ -53,7 +53,8 @@ class Captures:
     ) -> Tensor:
         """As UNetModel."""
         merging = self.unet.tome.call_key()
-        if merging is None or torch.is_grad_enabled() or self.unet.reuse.every > 1:
+        is_other = self.unet.reuse.every > 1 or self.unet.control is not None
+        if merging is None or torch.is_grad_enabled() or is_other:
             return self.unet(x, t, context, y)
         inputs = (x, t) if y is None else (x, t, y)
         shapes = tuple((one.shape, one.dtype, one.device) for one in inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -192,6 +192,9 @@ class UNetModel(nn.Module):
 
     Attributes:
         reuse: what is kept for that.
+        control: where set, called with x, timesteps and context: what is added to the result of
+            each input block before it meets the output blocks, and to the middle block's.
+        skip_widths: channels of the input blocks' results.
         tome: the token merger that all transformers share; not part of the state dict.
 
     Raises:
@@ -262,6 +265,7 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.num_classes = num_classes
         self.reuse = DeepReuse(reuse_deep)
+        self.control: Callable[[Tensor, Tensor, Tensor | None], Sequence[Tensor]] | None = None
         self.tome = TokenMerger(ToMeConfig.from_mapping(tome_config))
         emb_channels = 4 * model_channels
 
@@ -322,6 +326,7 @@ class UNetModel(nn.Module):
             residual(ch, ch),
         )
 
+        self.skip_widths = tuple(skip_channels)
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(n_blocks[level] + 1):
@@ -401,9 +406,15 @@ class UNetModel(nn.Module):
 
         h = down(x.to(dtype), self.input_blocks[:N_SHALLOW])
         deep = self.reuse.begin_call(x)
+        added = [] if self.control is None else self.control(x, timesteps, context)
         if deep is None:
-            h = down(h, self.input_blocks[N_SHALLOW:])
-            deep = up(self.middle_block(h, emb, context), self.output_blocks[:-N_SHALLOW])
+            h = self.middle_block(down(h, self.input_blocks[N_SHALLOW:]), emb, context)
+            if added:
+                h = h + added[-1].to(dtype)
+        for i, residual in zip(range(len(skips)), added, strict=False):
+            skips[i] = skips[i] + residual.to(dtype)
+        if deep is None:
+            deep = up(h, self.output_blocks[:-N_SHALLOW])
             self.reuse.keep(x, deep)
         else:
             self.tome.skip(self._n_deep_transformers)
