@@ -145,3 +145,23 @@ def test_quick_is_small_and_flags_win(monkeypatch, tmp_path):
     assert (changed.sizes, changed.rounds) == ([1024], 1)
     assert list(standard.models) == ["sd1.5", "sd2.1"]
     assert list(standard.settings)[:3] == ["ratio 0.5", "ratio 0.75", "quality"]
+
+
+@pytest.mark.slow  # it compiles
+def test_the_suite_for_a_card_is_rehearsed_on_the_processor(tiny, tmp_path, capsys):
+    flags = ("--models", tiny, "--sizes", "16", "--dtypes", "float32", "--batch", "2")
+    main("--suite", "gpu", *flags, "--rounds", 1, "--device", "cpu", "--outdir", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert printed.count("tiny, 16x16, batch 2, float32, sdpa") == 2
+    assert "| fast, compiled |" in printed
+    assert "| ratio auto |" in printed
+    assert ", graph |" not in printed
+    with pytest.raises(InputError, match="--suite and --quick"):
+        main("--suite", "gpu", "--quick")
+
+
+def test_counts_are_printed(tiny, capsys):
+    main("--count", "--models", tiny, "--presets", "fast", "--ratios", "0.5")
+    printed = capsys.readouterr().out
+    assert "Operators dispatched with tiny in float16" in printed
+    assert "| ratio 0.5 | " in printed

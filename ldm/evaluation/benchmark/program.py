@@ -15,7 +15,7 @@ from typing import Any
 
 from ldm.cli.flags import DTYPES
 from ldm.cli.lists import at_least, choices, numbers, words
-from ldm.cli.parser import Parser
+from ldm.cli.parser import Arguments, Parser
 from ldm.cli.tome_flags import parse_flag
 from ldm.config import load_config, load_preset, model_defaults
 from ldm.errors import InputError
@@ -46,6 +46,32 @@ QUICK = {
     "ratios": "",
     "rounds": 3,
 }
+# What `--suite gpu` measures, one after the other, in about ten minutes on one card.
+GPU_SUITE = [
+    {
+        **STANDARD,
+        "dtypes": "float16",
+        "sizes": "512,768,1024,2048",
+        "batch": "2,8",
+        "presets": "fast",
+        "ratios": "0.5,auto",
+        "rounds": 3,
+        "no_oracles": True,
+        "graphs": True,
+    },
+    {
+        **STANDARD,
+        "models": "sd1.5",
+        "dtypes": "float16",
+        "sizes": "512,1024",
+        "presets": "fast",
+        "ratios": "",
+        "rounds": 3,
+        "no_oracles": True,
+        "no_peers": True,
+        "compile": True,
+    },
+]
 CPU_SIZES = "512"
 GPU_SIZES = "512,768,1024,2048"
 
@@ -69,6 +95,12 @@ def build_parser() -> Parser:
     parser = Parser(__doc__, EPILOG)
     add = parser.add_argument
     add("--quick", action="store_true", help="a few settings at 512x512, for a first impression")
+    add(
+        "--suite",
+        choices=("gpu",),
+        help="what is to be known of a card: sizes, batches, graphs, compiled blocks, peers, in "
+        "float16 (on a processor, where graphs are left out, a rehearsal)",
+    )
     add(
         "--models",
         metavar="NAME,...",
@@ -105,6 +137,7 @@ def build_parser() -> Parser:
     add("--device", default="auto", help="auto (default), cpu, mps, cuda or cuda:1")
     add("--no-oracles", action="store_true", help="leave the oracles out")
     add("--compile", action="store_true", help="measure everything with compiled blocks, too")
+    add("--graphs", action="store_true", help="measure everything as CUDA graphs, too")
     add("--no-peers", action="store_true", help="leave diffusers and tomesd out")
     add(
         "--upstream",
@@ -119,9 +152,20 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = build_parser().parse_args(argv)
-    for name, value in (QUICK if args.quick else STANDARD).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.suite and args.quick:
+        raise InputError("--suite and --quick both say what is measured: leave one out")
+    command = shlex.join(
+        ["python", "scripts/benchmark.py", *(sys.argv[1:] if argv is None else argv)]
+    )
+    for defaults in GPU_SUITE if args.suite else [QUICK if args.quick else STANDARD]:
+        given = {
+            k: value for k, value in vars(args).items() if not (value is None or value is False)
+        }
+        _run(Arguments(**{**vars(args), **defaults, **given}), command)
+
+
+def _run(args: Arguments, command: str) -> None:
+    """Measure, or count, what the arguments say."""
     at_least(1, args, "rounds")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", args.device):
         raise InputError(f"--device {args.device}: allowed is auto, cpu, mps, cuda or cuda:NUMBER")
@@ -164,11 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rounds=args.rounds,
         has_oracles=not args.no_oracles,
         has_compiled=args.compile,
+        has_graphs=args.graphs and device.type == "cuda",
         has_peers=not args.no_peers,
         has_upstream=args.upstream,
-    )
-    command = shlex.join(
-        ["python", "scripts/benchmark.py", *(sys.argv[1:] if argv is None else argv)]
     )
     measure(scope, device, outdir, command)
 

@@ -19,6 +19,7 @@ from ldm.evaluation.benchmark.memory import peak_memory
 from ldm.evaluation.benchmark.oracle import oracle
 from ldm.evaluation.benchmark.peers import diffusers_step
 from ldm.evaluation.benchmark.unets import UNets
+from ldm.models.diffusion.captures import Captures
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome.config import ToMeConfig
@@ -59,7 +60,8 @@ class Row:
     Attributes:
         case: where.
         name: of the setting.
-        kind: off (no merging), ours, oracle or compiled (both of the row with that name), or peer.
+        kind: off (no merging), ours, oracle, compiled or graph (all of the row with that name), or
+            peer.
         config: what was merged.
         ms: milliseconds of a step, one entry for each round.
         peak_mib: peak memory of a step; None where the system does not tell.
@@ -113,6 +115,7 @@ def contenders(
     settings: Mapping[str, ToMeConfig],
     tomesd_ratios: Sequence[float] = (),
     has_oracles: bool = True,
+    has_graphs: bool = False,
 ) -> list[Contender]:
     """Everything to be compared in one case; no merging comes first.
 
@@ -123,6 +126,7 @@ def contenders(
         settings: ours, by name.
         tomesd_ratios: run tomesd in diffusers' U-Net at these ratios, too.
         has_oracles: add the oracle of each of our settings.
+        has_graphs: add the CUDA graphs of ours.
     """
     set_attention_backend(unets.ours, case.attention)
     if unets.compiled is not None:
@@ -138,7 +142,7 @@ def contenders(
     once = _timesteps(ToMeConfig(), x)
 
     def ours(name: str, kind: str, config: ToMeConfig, unet: UNetModel = unets.ours) -> Contender:
-        apply = partial(_merging, unet, x, context, config, kind == "oracle")
+        apply = partial(_merging, unet, x, context, config, kind)
         return Contender(Row(case, name, kind, asdict(config)), apply, _timesteps(config, x))
 
     found = []
@@ -148,6 +152,8 @@ def contenders(
             found.append(ours(name, "oracle", config))
         if unets.compiled is not None:
             found.append(ours(name, "compiled", config, unets.compiled))
+        if has_graphs:
+            found.append(ours(name, "graph", config))
     if unets.diffusers is not None and case.attention == "sdpa":
         for ratio in (0.0, *tomesd_ratios):
             row = Row(case, f"diffusers, tomesd {ratio:g}" if ratio else "diffusers", "peer")
@@ -220,14 +226,21 @@ def _measure(contender: Contender, device: torch.device) -> None:
 
 @contextmanager
 def _merging(
-    unet: UNetModel, x: Tensor, context: Tensor, config: ToMeConfig, is_oracle: bool
+    unet: UNetModel, x: Tensor, context: Tensor, config: ToMeConfig, kind: str
 ) -> Iterator[Step]:
     """A step of our U-Net with a configuration in force."""
     unet.tome.configure(config)
+    captures = Captures(unet)
     try:
-        with oracle(unet) if is_oracle else nullcontext():
-            yield lambda timesteps: unet(x, timesteps, context)
+        if kind == "graph":
+            for timesteps in _timesteps(config, x)[:1] * 2:  # the second one is captured
+                captures(x, timesteps, context)
+            yield lambda timesteps: captures(x, timesteps, context)
+        else:
+            with oracle(unet) if kind == "oracle" else nullcontext():
+                yield lambda timesteps: unet(x, timesteps, context)
     finally:
+        captures.clear()
         unet.tome.configure(ToMeConfig())
 
 

@@ -21,7 +21,13 @@ from ldm.evaluation.benchmark.speed import UPSTREAM, Case, Row
 
 PACKAGES = ("torch", "numpy", "einops", "diffusers", "tomesd")
 COLUMNS = ("setting", "ms/step", "speed-up", "range", "of oracle", "peak MiB", *PARTS)
-_COLOURS = {"off": "0.4", "ours": "tab:blue", "compiled": "tab:cyan", "peer": "0.7"}
+_COLOURS = {
+    "off": "0.4",
+    "ours": "tab:blue",
+    "compiled": "tab:cyan",
+    "graph": "tab:green",
+    "peer": "0.7",
+}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -190,7 +196,7 @@ def _processor() -> str:
 
 def _label(entry: Mapping[str, Any]) -> str:
     """What a setting is called in the table and the plot."""
-    derived = entry["kind"] in ("oracle", "compiled")
+    derived = entry["kind"] in ("oracle", "compiled", "graph")
     return f"{entry['name']}, {entry['kind']}" if derived else entry["name"]
 
 

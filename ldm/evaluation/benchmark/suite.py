@@ -49,6 +49,7 @@ class Scope:
         rounds: measurements of each.
         has_oracles: measure the settings' oracles.
         has_compiled: measure everything with compiled blocks, too.
+        has_graphs: measure everything as CUDA graphs, too, where there are any.
         has_peers: measure diffusers and tomesd where they are installed.
         has_upstream: measure upstream's own way to compute.
     """
@@ -62,6 +63,7 @@ class Scope:
     rounds: int
     has_oracles: bool = True
     has_compiled: bool = False
+    has_graphs: bool = False
     has_peers: bool = True
     has_upstream: bool = False
 
@@ -73,7 +75,7 @@ class Scope:
     def n_visits(self, peers: Sequence[str]) -> int:
         """How often `compare` comes by, with those packages among the peers."""
         n_ours = 1 + len(self.settings) * (2 if self.has_oracles else 1) + self.has_upstream
-        n_ours += self.has_compiled * (1 + len(self.settings))
+        n_ours += (self.has_compiled + self.has_graphs) * (1 + len(self.settings))
         n_peers = 0
         if "diffusers" in peers:
             n_peers = 1 + len(self.tomesd_ratios) * ("tomesd" in peers)
@@ -128,6 +130,7 @@ def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> N
                     scope.settings,
                     scope.tomesd_ratios if "tomesd" in peers else (),
                     scope.has_oracles,
+                    scope.has_graphs,
                 )
                 rows += [contender.row for contender in found]
                 bar.set_description(title(case))
