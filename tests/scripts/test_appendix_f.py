@@ -88,14 +88,14 @@ def test_a_sweep_measures_every_setting(run, argv, tmp_path, capsys):
     assert list(rows) == [
         *("unmerged", "control: again", "control: rounding", "control: precision"),
         *("control: none", "control: random 0.5", "control: drop 0.5"),
-        *("control: ddim, 1 steps", "control: dpm_solver, 1 steps"),
+        *("control: 1 steps of ddim", "control: 1 steps of dpm_solver"),
         *("half", "tomesd, larger cells", "random pairs"),
     ]
     assert rows["unmerged"]["psnr_db"] == ""
     assert float(rows["control: again"]["psnr_db"]) == 100
     assert float(rows["control: rounding"]["psnr_db"]) > 80
     assert 20 < float(rows["control: precision"]["psnr_db"]) < 80
-    assert float(rows["control: ddim, 1 steps"]["psnr_db"]) < 60
+    assert float(rows["control: 1 steps of ddim"]["psnr_db"]) < 60
     assert float(rows["half"]["saved_whole"]) < float(rows["half"]["saved_work"])
     half, random = (float(rows[name]["psnr_db"]) for name in ("half", "random pairs"))
     assert 10 < half < 80
@@ -231,8 +231,14 @@ def test_processes_and_kills_do_not_change_the_table(argv, tmp_path):
     argv = [*argv[:-1], "--no-controls"]
     assert start([*argv, "--outdir", whole], n_processes=2).wait(timeout=900) == 0
 
+    process = start([*argv, "--outdir", killed], stderr=subprocess.PIPE, text=True)
+    wait_for_pictures(process, killed, 2)
+    process.terminate()
+    _, told = process.communicate()
+    assert process.returncode == 143
+    assert f"ended: {killed} keeps what is finished; the same command goes on" in told
     process = start([*argv, "--outdir", killed], stderr=subprocess.DEVNULL)
-    wait_for_pictures(process, killed, 3)
+    wait_for_pictures(process, killed, 5)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert start([*argv, "--outdir", killed]).wait(timeout=900) == 0

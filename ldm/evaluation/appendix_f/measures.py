@@ -71,7 +71,7 @@ def is_above_floor(name: str, value: float, floor: float | None) -> bool:
     Args:
         name: of the measure.
         value: of a setting.
-        floor: of the control ``precision``; None where it was not drawn.
+        floor: the worse one of the controls ``precision`` and ``rounding``; None without them.
     """
     measure = MEASURES.get(name)
     if measure is None or not measure.is_distance:

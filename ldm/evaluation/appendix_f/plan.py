@@ -263,7 +263,7 @@ def control_settings(sampling: Settings) -> list[Setting]:
             if n < steps:
                 found.append(
                     Setting(
-                        f"control: {name}, {n} steps",
+                        f"control: {n} steps of {name}",
                         control="steps",
                         family=f"fewer steps of {name}",
                         sampling={"steps": n, "sampler": name},

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli import flags, options
 from ldm.cli.lists import at_least, numbers, share, words
 from ldm.cli.parser import Arguments, Parser
+from ldm.cli.program import said_when_stopped
 from ldm.config import load_config
 from ldm.distributed import Process
 from ldm.errors import InputError
@@ -213,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         hours, gib = expected_cost(pipeline, plan)
         print(f"By a trial batch: {hours:.3g} hours of drawing here, {gib:.2g} GiB of pictures")
         return
-    with process.joined():
+    go_on = f"{args.outdir} keeps what is finished; the same command goes on"
+    with process.joined(), said_when_stopped(lambda: go_on):
         experiment = conduct(pipeline, plan, scenes, args.outdir, process, extras, args.table_only)
         finish(experiment, work, extras, command(argv))
 

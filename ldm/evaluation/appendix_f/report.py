@@ -21,8 +21,8 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 NOTES = (
     "Every setting draws the same prompts from the same noise; distances are to the picture "
     "without merging.",
-    "Grey numbers are nearer to the unmerged picture than a change of precision alone (control "
-    "“precision”, and for PSNR the rounding to 8 bits): nothing can be claimed of them.",
+    "Grey numbers are nearer to the unmerged picture than a change of precision alone (controls "
+    "“precision” and “rounding”, for PSNR also the 8 bits of a file): of them nothing is claimed.",
     "A distance to the unmerged picture says how much changed, not whether that is worse. FID "
     "alone decides nothing: of few pictures it is noise, and merging often improves it.",
     "“Fewer steps” is the other way to save time: the unmerged model with as many steps as take "

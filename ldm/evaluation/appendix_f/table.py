@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.distributed import Process
-from ldm.evaluation.appendix_f.measures import FRECHET, MEASURES, is_above_floor
+from ldm.evaluation.appendix_f.measures import FRECHET, MEASURES, badness, is_above_floor
 from ldm.evaluation.appendix_f.networks import Judge
 from ldm.evaluation.appendix_f.plan import Batch, Plan, Setting
 from ldm.evaluation.appendix_f.statistics import (
@@ -130,6 +130,9 @@ def make_table(
             estimates[FRECHET] = distances[size].estimate(features)
         saved, seconds, peak = (_median(values, name) for name in COLUMNS[-3:])
         own = work[size, setting.key]
+        if setting.control == "steps":
+            share = 1 - setting.sampling["steps"] / (plan.sampling.steps or 1)
+            own = Work(share, share)
         n_together = plan.sampling.n_samples
         table.append(
             {
@@ -161,8 +164,12 @@ def make_table(
 
 def _mark_floor(rows: Sequence[dict[str, Any]]) -> None:
     """Note which measures of a size's rows nothing can be claimed of."""
-    controls = [row for row in rows if row["control"] == "precision"]
-    floors = {name: one["mean"] for row in controls for name, one in row["measures"].items()}
+    floors: dict[str, float] = {}
+    for row in rows:
+        if row["control"] in ("precision", "rounding"):
+            for name, one in row["measures"].items():
+                known = floors.get(name, one["mean"])
+                floors[name] = max(known, one["mean"], key=lambda v: badness(MEASURES[name], v))
     for row in rows:
         row["above_floor"] = [
             name

@@ -420,7 +420,9 @@ class UNetModel(nn.Module):
             self.tome.skip(self._n_deep_transformers)
         h = up(deep, self.output_blocks[-N_SHALLOW:])
         self.tome.end_call()
-        return self.out(h).to(x.dtype)
+        out = self.out(h).to(x.dtype)
+        self.tome.note_guidance(out)
+        return out
 
 
 def _require(name: str, value: object, supported: object) -> None:

@@ -68,6 +68,8 @@ def apply(pipe_or_unet: Any, **settings: Any) -> TokenMerger:
     config = ToMeConfig.from_mapping(settings)
     if config.context != "full":
         raise InputError(f"ToMe context={config.context!r}: a diffusers U-Net allows only full")
+    if any(one.method == "guided" for one in (config, *config.rules)):
+        raise InputError("ToMe method guided needs our own U-Net, whose predictions it looks at")
     if config.hires is not None:
         raise InputError("ToMe hires: a diffusers U-Net has no second pass; apply it anew for one")
     unet = _unet_of(pipe_or_unet)

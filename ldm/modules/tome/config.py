@@ -12,7 +12,7 @@ from typing import Any
 
 from ldm.errors import InputError
 
-METHODS = ("bipartite", "kth", "random", "grid", "downsample", "tiles", "prune", "cover")
+METHODS = ("bipartite", "kth", "random", "grid", "downsample", "tiles", "prune", "cover", "guided")
 PLACES = ("kv", "q", "attn", "crossattn", "mlp", "block")
 METRICS = ("hidden", "normed", "keys", "keys_mean", "logits")
 # The keys that say how much is removed: one of them at a time (for downsample, the stride).
@@ -20,14 +20,15 @@ AMOUNTS = ("ratio", "r", "k", "max_tokens", "steps")
 # Keys that mean something to some methods only.
 _METHOD_KEYS = {
     **dict.fromkeys(
-        ("ratio", "r", "max_tokens", "steps"), ("bipartite", "random", "grid", "prune", "cover")
+        ("ratio", "r", "max_tokens", "steps"),
+        ("bipartite", "random", "grid", "prune", "cover", "guided"),
     ),
     "k": ("kth",),
-    "stride": ("grid", "downsample", "tiles", "prune", "cover"),
+    "stride": ("grid", "downsample", "tiles", "prune", "cover", "guided"),
     "random": ("grid", "tiles", "prune"),
     "window": ("grid",),
     "protect": ("bipartite",),
-    "metric": ("bipartite", "kth", "random", "grid", "prune", "cover"),
+    "metric": ("bipartite", "kth", "random", "grid", "prune", "cover", "guided"),
     "similarity": ("bipartite", "kth", "random", "grid"),
 }
 _TOMESD_PLACES = {"merge_attn": "attn", "merge_crossattn": "crossattn", "merge_mlp": "mlp"}
@@ -314,7 +315,7 @@ class ToMeConfig:
     def max_ratio(self) -> float:
         """The largest share of tokens that the method can remove from a large picture."""
         cell = self.stride[0] * self.stride[1]
-        by_cell = self.method in ("grid", "downsample", "prune", "cover")
+        by_cell = self.method in ("grid", "downsample", "prune", "cover", "guided")
         return 1 - 1 / cell if by_cell else {"bipartite": 0.5}.get(self.method, 1.0)
 
     def removable(self, h: int, w: int) -> int:

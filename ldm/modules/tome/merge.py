@@ -112,6 +112,10 @@ def _plan(
         return since.plan_tiles(size, stride, draw)
     if config.method == "prune":
         return since.plan_prune(metric, size, stride, r, draw)
+    if config.method == "guided":
+        assert draw is not None
+        n_destinations = decision.n_tokens - config.removable(*size)
+        return since.plan_chosen(metric, r, draw, n_destinations, _rank)
     if config.method == "cover":
         return since.plan_cover(metric, size, stride, r)
     if decision.is_whole_grid:

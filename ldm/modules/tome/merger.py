@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ldm.modules.tome import whole
+from ldm.modules.tome import since, whole
 from ldm.modules.tome.config import ToMeConfig, auto_ratio, cells, pays_from
 from ldm.modules.tome.plan import NOTHING, BlockPlans, MergePlan
 
@@ -153,6 +153,7 @@ class TokenMerger:
         self._progress = 0.0
         self._blocks: list[Decision] = []
         self._n_skipped = 0
+        self._guidance: Tensor | None = None
         self.last_decisions: list[Decision] = []
         self._kept: dict[tuple[object, ...], tuple[int, Decision]] = {}
         self._tally = Tally()
@@ -189,7 +190,10 @@ class TokenMerger:
         configs = (self.config, *self.config.rules)
         if self.planner is not None or self.config.reuse_steps > 1:
             return None
-        if any(c.random or c.method == "random" or c.similarity is not None for c in configs):
+        if any(
+            c.random or c.method in ("random", "guided") or c.similarity is not None
+            for c in configs
+        ):
             return None
         if not any(config.steps for config in configs):
             return (self.config, self.is_guided)
@@ -204,6 +208,20 @@ class TokenMerger:
         self.timestep = None
         self._blocks = list(decisions)
         self.end_call()
+
+    def note_guidance(self, out: Tensor) -> None:
+        """Keep how much guidance changes each place, for the next call's destinations.
+
+        Args:
+            out: (B, C, h, w) what the model predicts, without and with the prompt.
+        """
+        if self.is_guided and len(out) % 2 == 0 and self._is_drawn_by_guidance:
+            before, after = out.detach().float().chunk(2)
+            self._guidance = (after - before).norm(dim=1)
+
+    @property
+    def _is_drawn_by_guidance(self) -> bool:
+        return any(config.method == "guided" for config in (self.config, *self.config.rules))
 
     def end_call(self) -> None:
         """Count what the call has merged, now that it is over."""
@@ -238,6 +256,9 @@ class TokenMerger:
         block = self._kept_block(key, config.reuse_steps) if removed else None
         if block is None:
             draw = self._draw(config, size, x.device) if removed else None
+            if config.method == "guided" and draw is not None and self._guidance is not None:
+                n_destinations = size[0] * size[1] - config.removable(*size)
+                draw = since.favoured(draw, self._guidance, size, n_destinations, len(x))
             pays = size[0] * size[1] >= pays_at
             is_guided = self.is_guided and len(x) % 2 == 0
             block = Decision(
@@ -300,7 +321,7 @@ class TokenMerger:
         For an accelerator they are drawn and copied many at a time, and kept for the next runs, so
         that hardly any step has to wait for them.
         """
-        if config.method != "random" and not config.random:
+        if config.method not in ("random", "guided") and not config.random:
             return None
         if device.type == "cpu" or config.method == "tiles":  # the latter's decide about shapes
             return _drawn(config, size, 1, self._generator)[0]
@@ -316,7 +337,7 @@ class TokenMerger:
 
 def _drawn(config: ToMeConfig, size: tuple[int, int], n: int, generator: torch.Generator) -> Tensor:
     """Random numbers for n plans, (n, 1, N) or (n, rows, columns)."""
-    if config.method == "random":
+    if config.method in ("random", "guided"):
         shape = (n, 1, size[0] * size[1])
         return torch.rand(shape, generator=generator, dtype=torch.float32)
     if config.method == "tiles":
@@ -455,7 +476,7 @@ def describe(config: ToMeConfig) -> str:
     if config.rules:
         return "; ".join(f"from {rule.min_tokens} tokens {describe(rule)}" for rule in config.rules)
     words = [config.method]
-    if config.method in ("grid", "downsample", "tiles", "prune", "cover"):
+    if config.method not in ("bipartite", "kth", "random"):
         words.append("x".join(map(str, config.stride)))
     for key in ("ratio", "r", "k", "max_tokens", "similarity", "window"):
         value = getattr(config, key)

@@ -5,6 +5,7 @@ They stand here to be compared with; each takes a few dozen lines.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.modules.tome.config import cells, tile_side
+from ldm.modules.tome.match import nearest
 from ldm.modules.tome.plan import MergePlan
 
+POOL = 2  # tokens for each destination that is drawn from them
 NOISE = 0.1  # of SiTo's scores
 TIE = 1e-5  # what a token's number counts against the gain in cosines
 SHARPNESS = 1000.0  # of ToMA's weights: nearly one destination for each token
@@ -116,6 +119,53 @@ def plan_prune(
     own = torch.where(is_pruned, copied, position.flatten())
     place = (~is_pruned).long().cumsum(1) - 1
     return MergePlan.from_groups(place.gather(1, own), h * w - r, kept)
+
+
+def favoured(
+    draw: Tensor, guidance: Tensor, size: tuple[int, int], n_destinations: int, n_rows: int
+) -> Tensor:
+    """Random numbers that put destinations among the tokens that guidance changes most.
+
+    Source: IBTM, Wu et al., ICCV 2025 (arXiv 2411.16720). How large their pool is was not found;
+    here it is twice as large as what is drawn from it.
+
+    Args:
+        draw: below 1, (1, h * w).
+        guidance: of the last step, (pictures, H, W), at the latents' size.
+        size: h, w.
+        n_destinations: how many are drawn.
+        n_rows: of the batch: each picture without and with its prompt.
+
+    Returns: (n_rows, h * w), larger by 1 in the pool.
+    """
+    here = F.interpolate(guidance[:, None], size, mode="area").flatten(1)
+    n_pool = min(POOL * n_destinations, here.shape[1])
+    pool = here.topk(n_pool, dim=1).indices
+    drawn = draw.to(here).expand(len(here), -1) + torch.zeros_like(here).scatter(1, pool, 1.0)
+    return drawn.repeat(n_rows // len(here), 1)
+
+
+def plan_chosen(
+    metric: Tensor,
+    r: int,
+    draw: Tensor,
+    n_destinations: int,
+    rank: Callable[..., MergePlan],
+) -> MergePlan:
+    """Merge the r tokens most similar to one of the destinations: those with the largest numbers.
+
+    Args:
+        metric: (B, N, C).
+        r: tokens removed.
+        draw: (B or 1, N).
+        n_destinations: how many.
+        rank: `merge._rank`.
+    """
+    order = draw.to(metric.device).argsort(dim=1)
+    n_sources = metric.shape[1] - n_destinations
+    src, dst = order[:, :n_sources], order[:, n_sources:]
+    home = torch.arange(n_sources, device=metric.device) % n_destinations
+    return rank(metric, src, dst, nearest(metric, src, dst, home), r)
 
 
 @dataclass(frozen=True)

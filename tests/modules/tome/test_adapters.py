@@ -75,7 +75,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
-PRESETS = [name for name in preset_names() if name != "trim_context"]
+PRESETS = [name for name in preset_names() if name not in ("trim_context", "ibtm")]
 SETTINGS = {
     **{name: load_preset(name) for name in PRESETS},
     "all_of_attn": {"ratio": 0.5, "apply_to": ["attn", "crossattn", "mlp"], "max_downsample": 8},

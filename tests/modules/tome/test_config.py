@@ -428,7 +428,7 @@ KEPT = {
     },
 }
 KEPT |= {"kv_full_keys": KEPT["birch_kth"], "quality": KEPT["todo"], "ca_tome": KEPT["todo"]}
-KEPT |= dict.fromkeys(("tofu", "sito", "toma"), KEPT["tomesd"])
+KEPT |= dict.fromkeys(("tofu", "sito", "toma", "ibtm"), KEPT["tomesd"])
 KEPT["hypertile"] = {size: (32 * 32, *counts[1:]) for size, counts in KEPT["todo"].items()}
 
 

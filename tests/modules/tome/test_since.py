@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.config import load_preset
 from ldm.errors import InputError
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.tome.config import ToMeConfig, tile_side
@@ -100,6 +101,31 @@ def test_ca_tome(block: BasicTransformerBlock, x: Tensor) -> None:
         attended[row] = out[into]
         n_kept.append(len(own))
     assert len(dst) < n_kept[0] < N
+    torch.testing.assert_close(found, rest(block, x, attended))
+
+
+def test_ibtm(block: BasicTransformerBlock, x: Tensor) -> None:
+    """Guidance in the last call decides about a picture's pool, the same in both halves."""
+    merger = TokenMerger(ToMeConfig.from_mapping(load_preset("ibtm")))
+    merger.is_guided = True
+    merger.begin_run(seed=3)
+    change = torch.rand(1, H, W, generator=torch.Generator().manual_seed(4))
+    merger.note_guidance(torch.cat([torch.zeros(1, 4, H, W), change[:, None].expand(1, 4, H, W)]))
+    found = block(x, CONTEXT, merger.block(x, (H, W), 1))
+    numbers = torch.rand(N, generator=torch.Generator().manual_seed(3))
+    pool = change.flatten().argsort(descending=True)[: N // 2].tolist()
+    dst = sorted(pool, key=lambda i: -float(numbers[i]))[: N // 4]
+    src = [i for i in range(N) if i not in dst]
+    normed, attended = block.norm1(x), torch.zeros_like(x)
+    for row in range(2):
+        best, nearest = cosines(x[row])[src][:, dst].max(1)
+        gone = best.topk(N // 2).indices.tolist()
+        into = {src[i]: dst[int(nearest[i])] for i in gone}
+        own = [i for i in range(N) if i not in into]
+        place = [own.index(into.get(i, i)) for i in range(N)]
+        matrix = F.one_hot(torch.tensor(place), len(own)).float().T
+        out = block.attn1((matrix / matrix.sum(1, keepdim=True) @ normed[row])[None])[0]
+        attended[row] = out[place]
     torch.testing.assert_close(found, rest(block, x, attended))
 
 
