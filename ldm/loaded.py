@@ -26,12 +26,15 @@ from ldm.checkpoint.lora import Lora, WeightChanges, read_lora
 from ldm.config import TomeKeys, model_tome
 from ldm.control import Control
 from ldm.device import choose_device, choose_dtype
+from ldm.errors import memory_advice
 from ldm.images import Pixels
 from ldm.models.diffusion.captures import check_way, compile_model
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
+
+LESS_TO_LOAD = "try --dtype bfloat16 (on a GPU float16), or end other programs"
 
 ModelT = TypeVar("ModelT", bound="LoadedModel")
 
@@ -124,9 +127,10 @@ class LoadedModel:
         guide = None if control is None else _read_control(info, kind, where, **control)
         logger.info("%s", note or info.summary())
         logger.info("Device: %s, %s", where, str(kind).removeprefix("torch."))
-        model = load_model(
-            path, config, parameterization, ema, kind, where, merging, attention, vae, info
-        )
+        with memory_advice(LESS_TO_LOAD):
+            model = load_model(
+                path, config, parameterization, ema, kind, where, merging, attention, vae, info
+            )
         compile_model(model, compile, where)
         pipeline = cls(model, info, attention, ema)
         pipeline._tome = tome, merging

@@ -136,6 +136,7 @@ print(*sorted(name for name in sys.modules if "." not in name))
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.splitlines()[-1].split())
     assert not loaded & {"pytorch_lightning", "lightning", "torchmetrics", "gradio", "diffusers"}
+    assert not loaded & {"transformers", "open_clip", "torchvision", "kornia", "sympy"}
 
 
 def test_importing_the_package_is_silent_and_draws_nothing():

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ldm import images
 from ldm.canvas import PictureNoise
-from ldm.errors import InputError
+from ldm.errors import InputError, OutOfMemory
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.controlnet import ControlNet
 from ldm.pipeline import Pipeline
@@ -731,6 +731,15 @@ def test_too_little_memory_becomes_advice(pipeline):
     pipeline.model.apply_model = fail
     with pytest.raises(InputError, match="not enough memory: try n_samples 1"):
         pipeline.txt2img("a house")
+
+
+def test_too_little_memory_for_loading_becomes_advice(tiny_checkpoint, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("unable to mmap 4265146304 bytes from file <m.ckpt>: Cannot allocate")
+
+    monkeypatch.setattr("ldm.loaded.load_model", fail)
+    with pytest.raises(OutOfMemory, match="not enough memory: try --dtype bfloat16"):
+        Pipeline.from_checkpoint(tiny_checkpoint, device="cpu")
 
 
 @pytest.mark.parametrize(
