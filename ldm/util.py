@@ -35,6 +35,7 @@ _MODULES = {
 }
 _TRAINING = {
     "DataModuleFromConfig": "ldm.training.data.DataModuleFromConfig",
+    "WrappedDataset": "ldm.training.data.WrappedDataset",
     "ImageLogger": "ldm.training.images.ImageLogger",
     "SetupCallback": "ldm.training.callbacks.SetupCallback",
     "CUDACallback": "ldm.training.callbacks.CUDACallback",

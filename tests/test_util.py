@@ -123,7 +123,7 @@ def test_words_come_from_published_lists_alone():
 
 
 PUBLISHED = """
-main.DataModuleFromConfig main.ImageLogger main.SetupCallback main.CUDACallback
+main.DataModuleFromConfig main.WrappedDataset main.ImageLogger main.SetupCallback main.CUDACallback
 ldm.training.DataModuleFromConfig ldm.training.lightning.ImageLogger
 ldm.data.rendered.RenderedScenes
 ldm.models.captions.CaptionReader ldm.evaluation.attributes.AttributeClassifier

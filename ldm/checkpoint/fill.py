@@ -10,17 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import keys
 from ldm.checkpoint.files import StateDict
 from ldm.device import memory_format
-from ldm.errors import InputError, escaped
+from ldm.errors import InputError, escaped, shown
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import instantiate_from_config
 
 MAX_TIMESTEPS = 10_000
+MAX_TOKENS = 77
 logger = logging.getLogger(__name__)
 
 
@@ -76,8 +78,10 @@ def build_without_weights(config: Mapping[str, Any], name: str, limit: int) -> L
         steps = params.get("timesteps", 1000)
         if not (isinstance(steps, int) and 1 <= steps <= MAX_TIMESTEPS):
             raise InputError(f"timesteps must be 1 to {MAX_TIMESTEPS}")
-        with _parameters_on_meta(limit * 4 + 10_000):
-            return instantiate_from_config(model, LatentDiffusion)
+        with _parameters_on_meta(limit * 4 + 10_000), np.errstate(all="ignore"):
+            built = instantiate_from_config(model, LatentDiffusion)
+        _require_sense(built, params)
+        return built
     except (
         TypeError,
         ValueError,
@@ -88,6 +92,31 @@ def build_without_weights(config: Mapping[str, Any], name: str, limit: int) -> L
     ) as error:
         reason = escaped(" ".join(str(error).split()), 300)
         raise InputError(f"no model can be built from {name}: {reason}") from error
+
+
+def _require_sense(model: LatentDiffusion, params: Mapping[str, Any]) -> None:
+    """Stop at values with which a model can be built, but nothing be drawn.
+
+    Raises:
+        InputError: one has no meaning.
+    """
+    scale = params.get("scale_factor", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 1e-6 < scale < 1e6:
+        raise InputError(f"scale_factor {shown(scale)}: must be a number above 0")
+    if not (
+        torch.isfinite(model.betas).all() and (model.betas > 0).all() and model.betas.max() <= 1
+    ):
+        raise InputError("its betas (linear_start, linear_end, ...) must be above 0 and at most 1")
+    length = getattr(model.cond_stage_model, "max_length", MAX_TOKENS)
+    if not (isinstance(length, int) and 3 <= length <= MAX_TOKENS):
+        raise InputError(f"max_length {shown(length)}: must be 3 to {MAX_TOKENS}")
+    unet = params["unet_config"]["params"]
+    has_more = unet["in_channels"] != params["channels"]
+    if has_more != (model.model.conditioning_key in ("concat", "hybrid")):
+        raise InputError(
+            f"conditioning_key {shown(model.model.conditioning_key)} does not go with "
+            f"{unet['in_channels']} input channels"
+        )
 
 
 def fill(

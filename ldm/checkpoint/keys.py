@@ -226,6 +226,9 @@ def misfit(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> str | None
         stage = params["first_stage_config"]
         text = params["cond_stage_config"]
         pairs = list(_signature(unet, stage, text, shapes))
+        last = shapes.get(f"{UNET}out.2.weight")
+        if last and len(last) == 4:
+            pairs.append(("channels", params["channels"], last[0]))
     except KeyError as error:
         raise InputError(f"the configuration is no latent-diffusion model: no {error}") from error
     except (TypeError, AttributeError, IndexError) as error:

@@ -18,6 +18,25 @@ from ldm.util import instantiate_from_config
 SPLITS = ("train", "validation", "test", "predict")
 
 
+class WrappedDataset(Dataset):
+    """A sequence of items as a data set; upstream's name.
+
+    Args:
+        dataset: anything with a length and items by number.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.data = dataset
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.data)
+
+    def __getitem__(self, number: int) -> Any:
+        """One item."""
+        return self.data[number]
+
+
 class DataModuleFromConfig(pl.LightningDataModule):
     """Data loaders from the ``target``/``params`` of their data sets.
 
