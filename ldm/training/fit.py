@@ -103,7 +103,7 @@ def fit(
     seed = config["seed"]
     seed_all(seed)
     with blamed_on("model"):
-        model = instantiate_from_config(config["model"], nn.Module)
+        model = instantiate_from_config(_start(config["model"], resumed is None), nn.Module)
         training: Any = in_training(model)
         n_gathered = settings.get("accumulate_grad_batches", 1)
         if isinstance(training, Training):
@@ -132,7 +132,7 @@ def fit(
         print(f"Learning rate: {rate:.2e}. Run: {folder}")
         if resumed is not None:
             print(f"Going on from {resumed[0]}, step {resumed[1]}.")
-        with _said(trainer, folder), stop.listening():
+        with _said(trainer, folder, stop), stop.listening():
             trainer.fit(training, data, ckpt_path=None if resumed is None else str(resumed[0]))
             has_test = isinstance(data, DataModuleFromConfig) and data.configs["test"] is not None
             if has_test and not options.no_test:
@@ -193,6 +193,13 @@ def _resumed(
         return newest_checkpoint(folder)
     check_whole(checkpoint)
     return checkpoint, read_checkpoint(checkpoint, is_glance=True)["global_step"]
+
+
+def _start(config: dict[str, Any], is_new: bool) -> dict[str, Any]:
+    """The model's configuration; a run that goes on has the weights that it began with in it."""
+    params = pairs(config.get("params"), "model.params")
+    kept = {key: value for key, value in params.items() if is_new or key != "ckpt_path"}
+    return {**config, "params": kept}
 
 
 def _known_monitor(monitor: str | None, names: set[str], has_validation: bool) -> str | None:
@@ -302,7 +309,7 @@ def _trainer(
 
 
 @contextmanager
-def _said(trainer: pl.Trainer, folder: Path) -> Iterator[None]:
+def _said(trainer: pl.Trainer, folder: Path, stop: StopSafely) -> Iterator[None]:
     """Turn the ways in which training ends early into one line."""
     try:
         yield
@@ -317,6 +324,9 @@ def _said(trainer: pl.Trainer, folder: Path) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error) or "killed by signal: Killed" in str(error):
             raise OutOfMemory(LESS_TO_TRAIN) from None
+        if not stop.has_begun:  # what Lightning finds when it has the data
+            with blamed_on("training cannot begin"):
+                raise
         raise
 
 

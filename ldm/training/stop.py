@@ -42,7 +42,7 @@ class StopSafely(pl.callbacks.Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.is_training = False
+        self.is_training = self.has_begun = False
         self.stop: int | None = None
         self.saved: int | None = None
         self.must_save = False
@@ -76,7 +76,7 @@ class StopSafely(pl.callbacks.Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on there is something to save; Lightning's own handlers give way."""
-        self.is_training = True
+        self.is_training = self.has_begun = True
         self._listen()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from ldm.config import load_config
 from ldm.errors import InputError, OutOfMemory
 from ldm.training.check import check_object, check_sections
+from ldm.training.checkpoints import newest_checkpoint
 from ldm.training.flags import as_bool
 from ldm.training.run import main
 from ldm.training.trainer import trainer_settings
@@ -116,6 +117,7 @@ NO_RUN = [  # what a user may type or write -> what the line says
     (["--base", "TOY", "lightning.modelcheckpoint.params.mode=up"], "mode 'up'|lightning.modelch"),
     (["--base", "TOY", "lightning.callbacks.x.target=ldm.data.folder.FolderPictures"], "no Callba"),
     (["--base", "TOY", "--accelerator", "gpu"], "lightning.trainer"),
+    (["--base", "TOY", "--val_check_interval", "99"], "training cannot begin.*less than or equal"),
 ]
 
 
@@ -212,6 +214,11 @@ def test_upstreams_configurations_and_commands(tmp_path, capsys, caplog):
     near = torch.load(weights, weights_only=True)["state_dict"][name]
     assert (state["model_ema.diffusion_modelout2weight"] - near).abs().max() < 0.01
     assert params["use_ema"]
+
+    weights.unlink()  # a run needs what it began with no more, and may be moved
+    moved = run.rename(tmp_path / "moved")
+    main(["--resume", str(moved), "--train", "--max_steps", "3"])
+    assert newest_checkpoint(moved) == (moved / "checkpoints" / "last.ckpt", 3)
 
 
 def test_help_needs_no_torch():
