@@ -11,6 +11,7 @@ PRESETS = {
     "ca_tome": "Merges all pairs that are similar enough, however many. Published.",
     "comfy_q": "Merges queries only, as a node of ComfyUI does. To compare with it.",
     "hypertile": "Attention inside tiles; nothing is merged. Published for large pictures.",
+    "ibtm": "Destinations where guidance changed most in the step before. Published.",
     "kv_cap": "At most so many keys and values, by random matching. For 4k pictures.",
     "kv_full_keys": "As birch_kth, matched by whole keys. Slower, perhaps more accurate.",
     "lalalune_r2048": "2048 keys and values less in every block. A published experiment.",
