@@ -12,10 +12,14 @@ import ldm.checkpoint.convert
 import ldm.pipeline
 from ldm.checkpoint import program as convert
 from ldm.cli import img2img, inpaint, txt2img
+from ldm.evaluation import tome_grid, visualize
 from ldm.web import program as webui
 from tests.fuzz.fuzzing import Reached, cases, files_below, outcome, told, value
 
-PROGRAMS = {"txt2img": txt2img, "img2img": img2img, "inpaint": inpaint, "convert": convert}
+PROGRAMS = {
+    **{"txt2img": txt2img, "img2img": img2img, "inpaint": inpaint, "convert": convert},
+    **{"tome_grid": tome_grid, "visualize": visualize},
+}
 GOOD = {  # what a command line often begins with
     "img2img": ["--init-img", "x.png"],
     "inpaint": ["--init-img", "x.png", "--mask", "x_mask.png"],
