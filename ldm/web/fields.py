@@ -13,7 +13,7 @@ from ldm.web.form import NO_PRESET, Base, Form, read_form
 from ldm.web.limits import LABELS, in_labels
 from ldm.web.models import find_addons
 from ldm.web.runner import Runner
-from ldm.web.words import PRESETS
+from ldm.web.words import line_of
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 TOME = ("preset", "ratio", "hires_ratio", "more")  # fields that the line about merging depends on
@@ -220,7 +220,7 @@ class Fields:
             line = self.runner.describe(model, read_form(self.base, {**form, "seed": 0}).tome)
         except InputError as error:
             return failure(error)
-        words = "" if form["preset"] == NO_PRESET else PRESETS.get(form["preset"], "")
+        words = "" if form["preset"] == NO_PRESET else line_of(form["preset"])
         return f"<p>{html.escape(line)}</p><small>{html.escape(words)}</small>"
 
 
@@ -231,5 +231,5 @@ def failure(error: InputError) -> str:
 
 
 def _titled(preset: str) -> str:
-    words = PRESETS.get(preset)
-    return preset if words is None else f"{preset}: {words}"
+    words = line_of(preset)
+    return f"{preset}: {words}" if words else preset

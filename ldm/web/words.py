@@ -1,5 +1,11 @@
 """What the page says about each preset: what it does, and when to take it."""
 
+from __future__ import annotations
+
+import re
+
+from ldm.config import preset_file, preset_names
+
 PRESETS = {
     "none": "Nothing is merged, unless you move the ratio.",
     "quality": "Keeps 1/4 of the keys and values. Closest to the unmerged picture; start here.",
@@ -23,3 +29,12 @@ PRESETS = {
     "tomesd": "The published tomesd: half of the tokens in 2x2 cells. To compare with it.",
     "trim_context": "Merges nothing; drops the prompt's padding, which changes the picture.",
 }
+
+
+def line_of(preset: str) -> str:
+    """A line about a preset; of one that has none here, the first sentence of its file."""
+    if preset in PRESETS or preset not in preset_names():
+        return PRESETS.get(preset, "")
+    comment = re.match(r"(?:#.*\n)+", preset_file(preset).read_text(encoding="utf-8"))
+    words = " ".join((comment[0] if comment else "").replace("#", " ").split())
+    return words.partition(". ")[0]
