@@ -32,7 +32,7 @@ from ldm.web.form import Base
 from ldm.web.models import find_addons
 from ldm.web.pictures import Pictures
 from ldm.web.queue import State
-from ldm.web.runner import Draw, DrawJob
+from ldm.web.task import Draw, DrawJob
 from ldm.web.uploads import file_of, mask_of, picture_of
 
 MOST = 128 * 2**20  # bytes of a request

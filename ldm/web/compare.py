@@ -13,7 +13,7 @@ from ldm.web.desk import Desk
 from ldm.web.fields import Fields
 from ldm.web.form import Base, Form, read_form
 from ldm.web.limits import LABELS
-from ldm.web.runner import Draw, Grid
+from ldm.web.task import Draw, Grid
 
 MOST_CELLS = 64
 NOTHING, RATIO, PRESET, PART = "nothing", "ToMe ratio", "ToMe preset", "Prompt part"

@@ -19,7 +19,8 @@ from ldm.web import limits
 from ldm.web.models import find_addons, offered
 from ldm.web.queue import Job, Queue
 from ldm.web.report import Report
-from ldm.web.runner import Addons, Draw, Grid, Runner, Task
+from ldm.web.runner import Runner
+from ldm.web.task import Addons, Draw, Grid, Task
 
 MOST_WEIGHT = 10.0  # of a LoRA, either way
 _TAG = re.compile(r"<(\w+):([^:<>]*)(?::([^<>]*))?>")

@@ -12,7 +12,7 @@ from ldm.images import load_rgb
 from ldm.web.desk import Desk
 from ldm.web.fields import QUIET, Fields
 from ldm.web.form import Form, read_form
-from ldm.web.runner import Draw
+from ldm.web.task import Draw
 from ldm.web.uploads import named
 
 

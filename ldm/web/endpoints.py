@@ -11,7 +11,7 @@ from ldm.web.desk import Desk
 from ldm.web.form import Base
 from ldm.web.live import Live
 from ldm.web.queue import State
-from ldm.web.runner import Draw
+from ldm.web.task import Draw
 
 
 class Endpoints:

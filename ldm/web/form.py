@@ -18,7 +18,7 @@ from ldm.config import TomeKeys, load_preset, preset_names
 from ldm.errors import InputError, escaped, shown
 from ldm.infotext import Found
 from ldm.modules.tome.config import KEYS, ToMeConfig
-from ldm.web.runner import Draw
+from ldm.web.task import Draw
 
 # Fields that are settings; beside them: "preset", "ratio", "hires_ratio", "more" and "vae".
 SETTINGS = (

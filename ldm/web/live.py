@@ -18,7 +18,7 @@ from ldm.images import read_settings
 from ldm.web.pictures import Pictures
 from ldm.web.queue import Job, Queue, State
 from ldm.web.report import Report, duration
-from ldm.web.runner import Task
+from ldm.web.task import Task
 
 N_SHOWN = 48  # pictures in the gallery
 N_OVER = 5  # jobs that are over, in the answer

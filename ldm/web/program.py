@@ -101,8 +101,9 @@ def _serve(args: Arguments, model: dict[str, Any], port: int) -> None:
         from ldm.web.pictures import Pictures
         from ldm.web.queue import Queue
         from ldm.web.report import Report
-        from ldm.web.runner import Runner, Task
+        from ldm.web.runner import Runner
         from ldm.web.server import Server
+        from ldm.web.task import Task
 
     path = model.pop("path")
     models = find_models(None if path is None else str(path))

@@ -8,9 +8,8 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +18,7 @@ from ldm import images
 from ldm.checkpoint.load import CheckpointInfo, inspect_checkpoint
 from ldm.config import TomeKeys, model_tome
 from ldm.errors import InputError, shown
-from ldm.images import Gallery, Mask, Picture, Pixels
+from ldm.images import Gallery, Picture, Pixels
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import describe
 from ldm.numbered import Numbers
@@ -27,79 +26,16 @@ from ldm.pipeline import Pipeline
 from ldm.settings import Settings
 from ldm.web.models import find_addons, offered
 from ldm.web.preview import Preview
-from ldm.web.queue import Job, Stopped
+from ldm.web.queue import Stopped
 from ldm.web.report import Report, Shown
+from ldm.web.task import Addons, Draw, DrawJob, Grid, Task
 
 PREVIEW_EVERY = 0.5  # seconds at least between two previews
 CELL = 192  # pixels that a picture of a grid is wide, at least
-Addons: TypeAlias = tuple[tuple[str, float], ...]
 
 
 class _Skipped(Exception):
     """The user wants the next picture."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Pictures of one choice of settings.
-
-    Attributes:
-        settings: what and how.
-        tome: see Pipeline.from_checkpoint.
-        label: what they are among a job's.
-        is_plain: in a grid: the unmerged one that others are compared with.
-        loras: names among ``models/lora``, and their weights.
-        embeddings: names among ``models/embeddings``.
-    """
-
-    settings: Settings
-    tome: TomeKeys
-    label: str = ""
-    is_plain: bool = False
-    loras: Addons = ()
-    embeddings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A picture of pictures: which draws, row by row."""
-
-    n_columns: int
-    cells: tuple[int, ...]
-    unmerged: tuple[int, ...]  # the draw that each cell is compared with
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to draw.
-
-    Attributes:
-        model: its name among the runner's models.
-        draws: one after the other.
-        init: img2img and inpainting: the picture to start from, (H, W, 3).
-        mask: inpainting: where to paint, (H, W) of any size.
-        init_name: what the user calls the picture, for the notes.
-        vae: a name among ``models/vae``; empty: the model's own.
-        is_pair: the two draws are the same, with and without merging.
-        grid: how to show all draws in one picture.
-    """
-
-    model: str
-    draws: tuple[Draw, ...]
-    init: Pixels | None = None
-    mask: Mask | None = None
-    init_name: str = ""
-    vae: str = ""
-    is_pair: bool = False
-    grid: Grid | None = None
-
-    @property
-    def n_pictures(self) -> int:
-        """How many it will be."""
-        return sum(draw.settings.n_samples * draw.settings.n_iter for draw in self.draws)
-
-
-DrawJob: TypeAlias = "Job[Task, Report]"
 
 
 class Runner:

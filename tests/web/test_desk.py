@@ -6,7 +6,7 @@ from ldm.settings import Settings
 from ldm.web import limits
 from ldm.web.compare import cells
 from ldm.web.desk import named_embeddings, taken_loras
-from ldm.web.runner import Draw
+from ldm.web.task import Draw
 
 FORM = {"rows": "nothing", "of_rows": "", "columns": "nothing", "of_columns": ""}
 

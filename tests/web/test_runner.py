@@ -8,7 +8,7 @@ from ldm.images import load_rgb, read_settings
 from ldm.settings import Settings
 from ldm.web.queue import Job, State, Stopped
 from ldm.web.report import Report
-from ldm.web.runner import Draw, Task
+from ldm.web.task import Draw, Task
 
 
 def task(tome=False, model="tiny", **kwargs):
