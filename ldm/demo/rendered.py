@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import multiprocessing.pool
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,27 +146,42 @@ class RenderedScenes(Dataset):
         if not (data.exists() and label.exists() and json.loads(label.read_text()) == settings):
             folder.mkdir(parents=True, exist_ok=True)
             label.unlink(missing_ok=True)
-            self._fill(data, n_workers)
+            self._fill(data, json.dumps(settings), n_workers)
             _replace(label, json.dumps(settings))
         return np.load(data, mmap_mode="r")
 
-    def _fill(self, path: Path, n_workers: int) -> None:
-        """Renders every picture into `path`, which appears only when it is whole."""
-        partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        draw = partial(picture_of, seed=self.seed, split=self.split, size=self.size)
+    def _fill(self, path: Path, settings: str, n_workers: int) -> None:
+        """Renders every picture into `path`, which appears only when it is whole.
+
+        What has been rendered is kept beside it as it goes, and gone on with after a stop.
+        """
+        unfinished = path.with_name(f"{path.name}.partial")
+        counter = path.with_name(f"{path.name}.count")
         shape = (self.n_pictures, self.size, self.size, 3)
-        try:
-            pictures = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
-            with _worker_pool(n_workers) as pool:
-                drawn = pool.imap(draw, range(self.n_pictures), chunksize=16)
-                for index, picture in enumerate(
-                    tqdm(drawn, "rendering scenes", self.n_pictures, unit="picture")
-                ):
-                    pictures[index] = picture
-            pictures.flush()
-            os.replace(partial_path, path)
-        finally:
-            partial_path.unlink(missing_ok=True)
+        start = _n_done(counter, settings) if unfinished.exists() else 0
+        mode: Any = "r+" if start else "w+"
+        pictures = np.lib.format.open_memmap(unfinished, mode, np.uint8, shape)
+        draw = partial(picture_of, seed=self.seed, split=self.split, size=self.size)
+        todo = range(start, self.n_pictures)
+        with _worker_pool(n_workers) if len(todo) > 64 else nullcontext() as pool:
+            drawn = pool.imap(draw, todo, chunksize=16) if pool else map(draw, todo)
+            bar = tqdm(drawn, "rendering scenes", self.n_pictures, initial=start, unit="picture")
+            for index, picture in enumerate(bar, start):
+                pictures[index] = picture
+                if (index + 1) % 512 == 0:
+                    pictures.flush()
+                    _replace(counter, json.dumps({"done": index + 1, "settings": settings}))
+        pictures.flush()
+        os.replace(unfinished, path)
+        counter.unlink(missing_ok=True)
+
+
+def _n_done(counter: Path, settings: str) -> int:
+    """How many pictures of an unfinished cache are rendered; 0 if it is another's."""
+    if not counter.exists():
+        return 0
+    state = json.loads(counter.read_text())
+    return int(state["done"]) if state["settings"] == settings else 0
 
 
 def _worker_pool(n_workers: int) -> multiprocessing.pool.Pool:

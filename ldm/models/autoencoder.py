@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checkpoint.files import open_state_dict
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
@@ -51,14 +53,20 @@ class AutoencoderKL(nn.Module):
     Args:
         ddconfig: arguments of encoder and decoder; ``double_z`` must be true.
         lossconfig: ``target`` of the training loss (``torch.nn.Identity`` for inference); called
-            as ``loss(x, reconstruction, posterior)``.
+            as ``loss(x, reconstruction, posterior)``. One with a ``discriminator`` is trained with
+            two optimisers, in bfloat16 or float32; see LPIPSWithDiscriminator.
         embed_dim: channels of the latents.
         image_key: where a training batch holds its pictures, (B, H, W, C) in [-1, 1].
         monitor: name of the logged value by which checkpoints are kept.
         scheduler_config: learning-rate schedule, as LatentDiffusion has it.
+        ckpt_path: weights to start from: .ckpt or .safetensors.
+        ignore_keys: names that begin so are not loaded from it.
+        train_encoder: false trains the decoder alone; the latents stay what they are.
+        latent_noise: noise on the latents in training, its standard deviation at most this share
+            of theirs, each picture's drawn between 0 and that: a decoder that has to do with
+            latents that are slightly off learns to draw crisp edges all the same.
 
-    Upstream's other arguments (``ckpt_path``, ``ignore_keys``, ``colorize_nlabels``) belong to
-    its own training script and are not needed to use its files.
+    Upstream's ``colorize_nlabels`` is for segmentations, which are not supported.
 
     Source: CompVis ldm/models/autoencoder.py.
     """
@@ -71,6 +79,10 @@ class AutoencoderKL(nn.Module):
         image_key: str = "image",
         monitor: str | None = None,
         scheduler_config: dict[str, Any] | None = None,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        train_encoder: bool = True,
+        latent_noise: float = 0.0,
     ) -> None:
         super().__init__()
         if not ddconfig.get("double_z", True):
@@ -84,6 +96,36 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         self.f = 2 ** (len(ddconfig["ch_mult"]) - 1)
+        self.train_encoder = train_encoder
+        self.latent_noise = latent_noise
+        if not train_encoder:
+            self.encoder.requires_grad_(False)
+            self.quant_conv.requires_grad_(False)
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys)
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
+        """Load weights of this kind of model, or those of the first stage of a diffusion model.
+
+        Args:
+            path: .ckpt (read without executing pickled code) or .safetensors.
+            ignore_keys: names that begin so are not loaded.
+        """
+        weights = open_state_dict(path)
+        own = {name.removeprefix("first_stage_model."): name for name in weights}
+        wanted = [name for name in self.state_dict() if name in own]
+        kept = [name for name in wanted if not name.startswith(tuple(ignore_keys))]
+        self.load_state_dict({name: weights[own[name]] for name in kept}, strict=False)
+
+    def disturbed(self, x: Tensor) -> tuple[Tensor, DiagonalGaussianDistribution]:
+        """Reconstruct pictures for training, from latents with ``latent_noise``."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_encoder):
+            posterior = self.encode(x)
+            z = posterior.sample(torch.randn_like(posterior.mean))
+        if self.latent_noise:
+            amount = torch.rand(len(z), 1, 1, 1, device=z.device) * self.latent_noise
+            z = z + amount * z.detach().float().std() * torch.randn_like(z)
+        return self.decode(z), posterior
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Pictures in [-1, 1], (B, 3, H, W) -> posterior of latents (B, C, H/f, W/f)."""

@@ -14,9 +14,20 @@ from ldm.training.module import Training
 
 
 class AutoencoderTraining(Training):
-    """An AutoencoderKL with a loss that is called as ``loss(x, reconstruction, posterior)``."""
+    """An AutoencoderKL with a loss that is called as ``loss(x, reconstruction, posterior)``.
+
+    A loss with a ``discriminator`` is trained with two optimisers, one step each for a batch.
+
+    Args:
+        model: to be trained.
+        learning_rate: of both.
+    """
 
     net: AutoencoderKL
+
+    def __init__(self, model: AutoencoderKL, learning_rate: float = 1e-4) -> None:
+        super().__init__(model, learning_rate)
+        self.automatic_optimization = not hasattr(model.loss, "discriminator")
 
     def pictures(self, batch: dict[str, Any]) -> Tensor:
         """The batch's pictures, (B, 3, H, W) in [-1, 1]."""
@@ -25,16 +36,56 @@ class AutoencoderTraining(Training):
     def terms(self, batch: dict[str, Any], split: str, index: int) -> dict[str, Tensor]:
         """Terms of the loss, and ``psnr`` in dB."""
         x = self.pictures(batch)
-        reconstruction, posterior = self.net(x)
+        reconstruction, posterior = self.net.disturbed(x) if split == "train" else self.net(x)
         terms = self.net.loss(x, reconstruction, posterior)
         return terms | {"psnr": peak_signal_to_noise(reconstruction, x)}
 
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        """Loss of one batch; with a discriminator, one step of each of the two optimisers."""
+        if self.automatic_optimization:
+            return super().training_step(batch, batch_idx)
+        self.log_terms(self._adversarial_step(self.pictures(batch)), "train", batch)
+        return None
+
+    def _adversarial_step(self, x: Tensor) -> dict[str, Tensor]:
+        """One step of the autoencoder; then, once it takes part, one of the discriminator."""
+        net, loss, step = self.net, self.net.loss, self.global_step
+        optimizer, disc_optimizer = self.optimizers()  # type: ignore[misc]
+        loss.discriminator.requires_grad_(False)
+        reconstruction, posterior = net.disturbed(x)
+        terms = loss(x, reconstruction, posterior, step, net.decoder.conv_out.weight)
+        optimizer.zero_grad()
+        self.manual_backward(terms["loss"])
+        optimizer.step()
+        if loss.has_started(step):
+            loss.discriminator.requires_grad_(True)
+            terms |= loss.discriminate(x, reconstruction)
+            disc_optimizer.zero_grad()
+            self.manual_backward(terms["disc_loss"])
+            disc_optimizer.optimizer.step()  # not Lightning's, which would count it as a step
+        for scheduler in self.lr_schedulers() or ():  # type: ignore[union-attr]
+            scheduler.step()  # type: ignore[call-arg]
+        terms = terms | {"psnr": peak_signal_to_noise(reconstruction, x)}
+        return {name: value.detach() for name, value in terms.items()}
+
     def configure_optimizers(self) -> Any:
-        """AdamW over all parameters, with the schedule if there is one."""
-        parameters = self.net.parameters()
-        return self.scheduled(
-            torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=1e-4)
-        )
+        """AdamW over what is trained, with the schedule if there is one.
+
+        A discriminator has an Adam of its own; upstream's betas then hold for both.
+        """
+        net, rate = self.net, self.learning_rate
+        own = [p for n, p in net.named_parameters() if p.requires_grad and n[:5] != "loss."]
+        if self.automatic_optimization:
+            return self.scheduled(torch.optim.AdamW(own, lr=rate, weight_decay=1e-4))
+        betas = (0.5, 0.9)
+        optimizers = [
+            torch.optim.AdamW(own, lr=rate, betas=betas, weight_decay=1e-4),
+            torch.optim.Adam(net.loss.discriminator.parameters(), lr=rate, betas=betas),
+        ]
+        if net.scheduler_config is None:
+            return optimizers, []
+        schedules = [self.scheduled(each)[1][0] for each in optimizers]
+        return optimizers, schedules
 
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], N: int = 4) -> dict[str, Tensor]:

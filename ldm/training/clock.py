@@ -1,0 +1,134 @@
+"""Training by the clock: a stage takes the time that it is given, and is never lost."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from ldm.util import part_of, written_whole
+
+
+def rate_factor(progress: float, decay: float, floor: float) -> float:
+    """Factor on the learning rate: 1, and in the last part half a cosine down.
+
+    Args:
+        progress: share of the time that has passed.
+        decay: length of the last part, as a share of the time.
+        floor: factor at the end.
+    """
+    fallen = min(max(progress - (1 - decay), 0.0) / decay, 1.0) if decay else 0.0
+    return floor + (1 - floor) * (1 + math.cos(math.pi * fallen)) / 2
+
+
+class Clock(pl.Callback):
+    """Sets the learning rate by the time spent, stops in time, and saves in between.
+
+    The clock counts training alone and is kept in the checkpoint, so that a run may be stopped and
+    resumed at any time, also with another amount of time in all.
+
+    Args:
+        path: the checkpoint, written whole or not at all.
+        seconds: of training, in all; None leaves learning rate and end to the run itself.
+        this_call: seconds after which this process stops in any case, to be resumed later.
+        warm_up: steps of a linear rise of the learning rate, at the beginning and once resumed.
+        decay: share of the time at the end in which the learning rate falls.
+        floor: factor on the learning rate at the end.
+        save_every: seconds between checkpoints.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        seconds: float | None = None,
+        this_call: float = math.inf,
+        warm_up: int = 50,
+        decay: float = 0.3,
+        floor: float = 0.02,
+        save_every: float = 150.0,
+    ) -> None:
+        self.seconds, self.this_call, self.path = seconds, this_call, Path(path)
+        self.warm_up, self.decay, self.floor, self.save_every = warm_up, decay, floor, save_every
+        self.began = time.monotonic()  # what is prepared before training counts for this call
+        self.spent = 0.0
+        self.is_over = False
+        self.pictures = 0
+        self.losses: dict[str, float] = {}
+        self.rates: list[list[float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"spent": self.spent, "pictures": self.pictures, "losses": self.losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.spent = state_dict["spent"]
+        self.pictures = state_dict["pictures"]
+        self.losses = state_dict["losses"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the rates that are to be scaled."""
+        self.rates = [[pl_module.learning_rate for _ in o.param_groups] for o in trainer.optimizers]
+        self.first = trainer.global_step
+        self.started = self.saved = time.monotonic()
+        self.before = self.spent
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set the learning rate."""
+        if self.seconds is None:
+            return
+        factor = rate_factor(self.spent / self.seconds, self.decay, self.floor)
+        if self.warm_up:
+            factor *= min((trainer.global_step - self.first + 1) / self.warm_up, 1.0)
+        for optimizer, rates in zip(trainer.optimizers, self.rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count, average the losses, save and stop when it is time."""
+        self.pictures += len(next(iter(batch.values())))
+        for name, value in trainer.logged_metrics.items():
+            if name.startswith("train/") and torch.is_tensor(value):
+                old = self.losses.get(name, float(value))
+                self.losses[name] = 0.99 * old + 0.01 * float(value)
+        now = time.monotonic()
+        self.spent = self.before + now - self.started
+        self.is_over = self.seconds is not None and self.spent >= self.seconds
+        trainer.should_stop = self.is_over or now - self.began >= self.this_call
+        if now - self.saved >= self.save_every:
+            self.save(trainer)
+            self.saved = time.monotonic()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what has been learnt; a run that reached its own end is over as well."""
+        self.is_over = self.is_over or (not trainer.should_stop and not trainer.interrupted)
+        self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write the checkpoint, and beside it how far it is."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with part_of(self.path) as part:
+            trainer.save_checkpoint(part)
+        progress = {
+            "steps": trainer.global_step,
+            "seconds": round(self.spent, 1),
+            "pictures": self.pictures,
+            "is_over": self.is_over,
+            "losses": {k: round(v, 6) for k, v in self.losses.items()},
+        }
+        with written_whole(self.path.with_name("progress.json"), "w") as file:
+            json.dump(progress, file, indent=2)
