@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldm.demo.export import write_model
-from ldm.demo.recipe import Recipe, note, weights_of, write_json
+from ldm.demo.recipe import Recipe
+from ldm.demo.stages import note, weights_of, write_json
 from ldm.device import choose_device
 from ldm.errors import InputError
 

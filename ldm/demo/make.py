@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.cli.parser import Parser
-from ldm.demo.finish import choose, export_so_far
-from ldm.demo.recipe import Recipe, alone, check_hours, check_state, run_stages
+from ldm.cli.program import leaving_at_once
+from ldm.demo.recipe import Recipe, alone, check_hours, check_state
 
 EPILOG = """
 examples:
@@ -29,9 +29,21 @@ def build_parser() -> Parser:
     """The flags."""
     parser = Parser(__doc__, EPILOG)
     add = parser.add_argument
-    add("--state", metavar="DIR", default=".demo", help="what is kept between calls (default: %(default)s)")
-    add("--output", metavar="DIR", default="models/demo", help="the finished model (default: %(default)s)")
-    add("--hours", type=float, help="of training in all (default: what has been measured as enough)")
+    add(
+        "--state",
+        metavar="DIR",
+        default=".demo",
+        help="what is kept between calls (default: %(default)s)",
+    )
+    add(
+        "--output",
+        metavar="DIR",
+        default="models/demo",
+        help="the finished model (default: %(default)s)",
+    )
+    add(
+        "--hours", type=float, help="of training in all (default: what has been measured as enough)"
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     add("--minutes-per-call", type=float, default=math.inf, metavar="M", help="stop after so many")
     add("--export", metavar="DIR", help="write the model as far as it is, and end")
@@ -47,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_hours(args.hours)
     state = Path(args.state).absolute()
     check_state(state, recipe.disk_gb)
+    with leaving_at_once():
+        from ldm.demo.finish import choose, export_so_far
+        from ldm.demo.stages import run_stages
 
     device = choose(args.device)
     if args.export:
@@ -57,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     hours = args.hours or (recipe.hours if device == "cpu" else recipe.hours_cuda)
     with alone(state) as lock:
         is_done = run_stages(recipe, state, device, hours, args.minutes_per_call * 60, lock)
-        if is_done:
-            export_so_far(recipe, state, device, Path(args.output))
-        else:
+        if not is_done:
             print(f"Not finished: the same command goes on from {state}")
+            return
+        export_so_far(recipe, state, device, Path(args.output))
+        print(f"Finished: {args.output}")

@@ -21,6 +21,8 @@ from ldm.errors import InputError
 
 STYLE = 4
 """Version of the renderer's look; a cache made by another version is made anew."""
+KEPT_EVERY = 512
+"""Pictures after which an unfinished cache is noted to be so far."""
 
 
 def scene_of(index: int, seed: int, split: Split) -> Scene:
@@ -168,7 +170,7 @@ class RenderedScenes(Dataset):
             bar = tqdm(drawn, "rendering scenes", self.n_pictures, initial=start, unit="picture")
             for index, picture in enumerate(bar, start):
                 pictures[index] = picture
-                if (index + 1) % 512 == 0:
+                if (index + 1) % KEPT_EVERY == 0:
                     pictures.flush()
                     _replace(counter, json.dumps({"done": index + 1, "settings": settings}))
         pictures.flush()

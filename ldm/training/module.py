@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,7 +122,8 @@ class Training(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser, with the schedule if there is one."""
-        n_steps = int(self.trainer.estimated_stepping_batches)
+        expected = self.trainer.estimated_stepping_batches  # infinite for a run without an end
+        n_steps = int(min(expected, sys.maxsize))
         found = self.net.optimizer(self.learning_rate, n_steps)
         if isinstance(found, torch.optim.Optimizer):
             return found

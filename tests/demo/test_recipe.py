@@ -1,19 +1,26 @@
 """The recipe of the demo model, at toy size: every stage takes two steps."""
 
 import json
-
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-import ldm.demo.recipe as module
-from ldm.training import run as train
-from ldm.demo.recipe import Recipe, Stage, alone, check_hours, check_state, run_stages, seconds_for
+import ldm.demo.stages as module
+from ldm.checkpoint.load import load_model
+from ldm.demo import make
+from ldm.demo.finish import export_so_far
+from ldm.demo.recipe import Recipe, alone, check_state
+from ldm.demo.stages import check_keys, run_stages, seconds_for
 from ldm.errors import InputError
+from ldm.training import run as train
 
-ROOT = Path(__file__).parents[2]
-TOY = ROOT / "tests/demo/toy_recipe.yaml"
+TOY = Path(__file__).parent / "toy_recipe.yaml"
 
 
 def train_here(arguments, device, lock):
@@ -22,12 +29,147 @@ def train_here(arguments, device, lock):
     return 0
 
 
-def test_the_whole_chain(tmp_path, monkeypatch):
+@pytest.fixture
+def toy(monkeypatch):
     monkeypatch.setattr(module, "launch", train_here)
-    recipe, state = Recipe.load(TOY), tmp_path / "state"
-    check_state(state, recipe.disk_gb)
+    return Recipe.load(TOY)
+
+
+def run(recipe, state, this_call=1e6):
     with alone(state) as lock:
-        assert run_stages(recipe, state, "cpu", 0.1, 1e6, lock)
-    made = json.loads((state / "made.json").read_text())
-    assert [stage["steps"] for stage in made["stages"].values()] == [2] * len(recipe.stages)
-    print(made)
+        return run_stages(recipe, state, "cpu", 0.1, this_call, lock)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    state = tmp_path_factory.mktemp("toy") / "state"
+    recipe = Recipe.load(TOY)
+    check_state(state, recipe.disk_gb)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "launch", train_here)
+        assert run(recipe, state)
+    return state
+
+
+def test_the_whole_chain(finished, tmp_path):
+    recipe = Recipe.load(TOY)
+    export_so_far(recipe, finished, "cpu", tmp_path / "model")
+    made = json.loads((tmp_path / "model" / "made.json").read_text())
+    assert list(made["stages"]) == [stage.name for stage in recipe.stages]
+    for stage in made["stages"].values():
+        assert (stage["steps"], stage["is_over"]) == (2, True)
+        assert stage["seconds"] > 0
+        assert stage["pictures"] >= 4
+        assert any(name.endswith("loss") for name in stage["losses"])
+    model = load_model(tmp_path / "model", "configs/demo/unet.yaml")
+    assert model.parameterization == "v"
+    averaged = load_file(finished / "weights" / "large.safetensors")
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    torch.testing.assert_close(
+        model.state_dict()[name].float(), averaged[name], atol=1e-3, rtol=1e-3
+    )
+    assert (tmp_path / "model" / "classifier" / "attributes.safetensors").is_file()
+
+
+def test_the_decoder_alone_is_tuned(finished):
+    whole, decoder = (
+        load_file(finished / "weights" / f"{name}.safetensors") for name in ("whole", "decoder")
+    )
+    changed = {name for name in whole if not torch.equal(whole[name], decoder[name])}
+    assert any(name.startswith("first_stage_model.decoder.") for name in changed)
+    assert not any(name.startswith("first_stage_model.encoder.") for name in changed)
+
+
+def test_a_stopped_run_goes_on(toy, tmp_path, monkeypatch):
+    recipe = replace(toy, stages=[stage for stage in toy.stages if stage.name == "text"])
+    recipe = replace(recipe, stages=[replace(recipe.stages[0], carries=())])
+    state = tmp_path / "state"
+    state.mkdir()
+    endless = {"text": ["lightning.trainer.max_steps=-1", "data.params.batch_size=2"]}
+    assert not run(replace(recipe, overrides=endless), state, this_call=2)
+    first = json.loads((state / "text" / "checkpoints" / "progress.json").read_text())
+    n = first["steps"]
+    assert n >= 1
+    assert not first["is_over"]
+    two_more = {"text": [f"lightning.trainer.max_steps={n + 2}", "data.params.batch_size=2"]}
+    assert run(replace(recipe, overrides=two_more), state)
+    second = json.loads((state / "text" / "checkpoints" / "progress.json").read_text())
+    assert (second["steps"], second["pictures"]) == (n + 2, 2 * n + 4)
+    assert second["seconds"] > first["seconds"]
+    started = SimpleNamespace(count=0)
+    monkeypatch.setattr(module, "launch", lambda *_: started.__setattr__("count", 1))
+    assert run(recipe, state)  # all is done
+    assert started.count == 0
+
+
+def test_another_recipes_state_is_refused_by_name(toy, finished, tmp_path):
+    shutil.copytree(finished / "text", tmp_path / "text")
+    wider = [*toy.overrides["all"], "model.params.cond_stage_config.params.max_length=76"]
+    other = replace(toy, overrides={**toy.overrides, "text": wider})
+    with pytest.raises(InputError, match="its stage 'text' is of another recipe"):
+        check_keys(other, tmp_path, "cpu")
+    faster = {**toy.overrides, "text": ["model.base_learning_rate=1"]}  # may be tuned on the way
+    check_keys(replace(toy, overrides=faster), tmp_path, "cpu")
+
+
+def test_a_stages_time_is_its_share_of_what_is_left(toy, finished, tmp_path):
+    hours = 2.0
+    first, second = toy.stages[:2]
+    assert seconds_for(toy, first, tmp_path, hours) == pytest.approx(7200 / len(toy.stages))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / f"{first.name}.safetensors").touch()
+    folder = tmp_path / first.name / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text('{"seconds": 1200}')
+    expected = (7200 - 1200) / (len(toy.stages) - 1)
+    assert seconds_for(toy, second, tmp_path, hours) == pytest.approx(expected)
+
+
+def test_a_state_in_use_is_refused(tmp_path):
+    with alone(tmp_path), pytest.raises(InputError, match="in use by another run"), alone(tmp_path):
+        pass
+
+
+def test_a_failed_stage_ends_the_run(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "launch", lambda *_: 1)
+    with pytest.raises(InputError, match="stage 'classifier' ended with exit code 1"):
+        run(toy, tmp_path)
+
+
+@pytest.mark.parametrize("hours", ["0.01", "-1", "nan", "inf", "soon"])
+def test_hours_that_are_none(hours, tmp_path):
+    with pytest.raises(InputError, match="hours"):
+        make.main(["--hours", hours, "--state", str(tmp_path / "state")])
+    assert not (tmp_path / "state").exists()
+
+
+def test_too_little_disk_is_said_before_the_start(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match=r"needs 9 GB, 8\.0 GB more than its disk has free"):
+        check_state(tmp_path, 9)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders have no such permissions there")
+def test_a_state_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file cannot be written to"):
+        check_state(tmp_path / "file", 0.1)
+
+
+def test_a_recipe_that_is_none(tmp_path):
+    (tmp_path / "x.yaml").write_text("hours: 1\nstages: {a: {colour: red}}\n")
+    with pytest.raises(InputError, match=r"x\.yaml is no recipe: .*colour"):
+        Recipe.load(tmp_path / "x.yaml")
+
+
+def test_nothing_to_export_yet(tmp_path):
+    with pytest.raises(InputError, match="has not begun to train"):
+        export_so_far(Recipe.load(TOY), tmp_path, "cpu", tmp_path / "model")
+
+
+def test_the_shipped_recipe_is_whole(tmp_path):
+    recipe = Recipe.load()
+    assert sum(stage.share for stage in recipe.stages) == pytest.approx(1)
+    for device in ("cpu", "cuda"):
+        assert len(set(check_keys(recipe, tmp_path, device).values())) == len(recipe.stages)

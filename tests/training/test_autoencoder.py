@@ -1,7 +1,10 @@
 """Training of the first stage."""
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.training.autoencoder import AutoencoderTraining
@@ -33,3 +36,71 @@ def test_logged_pictures(tiny):
         "inputs": (2, 3, 16, 16),
         "reconstructions": (2, 3, 16, 16),
     }
+
+
+def adversarial(disc_start):
+    loss = {
+        "target": "ldm.modules.losses.LPIPSWithDiscriminator",
+        "params": {"disc_start": disc_start, "perceptual_weight": 0, "disc_channels": 8},
+    }
+    loss["params"]["disc_num_layers"] = 1
+    params = {**FIRST_STAGE["params"], "lossconfig": loss}
+    return AutoencoderTraining(AutoencoderKL(**params), 1e-3)
+
+
+def fit(training, n_steps):
+    pictures = [{"image": torch.rand(16, 16, 3) * 2 - 1} for _ in range(8)]
+    trainer = pl.Trainer(
+        max_steps=n_steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(training, DataLoader(pictures, batch_size=2))
+    return trainer
+
+
+def test_a_discriminator_is_trained_in_turn():
+    training = adversarial(disc_start=2)
+    before = {name: value.clone() for name, value in training.state_dict().items()}
+    judge = "loss.discriminator.main.0.weight"
+    trainer = fit(training, 2)  # the batches before it starts
+    assert trainer.global_step == 2
+    after = training.state_dict()
+    assert torch.equal(after[judge], before[judge])
+    assert not torch.equal(after["decoder.conv_out.weight"], before["decoder.conv_out.weight"])
+    assert not torch.equal(after["encoder.conv_in.weight"], before["encoder.conv_in.weight"])
+    trainer = fit(training, 4)
+    assert trainer.global_step == 4  # its steps do not count
+    assert not torch.equal(training.state_dict()[judge], before[judge])
+    assert {"train/d_weight", "train/disc_loss", "train/psnr"} <= set(trainer.logged_metrics)
+
+
+def test_the_decoder_alone_is_trained_on_noisy_latents():
+    params = {**FIRST_STAGE["params"], "train_encoder": False, "latent_noise": 0.5}
+    loss = {"target": "ldm.models.autoencoder.ReconstructionLoss"}
+    training = AutoencoderTraining(AutoencoderKL(**{**params, "lossconfig": loss}), 1e-3)
+    before = {name: value.clone() for name, value in training.state_dict().items()}
+    fit(training, 2)
+    changed = {n for n, v in training.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+    x = torch.rand(2, 3, 16, 16)
+    plain = training.net.decode(training.net.encode(x).mode())
+    assert not torch.allclose(training.net.disturbed(x)[0], plain, atol=1e-4)
+
+
+def test_weights_to_start_from(tmp_path):
+    loss = {"target": "torch.nn.Identity"}
+    first = AutoencoderKL(**{**FIRST_STAGE["params"], "lossconfig": loss})
+    stored = {f"first_stage_model.{k}": v for k, v in first.state_dict().items()}
+    save_file(stored, tmp_path / "a.safetensors")
+    params = {**FIRST_STAGE["params"], "lossconfig": loss}
+    path = str(tmp_path / "a.safetensors")
+    second = AutoencoderKL(**params, ckpt_path=path, ignore_keys=["encoder."])
+    name = "decoder.conv_out.weight"
+    assert torch.equal(second.state_dict()[name], first.state_dict()[name])
+    name = "encoder.conv_out.weight"
+    assert not torch.equal(second.state_dict()[name], first.state_dict()[name])

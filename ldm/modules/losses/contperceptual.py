@@ -77,7 +77,9 @@ class LPIPSWithDiscriminator(nn.Module):
     ) -> None:
         super().__init__()
         if disc_loss not in DISCRIMINATOR_LOSSES:
-            raise InputError(f"disc_loss {disc_loss!r}: choose from {', '.join(DISCRIMINATOR_LOSSES)}")
+            raise InputError(
+                f"disc_loss {disc_loss!r}: choose from {', '.join(DISCRIMINATOR_LOSSES)}"
+            )
         if disc_conditional:
             raise InputError("disc_conditional: true is not supported, leave it out")
         self.disc_start = disc_start
