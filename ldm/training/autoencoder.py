@@ -50,7 +50,8 @@ class AutoencoderTraining(Training):
     def _adversarial_step(self, x: Tensor) -> dict[str, Tensor]:
         """One step of the autoencoder; then, once it takes part, one of the discriminator."""
         net, loss, step = self.net, self.net.loss, self.global_step
-        optimizer, disc_optimizer = self.optimizers()  # type: ignore[misc]
+        both: Any = self.optimizers()
+        optimizer, disc_optimizer = both
         loss.discriminator.requires_grad_(False)
         reconstruction, posterior = net.disturbed(x)
         terms = loss(x, reconstruction, posterior, step, net.decoder.conv_out.weight)
@@ -63,8 +64,9 @@ class AutoencoderTraining(Training):
             disc_optimizer.zero_grad()
             self.manual_backward(terms["disc_loss"])
             disc_optimizer.optimizer.step()  # not Lightning's, which would count it as a step
-        for scheduler in self.lr_schedulers() or ():  # type: ignore[union-attr]
-            scheduler.step()  # type: ignore[call-arg]
+        schedules: Any = self.lr_schedulers() or ()
+        for schedule in schedules:
+            schedule.step()
         terms = terms | {"psnr": peak_signal_to_noise(reconstruction, x)}
         return {name: value.detach() for name, value in terms.items()}
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from ldm.training.module import Training
 from ldm.util import part_of, written_whole
 
 
@@ -73,7 +74,9 @@ class Clock(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the rates that are to be scaled."""
-        self.rates = [[pl_module.learning_rate for _ in o.param_groups] for o in trainer.optimizers]
+        assert isinstance(pl_module, Training)
+        rate = pl_module.learning_rate
+        self.rates = [[rate for _ in each.param_groups] for each in trainer.optimizers]
         self.first = trainer.global_step
         self.started = self.saved = time.monotonic()
         self.before = self.spent

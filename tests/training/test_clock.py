@@ -7,6 +7,7 @@ import torch
 
 import ldm.training.clock as module
 from ldm.training.clock import Clock, rate_factor
+from ldm.training.module import Training
 
 
 def test_the_rate_is_level_and_then_falls():
@@ -47,7 +48,7 @@ def timed(monkeypatch, tmp_path):
 def test_a_run_takes_its_time_in_two_calls(timed):
     path, trainer, step = timed
     clock = Clock(str(path), seconds=10, this_call=4, warm_up=2, decay=0.5, save_every=2)
-    clock.on_train_start(trainer, SimpleNamespace(learning_rate=0.4))
+    clock.on_train_start(trainer, Training(torch.nn.Identity(), 0.4))
     assert [step(clock) for _ in range(3)] == pytest.approx([0.2, 0.4, 0.4])
     assert path.read_bytes() == b"weights"
     assert not trainer.should_stop
@@ -59,7 +60,7 @@ def test_a_run_takes_its_time_in_two_calls(timed):
     again = Clock(str(path), seconds=10, warm_up=0, decay=0.5)
     again.load_state_dict(clock.state_dict())
     trainer.should_stop = False
-    again.on_train_start(trainer, SimpleNamespace(learning_rate=0.4))
+    again.on_train_start(trainer, Training(torch.nn.Identity(), 0.4))
     rates = [step(again) for _ in range(6)]
     assert rates[0] == pytest.approx(0.4)
     assert rates == sorted(rates, reverse=True)
@@ -72,7 +73,7 @@ def test_a_run_takes_its_time_in_two_calls(timed):
 def test_without_a_time_the_rate_is_left_alone(timed):
     path, trainer, step = timed
     clock = Clock(str(path))
-    clock.on_train_start(trainer, SimpleNamespace(learning_rate=0.4))
+    clock.on_train_start(trainer, Training(torch.nn.Identity(), 0.4))
     assert step(clock) == 1.0
     clock.on_train_end(trainer, None)  # the run's own end
     assert clock.is_over

@@ -91,7 +91,7 @@ class LPIPSWithDiscriminator(nn.Module):
         self.scales = scales
         self.edge_weight = edge_weight
         self.disc_loss = DISCRIMINATOR_LOSSES[disc_loss]
-        self.perceptual_loss = None  # state-dict name
+        self.perceptual_loss: LPIPS | FeatureDistance | None = None  # state-dict name
         if perceptual_weight > 0:
             if lpips_path is not None:
                 self.perceptual_loss = LPIPS.load(lpips_path)

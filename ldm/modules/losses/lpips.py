@@ -68,6 +68,9 @@ class LPIPS(nn.Module):
 
 
 class _Scaling(nn.Module):
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
