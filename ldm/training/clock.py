@@ -27,11 +27,17 @@ def rate_factor(progress: float, decay: float, floor: float) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * fallen)) / 2
 
 
+def core_seconds() -> float:
+    """Processor time of this process, for each thread that it computes with."""
+    return time.process_time() / torch.get_num_threads()
+
+
 class Clock(pl.Callback):
     """Sets the learning rate by the time spent, stops in time, and saves in between.
 
     The clock counts training alone and is kept in the checkpoint, so that a run may be stopped and
-    resumed at any time, also with another amount of time in all.
+    resumed at any time, also with another amount of time in all. On a CPU it counts what this
+    process had of the cores, so that a busy machine does not mean a worse model, only a later one.
 
     Args:
         path: the checkpoint, written whole or not at all.
@@ -78,7 +84,9 @@ class Clock(pl.Callback):
         rate = pl_module.learning_rate
         self.rates = [[rate for _ in each.param_groups] for each in trainer.optimizers]
         self.first = trainer.global_step
-        self.started = self.saved = time.monotonic()
+        self.now = time.monotonic if pl_module.device.type != "cpu" else core_seconds
+        self.started = self.now()
+        self.saved = time.monotonic()
         self.before = self.spent
 
     def on_train_batch_start(
@@ -109,7 +117,7 @@ class Clock(pl.Callback):
                 old = self.losses.get(name, float(value))
                 self.losses[name] = 0.99 * old + 0.01 * float(value)
         now = time.monotonic()
-        self.spent = self.before + now - self.started
+        self.spent = self.before + self.now() - self.started
         self.is_over = self.seconds is not None and self.spent >= self.seconds
         trainer.should_stop = self.is_over or now - self.began >= self.this_call
         if now - self.saved >= self.save_every:

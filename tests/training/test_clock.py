@@ -24,6 +24,7 @@ def timed(monkeypatch, tmp_path):
     """A clock whose time goes on by a second a step, and a trainer for it."""
     now = SimpleNamespace(value=0.0)
     monkeypatch.setattr(module.time, "monotonic", lambda: now.value)
+    monkeypatch.setattr(module, "core_seconds", lambda: now.value)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     trainer = SimpleNamespace(
         optimizers=[optimizer],
