@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.demo.classifier import AttributeClassifier
+from ldm.demo.objects import count_objects, train_finder
+from ldm.demo.quality import first_stage_quality, frechet, reconstructions, renders, told_apart
 from ldm.demo.rendered import RenderedScenes, picture_of, scene_of
 from ldm.demo.scenes import ATTRIBUTES, Scene, attributes, caption, render
 from ldm.evaluation.appendix_f.controls import CONTROLS, control
@@ -131,7 +133,7 @@ def attribute_accuracy(
 
 @torch.no_grad()
 def classifier_accuracy(
-    classifier: AttributeClassifier, model: LatentDiffusion, n: int = 512
+    classifier: AttributeClassifier, model: LatentDiffusion, n: int = 512, pixels: int = 128
 ) -> dict[str, dict[str, float]]:
     """Accuracy of each attribute on held-out renders and on their reconstructions."""
     stage = next(model.first_stage_model.parameters())
@@ -141,7 +143,7 @@ def classifier_accuracy(
     for start in tqdm(range(0, n, 32), desc="classifier"):
         scenes = [scene_of(i, PROMPT_SEED + 1, "held_out") for i in range(start, start + 32)]
         renders = [
-            picture_of(i, PROMPT_SEED + 1, "held_out", 128) for i in range(start, start + 32)
+            picture_of(i, PROMPT_SEED + 1, "held_out", pixels) for i in range(start, start + 32)
         ]
         x = torch.from_numpy(to_unit(np.stack(renders)))
         z = model.first_stage_model.encode(x.to(stage)).mode()
@@ -155,6 +157,61 @@ def classifier_accuracy(
         kind: {name: float(np.mean(hits)) for name, hits in table.items()}
         for kind, table in right.items()
     }
+
+
+def objects_of(pictures: Tensor, scenes: list[Scene]) -> dict[str, dict[str, float]]:
+    """Mean number of separate objects, in samples and in renders of the same scenes, by object."""
+    finder = train_finder()
+    drawn = [render(s, np.random.default_rng((PROMPT_SEED, i)), 128) for i, s in enumerate(scenes)]
+    counts = {
+        "samples": count_objects(finder, pictures),
+        "renders": count_objects(finder, torch.from_numpy(to_unit(np.stack(drawn)))),
+    }
+    return {
+        kind: {
+            name: float(
+                np.mean([n for n, s in zip(numbers, scenes, strict=True) if s.object == name])
+            )
+            for name in sorted({scene.object for scene in scenes})
+        }
+        for kind, numbers in counts.items()
+    }
+
+
+def against_renders(
+    classifier: AttributeClassifier, model: LatentDiffusion, pictures: Tensor, pixels: int
+) -> dict[str, float]:
+    """Fréchet distances to fresh renders, and how often a network tells samples from them."""
+    n = len(pictures)
+    reference = renders(0, n, pixels)
+    others = renders(n, 2 * n, pixels)
+    return {
+        "n": n,
+        "frechet_samples": frechet(classifier, pictures, reference),
+        "frechet_reconstructions": frechet(classifier, reconstructions(model, others), reference),
+        "frechet_renders": frechet(classifier, others, reference),
+        "told_apart": told_apart(pictures, others),
+    }
+
+
+def rows(model: LatentDiffusion, pixels: int, n: int, steps: int, scale: float) -> Tensor:
+    """Renders, reconstructions of them and samples of their captions, (3n, 3, H, W) in rows.
+
+    Args:
+        model: the demo model.
+        pixels: a side.
+        n: pictures in a row, of scenes that training never saw.
+        steps: of the sampler.
+        scale: of guidance.
+    """
+    scenes = held_out_scenes(n)
+    drawn = [
+        render(s, np.random.default_rng((PROMPT_SEED, i, 0)), pixels) for i, s in enumerate(scenes)
+    ]
+    shown = torch.from_numpy(to_unit(np.stack(drawn)))
+    size = pixels // model.first_stage_model.f
+    samples = draw(model, captions_of(scenes), list(range(n)), steps, scale, size)
+    return torch.cat([shown, reconstructions(model, shown), samples])
 
 
 def spread(pictures: Tensor) -> float:
@@ -185,6 +242,7 @@ def check(
     n_training: int = 2000,
     only: tuple[str, str] | None = None,
     cache_dir: str | None = None,
+    n_frechet: int = 0,
 ) -> tuple[dict[str, Any], Tensor]:
     """Measure everything that the demo model is accepted by.
 
@@ -199,22 +257,37 @@ def check(
         n_training: training renders to look for copies among.
         only: an attribute and the value that it has in all prompts.
         cache_dir: where renders are kept, or None.
+        n_frechet: pictures, the prompts' included, for the Fréchet distance and for the network
+            that tries to tell samples from renders; 0: none.
 
     Returns: the report, and the pictures of the held-out prompts, (n, 3, H, W).
     """
     scenes = held_out_scenes(n_prompts, only)
     prompts = captions_of(scenes)
     report: dict[str, Any] = {"steps": steps, "scale": scale, "n_prompts": n_prompts, "only": only}
-    report["classifier"] = classifier_accuracy(classifier, model)
+    pixels = size * model.first_stage_model.f
+    report["pixels"] = pixels
+    report["first_stage"] = first_stage_quality(model, pixels)
+    report["classifier"] = classifier_accuracy(classifier, model, pixels=pixels)
     pictures = draw(model, prompts, list(range(n_prompts)), steps, scale, size, show="prompts")
     report["attributes"] = attribute_accuracy(classifier, pictures, scenes)
+    report["objects"] = objects_of(pictures, scenes)
+    if n_frechet:
+        more = held_out_scenes(max(n_frechet, n_prompts), only)[n_prompts:]
+        seeds = list(range(n_prompts, n_prompts + len(more)))
+        further = draw(model, captions_of(more), seeds, steps, scale, size, show="further")
+        report["against_renders"] = against_renders(
+            classifier, model, torch.cat([pictures, further]), pixels
+        )
 
     seeds = list(range(1000, 1008))
     pairs = []
     for i in tqdm(range(min(6, n_prompts)), desc="spread"):
         sampled = draw(model, [prompts[i]] * len(seeds), seeds, steps, scale, size)
         again = [np.random.default_rng((PROMPT_SEED, i, s)) for s in seeds]
-        drawn = torch.from_numpy(to_unit(np.stack([render(scenes[i], rng, 128) for rng in again])))
+        drawn = torch.from_numpy(
+            to_unit(np.stack([render(scenes[i], rng, pixels) for rng in again]))
+        )
         pairs.append((spread(sampled), spread(drawn)))
     report["spread"] = {
         "samples": float(np.mean([p[0] for p in pairs])),

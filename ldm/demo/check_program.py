@@ -42,6 +42,24 @@ def build_parser() -> Parser:
         default=32,
         help="prompts for the controls; 0: none (default: %(default)s)",
     )
+    add(
+        "--n_frechet",
+        type=int,
+        default=0,
+        help="pictures for the Fréchet distance, such as 2000; 0: none (default: %(default)s)",
+    )
+    add("--pixels", type=int, help="a side (default: the model's own size)")
+    add(
+        "--rows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also draw renders, reconstructions and samples of N captions in three rows",
+    )
+    add(
+        "--config", metavar="YAML", help="the model's configuration (default: found by its weights)"
+    )
+    add("--classifier", metavar="PATH", help="the judge's weights (default: the shipped ones)")
     add("--steps", type=int, default=25, help="of DDIM (default: %(default)s)")
     add("--scale", type=number(-1000, 1000), default=4.0, help="of guidance (default: %(default)s)")
     add("--cache_dir", metavar="PATH", help="where rendered training pictures are kept")
@@ -62,34 +80,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check, print, write."""
     args = build_parser().parse_args(argv)
     at_least(1, args, "n_prompts", "steps")
-    at_least(0, args, "n_controls")
+    at_least(0, args, "n_controls", "n_frechet", "rows")
+    if args.pixels is not None:
+        at_least(64, args, "pixels")
     only = read_attribute(args.only) if args.only else None
     check_writable(args.outdir)
 
     with leaving_at_once():
         from ldm.checkpoint.load import load_model
         from ldm.config import shipped
-        from ldm.demo.check import check
+        from ldm.demo.check import check, rows
         from ldm.demo.classifier import load_classifier
         from ldm.device import choose_device, choose_dtype
         from ldm.images import make_grid, save_image, to_pixels
 
     device = choose_device("auto")
     dtype = choose_dtype("auto", device)
-    model = load_model(args.ckpt or shipped("models/demo"), dtype=dtype, device=device)
+    path = args.ckpt or shipped("models/demo")
+    model = load_model(path, args.config, dtype=dtype, device=device)
     model.first_stage_model.float()
+    f = model.first_stage_model.f
+    pixels = args.pixels or model.image_size * f
+    if pixels % f:
+        raise InputError(f"--pixels {pixels}: give a multiple of {f}")
     report, pictures = check(
         model,
-        load_classifier(),
+        load_classifier(args.classifier),
         args.n_prompts,
         args.steps,
         args.scale,
+        pixels // f,
         n_controls=args.n_controls,
         only=only,
         cache_dir=args.cache_dir,
+        n_frechet=args.n_frechet,
     )
     outdir = Path(args.outdir)
     save_image(make_grid(to_pixels(pictures[:48]), n_columns=8), outdir / "held_out.png")
+    if args.rows:
+        drawn = rows(model, pixels, args.rows, args.steps, args.scale)
+        save_image(make_grid(to_pixels(drawn), n_columns=args.rows), outdir / "rows.png")
     with written_whole(outdir / "report.json", "w") as file:
         file.write(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
