@@ -37,7 +37,7 @@ LAYERS = [
     ["ldm.checkpoint.program", "ldm.cli.drawing"],
     ["ldm.cli.txt2img", "ldm.cli.img2img", "ldm.cli.inpaint"],
     ["ldm.demo"],
-    ["ldm.evaluation", "ldm.demo.check", "ldm.demo.check_program"],
+    ["ldm.evaluation", "ldm.demo.check", "ldm.demo.quality", "ldm.demo.check_program"],
     ["ldm.web"],
 ]
 # library -> the modules and packages that may import it

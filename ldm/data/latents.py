@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from einops import rearrange
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ldm.data.growing import grow
 from ldm.errors import InputError
-from ldm.util import instantiate_from_config, part_of
+from ldm.util import instantiate_from_config
 
 
 class EncodedPictures(Dataset):
@@ -30,7 +32,7 @@ class EncodedPictures(Dataset):
         first_stage: ``target``/``params`` of the trained autoencoder.
         weights: safetensors file of the first stage, names below ``first_stage_model.``.
         scale_factor: the diffusion model's.
-        cache_dir: where the latents are kept, float16, written whole or not at all.
+        cache_dir: where the latents are kept, float16; a stopped encoding is gone on with.
         image_key: where the inner item holds its picture, (H, W, 3) in [-1, 1].
         batch_size: pictures encoded at a time.
     """
@@ -70,23 +72,21 @@ class EncodedPictures(Dataset):
         prefix = "first_stage_model."
         state = {k.removeprefix(prefix): v.float() for k, v in load_file(weights).items()}
         model.load_state_dict(state)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        starts = range(0, len(self.pictures), batch_size)
-        latents: np.memmap | None = None
-        with part_of(path) as part:
-            for start in tqdm(starts, desc="Encoding pictures"):
-                stop = min(start + batch_size, len(self.pictures))
-                batch = [self.pictures[i][self.image_key] for i in range(start, stop)]
-                # a view whose memory is channels last, as the model's: a third faster
-                x = rearrange(torch.from_numpy(np.stack(batch)), "b h w c -> b c h w")
-                z = model.encode(x).mode().contiguous().numpy()
-                if latents is None:
-                    shape = (len(self.pictures), *z.shape[1:])
-                    latents = np.lib.format.open_memmap(part, "w+", np.float16, shape)
-                latents[start:stop] = z
-            if latents is None:
-                raise InputError("the data set of pictures to encode is empty")
-            latents.flush()
+        n = len(self.pictures)
+        if n == 0:
+            raise InputError("the data set of pictures to encode is empty")
+
+        def encode(start: int, stop: int) -> np.ndarray:
+            batch = [self.pictures[i][self.image_key] for i in range(start, min(stop, n))]
+            # a view whose memory is channels last, as the model's: a third faster
+            x = rearrange(torch.from_numpy(np.stack(batch)), "b h w c -> b c h w")
+            return model.encode(x).mode().contiguous().numpy()
+
+        def rows(start: int) -> Iterator[np.ndarray]:
+            for first in tqdm(range(start, n, batch_size), desc="Encoding pictures"):
+                yield from encode(first, first + batch_size)
+
+        grow(path, path.name, (n, *encode(0, 1).shape[1:]), np.float16, rows)
 
     def __len__(self) -> int:
         """How many pictures there are."""

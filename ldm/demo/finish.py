@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ldm.demo.export import write_model
 from ldm.demo.recipe import Recipe
-from ldm.demo.stages import note, weights_of, write_json
+from ldm.demo.stages import checkpoint_of, note, weights_of, write_json
 from ldm.device import choose_device
 from ldm.errors import InputError
 
@@ -30,10 +30,10 @@ def export_so_far(recipe: Recipe, state: Path, device: str, output: Path) -> Non
     """
     newest: dict[str, Path] = {}
     for stage in recipe.stages:
-        checkpoint = state / stage.name / "checkpoints" / "last.ckpt"
+        checkpoint = checkpoint_of(state, stage)
         if weights_of(state, stage.name).is_file():
             newest[stage.export] = weights_of(state, stage.name)
-        elif stage.export == "diffusion" and checkpoint.is_file():
+        elif stage.export == "diffusion" and checkpoint is not None:
             newest[stage.export] = checkpoint
     if "diffusion" not in newest:
         raise InputError(f"--state {state}: its U-Net has not begun to train; let it run first")

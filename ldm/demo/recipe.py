@@ -33,6 +33,7 @@ class Stage:
         export: which weights it hands on (see ldm.demo.export).
         carries: earlier stages whose weights are handed on with them.
         cuda: changes of the configuration on a GPU, as ``key.path=value``.
+        levels_latents: the scale factor that its latents are made for; 0 leaves them as they are.
         starts_from: an earlier stage, whose weights are loaded at the beginning.
     """
 
@@ -42,6 +43,7 @@ class Stage:
     export: str
     carries: Sequence[str] = ()
     cuda: Sequence[str] = ()
+    levels_latents: float = 0.0
     starts_from: str | None = None
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import multiprocessing.pool
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,12 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ldm.data.growing import grow
 from ldm.demo.scenes import Scene, Split, attributes, caption, mirror, render, sample_scene
 from ldm.errors import InputError
 
 STYLE = 4
 """Version of the renderer's look; a cache made by another version is made anew."""
-KEPT_EVERY = 512
-"""Pictures after which an unfinished cache is noted to be so far."""
 
 
 def scene_of(index: int, seed: int, split: Split) -> Scene:
@@ -78,7 +78,7 @@ class RenderedScenes(Dataset):
         crop: edge length of a random crop; None keeps the whole picture.
         flip: whether to mirror half of the items, caption and attributes included.
         cache_dir: folder for a cache file of 3 size**2 bytes per picture; None draws on demand.
-        n_workers: processes that fill the cache.
+        n_workers: processes that fill the cache; by default one for each core.
 
     Attributes:
         version: changes with the renderer's look.
@@ -97,7 +97,7 @@ class RenderedScenes(Dataset):
         crop: int | None = None,
         flip: bool = True,
         cache_dir: str | None = None,
-        n_workers: int = 2,
+        n_workers: int | None = None,
     ) -> None:
         if crop is not None and crop > size:
             raise InputError(f"crop {crop} is larger than the pictures; give at most {size}")
@@ -135,7 +135,7 @@ class RenderedScenes(Dataset):
             "scene": attributes(scene),
         }
 
-    def _open_cache(self, folder: Path, n_workers: int) -> np.ndarray:
+    def _open_cache(self, folder: Path, n_workers: int | None) -> np.ndarray:
         settings = {
             "n_pictures": self.n_pictures,
             "size": self.size,
@@ -152,41 +152,22 @@ class RenderedScenes(Dataset):
             _replace(label, json.dumps(settings))
         return np.load(data, mmap_mode="r")
 
-    def _fill(self, path: Path, settings: str, n_workers: int) -> None:
-        """Renders every picture into `path`, which appears only when it is whole.
-
-        What has been rendered is kept beside it as it goes, and gone on with after a stop.
-        """
-        unfinished = path.with_name(f"{path.name}.partial")
-        counter = path.with_name(f"{path.name}.count")
-        shape = (self.n_pictures, self.size, self.size, 3)
-        start = _n_done(counter, settings) if unfinished.exists() else 0
-        mode: Any = "r+" if start else "w+"
-        pictures = np.lib.format.open_memmap(unfinished, mode, np.uint8, shape)
+    def _fill(self, path: Path, settings: str, n_workers: int | None) -> None:
+        """Renders every picture into `path`, which appears only when it is whole."""
         draw = partial(picture_of, seed=self.seed, split=self.split, size=self.size)
-        todo = range(start, self.n_pictures)
-        with _worker_pool(n_workers) if len(todo) > 64 else nullcontext() as pool:
-            drawn = pool.imap(draw, todo, chunksize=16) if pool else map(draw, todo)
-            bar = tqdm(drawn, "rendering scenes", self.n_pictures, initial=start, unit="picture")
-            for index, picture in enumerate(bar, start):
-                pictures[index] = picture
-                if (index + 1) % KEPT_EVERY == 0:
-                    pictures.flush()
-                    _replace(counter, json.dumps({"done": index + 1, "settings": settings}))
-        pictures.flush()
-        os.replace(unfinished, path)
-        counter.unlink(missing_ok=True)
+
+        def rows(start: int) -> Iterator[np.ndarray]:
+            todo = range(start, self.n_pictures)
+            pool = _worker_pool(n_workers) if len(todo) > 64 else nullcontext()
+            with pool as workers:
+                drawn = workers.imap(draw, todo, chunksize=16) if workers else map(draw, todo)
+                total = self.n_pictures
+                yield from tqdm(drawn, "rendering scenes", total, initial=start, unit="picture")
+
+        grow(path, settings, (self.n_pictures, self.size, self.size, 3), np.uint8, rows)
 
 
-def _n_done(counter: Path, settings: str) -> int:
-    """How many pictures of an unfinished cache are rendered; 0 if it is another's."""
-    if not counter.exists():
-        return 0
-    state = json.loads(counter.read_text())
-    return int(state["done"]) if state["settings"] == settings else 0
-
-
-def _worker_pool(n_workers: int) -> multiprocessing.pool.Pool:
+def _worker_pool(n_workers: int | None) -> multiprocessing.pool.Pool:
     """Returns a pool whose workers use one thread each; small products are slower on several."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read once, when the worker imports numpy

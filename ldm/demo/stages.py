@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 
 from ldm.config import load_config, shipped
-from ldm.demo.export import export_stage
+from ldm.demo.export import export_stage, level_latents
 from ldm.demo.recipe import FOLDER, Recipe, Stage
 from ldm.demo.rendered import STYLE
 from ldm.errors import InputError
@@ -47,7 +47,7 @@ def stage_config(
 ) -> tuple[list[str], list[str], dict[str, Any]]:
     """Files, overrides and the resulting configuration of a stage."""
     files = [f"{FOLDER}/{name}" for name in stage.files]
-    overrides = [f"state={state}", *(stage.cuda if device == "cuda" else ())]
+    overrides = [f"shared.state={state}", *(stage.cuda if device == "cuda" else ())]
     if stage.starts_from:
         overrides += [f"model.params.ckpt_path={weights_of(state, stage.starts_from)}"]
     overrides += [*recipe.overrides.get("all", ()), *recipe.overrides.get(stage.name, ())]
@@ -63,7 +63,7 @@ def stage_key(config: Mapping[str, Any], before: str) -> str:
     """
     params = {k: v for k, v in config["model"]["params"].items() if k not in TUNING}
     text = json.dumps([config["model"]["target"], params, STYLE, before], sort_keys=True)
-    text = text.replace(str(config.get("state")), "")
+    text = text.replace(config["shared"]["state"], "")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -87,9 +87,18 @@ def check_keys(recipe: Recipe, state: Path, device: str) -> dict[str, str]:
     return keys
 
 
+def checkpoint_of(state: Path, stage: Stage) -> Path | None:
+    """The last checkpoint of a stage, in its run's folder; None before the first."""
+    found = (state / stage.name).glob("*/checkpoints/last.ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def progress_of(state: Path, stage: Stage) -> dict[str, Any]:
     """Steps, seconds, pictures and losses of a stage so far; empty before its first checkpoint."""
-    file = state / stage.name / "checkpoints" / "progress.json"
+    checkpoint = checkpoint_of(state, stage)
+    if checkpoint is None:
+        return {}
+    file = checkpoint.with_name("progress.json")
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
@@ -138,9 +147,7 @@ def train_stage(
         InputError: the training failed.
     """
     files, overrides, config = stage_config(recipe, stage, state, device)
-    folder = state / stage.name
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    clock: dict[str, Any] = {"path": checkpoint, "this_call": min(this_call, 1e9)}
+    clock: dict[str, Any] = {"this_call": min(this_call, 1e9)}
     if "max_epochs" not in config["lightning"]["trainer"]:
         clock["seconds"] = seconds
     prefix = "lightning.callbacks.clock"
@@ -153,10 +160,10 @@ def train_stage(
         overrides += ["lightning.trainer.max_epochs=-1"]
     command = ["--train", "--no-test"]
     command += ["--accelerator", device, "--devices", "1", "--base", *files, *overrides]
-    if checkpoint.is_file():
-        command += ["--resume", str(checkpoint)]
+    if checkpoint := checkpoint_of(state, stage):
+        command += ["--resume", str(checkpoint.parent.parent)]
     else:
-        command += ["--logdir", str(folder), "--name", "run"]
+        command += ["--logdir", str(state / stage.name), "--name", "run"]
     if code := launch(command, device, lock):
         raise InputError(f"stage {stage.name!r} ended with exit code {code}, see above")
 
@@ -166,9 +173,12 @@ def launch(arguments: list[str], device: str, lock: IO[str]) -> int:
     environment = os.environ | (QUIET_THREADS if device == "cpu" else {})
     program = "from ldm.cli.program import run_program; run_program('ldm.training.run')"
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(
-        command, env=environment, pass_fds=[lock.fileno()], check=False
-    ).returncode
+    with subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()]) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()  # it saves first
+            raise
 
 
 def run_stages(
@@ -202,8 +212,15 @@ def run_stages(
         if not progress_of(state, stage).get("is_over"):
             return False
         carried = [weights_of(state, name) for name in stage.carries]
-        checkpoint = state / stage.name / "checkpoints" / "last.ckpt"
-        export_stage(stage.export, checkpoint, carried, weights_of(state, stage.name))
+        checkpoint = checkpoint_of(state, stage)
+        assert checkpoint is not None, "its progress is known"
+        finished = weights_of(state, stage.name)
+        made = finished.with_name(f"{stage.name}_unlevelled.safetensors")
+        export_stage(stage.export, checkpoint, carried, made)
+        if stage.levels_latents:
+            config = stage_config(recipe, stage, state, device)[2]
+            level_latents(made, config, stage.levels_latents)
+        made.replace(finished)
         note(recipe, state, device)
     return True
 

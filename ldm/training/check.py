@@ -15,7 +15,8 @@ from typing import Any, Literal, Union
 from ldm.errors import InputError, escaped, shown
 from ldm.util import PLACEHOLDERS, get_obj_from_str
 
-SECTIONS = ("model", "data", "lightning", "defaults", "seed")
+SECTIONS = ("model", "data", "lightning", "defaults", "shared", "seed")
+"""`shared` has values that others refer to, such as ``${shared.state}``."""
 LIGHTNING = ("trainer", "callbacks", "modelcheckpoint", "logger", "find_unused_parameters")
 # name of a setting -> least and most, wherever it stands
 BOUNDS: dict[str, tuple[float, float]] = {

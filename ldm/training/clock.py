@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.training.module import Training
-from ldm.util import part_of, written_whole
+from ldm.util import written_whole
 
 
 def rate_factor(progress: float, decay: float, floor: float) -> float:
@@ -40,7 +40,6 @@ class Clock(pl.Callback):
     process had of the cores, so that a busy machine does not mean a worse model, only a later one.
 
     Args:
-        path: the checkpoint, written whole or not at all.
         seconds: of training, in all; None leaves learning rate and end to the run itself.
         this_call: seconds after which this process stops in any case, to be resumed later.
         warm_up: steps of a linear rise of the learning rate, at the beginning and once resumed.
@@ -51,7 +50,6 @@ class Clock(pl.Callback):
 
     def __init__(
         self,
-        path: str,
         seconds: float | None = None,
         this_call: float = math.inf,
         warm_up: int = 50,
@@ -59,7 +57,7 @@ class Clock(pl.Callback):
         floor: float = 0.02,
         save_every: float = 150.0,
     ) -> None:
-        self.seconds, self.this_call, self.path = seconds, this_call, Path(path)
+        self.seconds, self.this_call = seconds, this_call
         self.warm_up, self.decay, self.floor, self.save_every = warm_up, decay, floor, save_every
         self.began = time.monotonic()  # what is prepared before training counts for this call
         self.spent = 0.0
@@ -124,6 +122,12 @@ class Clock(pl.Callback):
             self.save(trainer)
             self.saved = time.monotonic()
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the losses on pictures that are not trained on."""
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("val/"):
+                self.losses[name] = float(value)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what has been learnt; a run that reached its own end is over as well."""
         self.is_over = self.is_over or (not trainer.should_stop and not trainer.interrupted)
@@ -131,9 +135,8 @@ class Clock(pl.Callback):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint, and beside it how far it is."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with part_of(self.path) as part:
-            trainer.save_checkpoint(part)
+        path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(path)
         progress = {
             "steps": trainer.global_step,
             "seconds": round(self.spent, 1),
@@ -141,5 +144,5 @@ class Clock(pl.Callback):
             "is_over": self.is_over,
             "losses": {k: round(v, 6) for k, v in self.losses.items()},
         }
-        with written_whole(self.path.with_name("progress.json"), "w") as file:
+        with written_whole(path.with_name("progress.json"), "w") as file:
             json.dump(progress, file, indent=2)

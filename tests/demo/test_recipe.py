@@ -9,15 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ldm.demo.stages as module
 from ldm.checkpoint.load import load_model
+from ldm.config import load_config
 from ldm.demo import make
+from ldm.demo.export import level_latents
 from ldm.demo.finish import export_so_far
+from ldm.demo.quality import renders
 from ldm.demo.recipe import Recipe, alone, check_state
-from ldm.demo.stages import check_keys, run_stages, seconds_for
+from ldm.demo.stages import check_keys, progress_of, run_stages, seconds_for
 from ldm.errors import InputError
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.training import run as train
 
 TOY = Path(__file__).parent / "toy_recipe.yaml"
@@ -80,6 +84,28 @@ def test_the_decoder_alone_is_tuned(finished):
     assert not any(name.startswith("first_stage_model.encoder.") for name in changed)
 
 
+def test_latents_are_levelled_and_pictures_stay(tmp_path):
+    config = load_config("configs/demo/crops.yaml", ["data.params.train.params.size=64"])
+    config["model"]["params"]["lossconfig"] = {"target": "torch.nn.Identity"}
+    model = AutoencoderKL(**config["model"]["params"]).eval()
+    path = tmp_path / "a.safetensors"
+    save_file({f"first_stage_model.{k}": v for k, v in model.state_dict().items()}, path)
+    x = renders(0, 2, 64)
+    before = model.encode(x)
+    picture = model.decode(before.mode())
+    found = level_latents(path, config, 0.18215)
+    weights = {k.removeprefix("first_stage_model."): v for k, v in load_file(path).items()}
+    model.load_state_dict(weights)
+    after = model.encode(x)
+    gain = 1 / (0.18215 * torch.tensor(found["deviation"]).reshape(1, -1, 1, 1))
+    mean = torch.tensor(found["mean"]).reshape(1, -1, 1, 1)
+    torch.testing.assert_close(after.mode(), (before.mode() - mean) * gain, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(after.std, before.std * gain)
+    torch.testing.assert_close(model.decode(after.mode()), picture, atol=1e-4, rtol=1e-3)
+    level = level_latents(path, config, 0.18215)
+    torch.testing.assert_close(torch.tensor(level["deviation"]), torch.full((4,), 1 / 0.18215))
+
+
 def test_a_stopped_run_goes_on(toy, tmp_path, monkeypatch):
     recipe = replace(toy, stages=[stage for stage in toy.stages if stage.name == "text"])
     recipe = replace(recipe, stages=[replace(recipe.stages[0], carries=())])
@@ -87,13 +113,13 @@ def test_a_stopped_run_goes_on(toy, tmp_path, monkeypatch):
     state.mkdir()
     endless = {"text": ["lightning.trainer.max_steps=-1", "data.params.batch_size=2"]}
     assert not run(replace(recipe, overrides=endless), state, this_call=2)
-    first = json.loads((state / "text" / "checkpoints" / "progress.json").read_text())
+    first = progress_of(state, recipe.stages[0])
     n = first["steps"]
     assert n >= 1
     assert not first["is_over"]
     two_more = {"text": [f"lightning.trainer.max_steps={n + 2}", "data.params.batch_size=2"]}
     assert run(replace(recipe, overrides=two_more), state)
-    second = json.loads((state / "text" / "checkpoints" / "progress.json").read_text())
+    second = progress_of(state, recipe.stages[0])
     assert (second["steps"], second["pictures"]) == (n + 2, 2 * n + 4)
     assert second["seconds"] > first["seconds"]
     started = SimpleNamespace(count=0)
@@ -118,8 +144,9 @@ def test_a_stages_time_is_its_share_of_what_is_left(toy, finished, tmp_path):
     assert seconds_for(toy, first, tmp_path, hours) == pytest.approx(7200 / len(toy.stages))
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / f"{first.name}.safetensors").touch()
-    folder = tmp_path / first.name / "checkpoints"
+    folder = tmp_path / first.name / "x_run" / "checkpoints"
     folder.mkdir(parents=True)
+    (folder / "last.ckpt").touch()
     (folder / "progress.json").write_text('{"seconds": 1200}')
     expected = (7200 - 1200) / (len(toy.stages) - 1)
     assert seconds_for(toy, second, tmp_path, hours) == pytest.approx(expected)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import ldm.data.growing as growing
 import ldm.demo.rendered as rendered
 from ldm.demo.rendered import RenderedScenes, SceneCaptions, picture_of, scene_of
 from ldm.demo.scenes import Scene, attributes, is_held_out, mirror
@@ -131,7 +132,7 @@ def test_a_cache_is_whole_or_gone_on_with(tmp_path, monkeypatch, draw_in_this_pr
         return picture_of(index, **settings)
 
     monkeypatch.setattr(rendered, "picture_of", fail)
-    monkeypatch.setattr(rendered, "KEPT_EVERY", 2)
+    monkeypatch.setattr(growing, "KEPT_EVERY", 2)
     with pytest.raises(RuntimeError, match="machine stops"):
         RenderedScenes(4, size=16, cache_dir=str(tmp_path))
     assert list(tmp_path.glob("*.npy")) == []

@@ -32,6 +32,8 @@ def timed(monkeypatch, tmp_path):
         logged_metrics={"train/loss": torch.tensor(2.0), "val/loss": torch.tensor(3.0)},
         should_stop=False,
         interrupted=False,
+        default_root_dir=tmp_path,
+        callback_metrics={"val/loss": torch.tensor(3.0)},
         save_checkpoint=lambda path: path.write_bytes(b"weights"),
     )
 
@@ -43,12 +45,14 @@ def timed(monkeypatch, tmp_path):
         clock.on_train_batch_end(trainer, None, None, {"x": [1, 2, 3]}, 0)
         return rate
 
-    return tmp_path / "checkpoints" / "last.ckpt", trainer, step
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    path.parent.mkdir()
+    return path, trainer, step
 
 
 def test_a_run_takes_its_time_in_two_calls(timed):
     path, trainer, step = timed
-    clock = Clock(str(path), seconds=10, this_call=4, warm_up=2, decay=0.5, save_every=2)
+    clock = Clock(seconds=10, this_call=4, warm_up=2, decay=0.5, save_every=2)
     clock.on_train_start(trainer, Training(torch.nn.Identity(), 0.4))
     assert [step(clock) for _ in range(3)] == pytest.approx([0.2, 0.4, 0.4])
     assert path.read_bytes() == b"weights"
@@ -58,7 +62,7 @@ def test_a_run_takes_its_time_in_two_calls(timed):
     clock.on_train_end(trainer, None)
     assert clock.state_dict() == {"spent": 4, "pictures": 12, "losses": {"train/loss": 2.0}}
 
-    again = Clock(str(path), seconds=10, warm_up=0, decay=0.5)
+    again = Clock(seconds=10, warm_up=0, decay=0.5)
     again.load_state_dict(clock.state_dict())
     trainer.should_stop = False
     again.on_train_start(trainer, Training(torch.nn.Identity(), 0.4))
@@ -66,14 +70,16 @@ def test_a_run_takes_its_time_in_two_calls(timed):
     assert rates[0] == pytest.approx(0.4)
     assert rates == sorted(rates, reverse=True)
     assert trainer.should_stop
+    again.on_validation_end(trainer, None)
     again.on_train_end(trainer, None)
     progress = module.json.loads(path.with_name("progress.json").read_text())
     assert (progress["seconds"], progress["pictures"], progress["is_over"]) == (10, 30, True)
+    assert progress["losses"] == {"train/loss": 2.0, "val/loss": 3.0}
 
 
 def test_without_a_time_the_rate_is_left_alone(timed):
-    path, trainer, step = timed
-    clock = Clock(str(path))
+    _, trainer, step = timed
+    clock = Clock()
     clock.on_train_start(trainer, Training(torch.nn.Identity(), 0.4))
     assert step(clock) == 1.0
     clock.on_train_end(trainer, None)  # the run's own end

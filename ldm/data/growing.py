@@ -1,0 +1,58 @@
+"""Arrays on disk that take long to fill: gone on with after a stop, named once they are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.util import written_whole
+
+KEPT_EVERY = 512
+"""Rows after which it is noted how far an array is."""
+
+
+def grow(
+    path: Path,
+    settings: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    rows: Callable[[int], Iterable[np.ndarray]],
+) -> None:
+    """Fill an array row by row; what an earlier call left unfinished is kept.
+
+    Args:
+        path: .npy file to be; until it is whole its name ends in ``.partial``.
+        settings: what the rows depend on; rows of other settings are not gone on with.
+        shape: of the array.
+        dtype: of the array.
+        rows: all rows from a number on, in order.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished, counter = (
+        path.with_name(f"{path.name}.partial"),
+        path.with_name(f"{path.name}.count"),
+    )
+    start = _n_done(counter, settings) if unfinished.exists() else 0
+    mode: Any = "r+" if start else "w+"
+    array = np.lib.format.open_memmap(unfinished, mode, dtype, shape)
+    for index, row in enumerate(rows(start), start):
+        array[index] = row
+        if (index + 1) % KEPT_EVERY == 0:
+            array.flush()
+            with written_whole(counter, "w") as file:
+                json.dump({"done": index + 1, "settings": settings}, file)
+    array.flush()
+    os.replace(unfinished, path)
+    counter.unlink(missing_ok=True)
+
+
+def _n_done(counter: Path, settings: str) -> int:
+    if not counter.exists():
+        return 0
+    state = json.loads(counter.read_text(encoding="utf-8"))
+    return int(state["done"]) if state["settings"] == settings else 0
