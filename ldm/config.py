@@ -53,7 +53,7 @@ def find_config(path: str | os.PathLike[str]) -> Path:
 def model_configs() -> list[Path]:
     """The shipped configurations of whole models, in the order in which they are tried."""
     found = [path for folder in MODEL_FOLDERS for path in sorted(shipped(folder).glob("*.yaml"))]
-    return [path for path in found if "unet_config:" in path.read_text(encoding="utf-8")]
+    return [path for path in found if "first_stage_config:" in path.read_text(encoding="utf-8")]
 
 
 def load_config(

@@ -38,6 +38,7 @@ LAYERS = [
     ["ldm.cli.txt2img", "ldm.cli.img2img", "ldm.cli.inpaint"],
     ["ldm.demo"],
     ["ldm.evaluation", "ldm.demo.check", "ldm.demo.quality", "ldm.demo.check_program"],
+    ["ldm.demo.finish", "ldm.demo.make"],
     ["ldm.web"],
 ]
 # library -> the modules and packages that may import it

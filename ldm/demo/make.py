@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = Path(args.state).absolute()
     check_state(state, recipe.disk_gb)
     with leaving_at_once():
-        from ldm.demo.finish import choose, export_so_far
+        from ldm.demo.finish import choose, export_so_far, finish
         from ldm.demo.stages import run_stages
 
     device = choose(args.device)
@@ -75,5 +75,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not is_done:
             print(f"Not finished: the same command goes on from {state}")
             return
-        export_so_far(recipe, state, device, Path(args.output))
+        finish(recipe, state, device, Path(args.output))
         print(f"Finished: {args.output}")

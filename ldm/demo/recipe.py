@@ -57,6 +57,8 @@ class Recipe:
         disk_gb: what the state folder needs, in 10^9 bytes.
         stages: in order.
         nice: how far training on a CPU steps back behind other programs, 0 to 19.
+        check: flags of scripts/check_demo.py, once all is trained; without any it is not run.
+        pictures: flags of scripts/txt2img.py, likewise.
         overrides: changes for all stages, as ``key.path=value``; for tests.
     """
 
@@ -65,6 +67,8 @@ class Recipe:
     disk_gb: float
     stages: Sequence[Stage]
     nice: int = 0
+    check: Sequence[str] = ()
+    pictures: Sequence[str] = ()
     overrides: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ def rate_factor(progress: float, decay: float, floor: float) -> float:
 
 
 def core_seconds() -> float:
-    """Processor time of this process, for each thread that it computes with."""
-    return time.process_time() / torch.get_num_threads()
+    """Processor time of this process: seconds of all the machine's cores."""
+    return time.process_time() / (os.cpu_count() or 1)
 
 
 class Clock(pl.Callback):

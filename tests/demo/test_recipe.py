@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import ldm.demo.stages as module
 from ldm.checkpoint.load import load_model
 from ldm.config import load_config
-from ldm.demo import make
+from ldm.demo import check, export, make
 from ldm.demo.export import level_latents
-from ldm.demo.finish import export_so_far
+from ldm.demo.finish import export_so_far, finish
 from ldm.demo.quality import renders
 from ldm.demo.recipe import Recipe, alone, check_state
 from ldm.demo.stages import check_keys, progress_of, run_stages, seconds_for
@@ -51,13 +52,21 @@ def finished(tmp_path_factory):
     check_state(state, recipe.disk_gb)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "launch", train_here)
+        patch.setattr(export, "N_LEVELLING", 4)
         assert run(recipe, state)
     return state
 
 
-def test_the_whole_chain(finished, tmp_path):
+def test_the_whole_chain(finished, tmp_path, monkeypatch):
+    for name, few in {
+        "classifier_accuracy": partial(check.classifier_accuracy, n=32),
+        "first_stage_quality": partial(check.first_stage_quality, n=2),
+        "train_finder": partial(check.train_finder, 2, 2),
+        "check": partial(check.check, n_training=4),
+    }.items():
+        monkeypatch.setattr(check, name, few)
     recipe = Recipe.load(TOY)
-    export_so_far(recipe, finished, "cpu", tmp_path / "model")
+    finish(recipe, finished, "cpu", tmp_path / "model")
     made = json.loads((tmp_path / "model" / "made.json").read_text())
     assert list(made["stages"]) == [stage.name for stage in recipe.stages]
     for stage in made["stages"].values():
@@ -65,6 +74,8 @@ def test_the_whole_chain(finished, tmp_path):
         assert stage["seconds"] > 0
         assert stage["pictures"] >= 4
         assert any(name.endswith("loss") for name in stage["losses"])
+    assert made["check"]["pixels"] == 64
+    assert len(list((finished / "pictures" / "samples").glob("*.png"))) == 1
     model = load_model(tmp_path / "model", "configs/demo/unet.yaml")
     assert model.parameterization == "v"
     averaged = load_file(finished / "weights" / "large.safetensors")
@@ -84,7 +95,8 @@ def test_the_decoder_alone_is_tuned(finished):
     assert not any(name.startswith("first_stage_model.encoder.") for name in changed)
 
 
-def test_latents_are_levelled_and_pictures_stay(tmp_path):
+def test_latents_are_levelled_and_pictures_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "N_LEVELLING", 16)
     config = load_config("configs/demo/crops.yaml", ["data.params.train.params.size=64"])
     config["model"]["params"]["lossconfig"] = {"target": "torch.nn.Identity"}
     model = AutoencoderKL(**config["model"]["params"]).eval()
