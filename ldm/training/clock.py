@@ -140,7 +140,7 @@ class Clock(pl.Callback):
         trainer.save_checkpoint(path)
         progress = {
             "steps": trainer.global_step,
-            "seconds": round(self.spent, 1),
+            "seconds": round(self.spent, 3),
             "pictures": self.pictures,
             "is_over": self.is_over,
             "losses": {k: round(v, 6) for k, v in self.losses.items()},
