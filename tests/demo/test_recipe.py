@@ -76,7 +76,11 @@ def test_the_whole_chain(finished, tmp_path, monkeypatch):
         assert any(name.endswith("loss") for name in stage["losses"])
     assert made["check"]["pixels"] == 64
     assert len(list((finished / "pictures" / "samples").glob("*.png"))) == 1
-    model = load_model(tmp_path / "model", "configs/demo/unet.yaml")
+    sizes = [file.stat().st_size for file in (tmp_path / "model").rglob("*") if file.is_file()]
+    assert max(sizes) < 16e6
+    assert sum(sizes) < 40e6
+    model = load_model(tmp_path / "model")  # which configuration it has is seen in the weights
+    assert model.first_stage_model.f == 8
     assert model.parameterization == "v"
     averaged = load_file(finished / "weights" / "large.safetensors")
     name = "model.diffusion_model.input_blocks.0.0.weight"
