@@ -44,10 +44,10 @@ class AutoencoderTraining(Training):
         """Loss of one batch; with a discriminator, one step of each of the two optimisers."""
         if self.automatic_optimization:
             return super().training_step(batch, batch_idx)
-        self.log_terms(self._adversarial_step(self.pictures(batch)), "train", batch)
+        self.log_terms(self._adversarial_step(self.pictures(batch), batch_idx), "train", batch)
         return None
 
-    def _adversarial_step(self, x: Tensor) -> dict[str, Tensor]:
+    def _adversarial_step(self, x: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """One step of the autoencoder; then, once it takes part, one of the discriminator."""
         net, loss, step = self.net, self.net.loss, self.global_step
         both: Any = self.optimizers()
@@ -55,18 +55,15 @@ class AutoencoderTraining(Training):
         loss.discriminator.requires_grad_(False)
         reconstruction, posterior = net.disturbed(x)
         terms = loss(x, reconstruction, posterior, step, net.decoder.conv_out.weight)
-        optimizer.zero_grad()
-        self.manual_backward(terms["loss"])
-        optimizer.step()
+        self.step(optimizer, terms["loss"], batch_idx)
         if loss.has_started(step):
             loss.discriminator.requires_grad_(True)
             terms |= loss.discriminate(x, reconstruction)
-            disc_optimizer.zero_grad()
-            self.manual_backward(terms["disc_loss"])
-            disc_optimizer.optimizer.step()  # not Lightning's, which would count it as a step
+            self.step(disc_optimizer, terms["disc_loss"], batch_idx, counts=False)
         schedules: Any = self.lr_schedulers() or ()
-        for schedule in schedules:
-            schedule.step()
+        if self.global_step > step:
+            for schedule in schedules:
+                schedule.step()
         terms = terms | {"psnr": peak_signal_to_noise(reconstruction, x)}
         return {name: value.detach() for name, value in terms.items()}
 

@@ -54,6 +54,7 @@ _NO_NEWS = (
     "Found .* in eval mode at the start of training",
     "You defined a `validation_step` but have no",
     "`isinstance.treespec, LeafSpec.` is deprecated",
+    "Using ModelCheckpoint with manual optimization",
 )
 OWN_CALLBACKS = {
     "learning_rate_logger": (LearningRateMonitor, {"logging_interval": "step"}),

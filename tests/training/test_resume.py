@@ -40,7 +40,8 @@ def check_same(run: Path, other: Path, ending: str = "loss") -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "n_first"), [("first stage", 3), ("diffusion", 2), ("buckets", 4), ("workers", 2)]
+    ("kind", "n_first"),
+    [("first stage", 3), ("diffusion", 2), ("buckets", 4), ("workers", 2), ("adversarial", 2)],
 )
 def test_losses_are_those_of_the_unbroken_run(kind: str, n_first: int, tmp_path: Path) -> None:
     data = pictures(tmp_path / "pictures")
@@ -53,6 +54,10 @@ def test_losses_are_those_of_the_unbroken_run(kind: str, n_first: int, tmp_path:
             "target": "ldm.data.buckets.ResolutionBuckets",
             "params": {"buckets": [bucket, bucket], "batch_sizes": [2, 4]},
         }
+    if kind == "adversarial":
+        loss = {"disc_start": 1, "disc_num_layers": 1, "disc_channels": 8, "perceptual_weight": 0.0}
+        target = "ldm.modules.losses.LPIPSWithDiscriminator"
+        config["model"]["params"]["lossconfig"] = {"target": target, "params": loss}
     if kind == "workers":
         config["data"]["params"]["num_workers"] = 1
     path = write(tmp_path / "toy.yaml", config)

@@ -269,3 +269,29 @@ def test_the_shipped_configurations_pass_the_check(name):
     check_object(config["model"], "model", nn.Module)
     check_object(config["data"], "data", pl.LightningDataModule)
     assert trainer_settings(config["lightning"]["trainer"], lambda: 0)
+
+
+def test_upstreams_autoencoder_configuration_trains(tmp_path):
+    config = toy_config(pictures(tmp_path / "pictures"))
+    config["model"]["base_learning_rate"] = 4.5e-6
+    loss = {"disc_start": 1, "kl_weight": 0.000001, "disc_weight": 0.5}
+    loss |= {"disc_num_layers": 1, "disc_channels": 8, "perceptual_weight": 0.0}  # small
+    config["model"]["params"] |= {
+        "monitor": "val/rec_loss",
+        "lossconfig": {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": loss},
+    }
+    config["data"]["params"]["wrap"] = True
+    config["lightning"]["modelcheckpoint"] = None
+    config["lightning"]["trainer"] |= {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
+    image_logger = {"batch_frequency": 1000, "max_images": 8, "increase_log_steps": True}
+    config["lightning"]["callbacks"] = {
+        "image_logger": {"target": "main.ImageLogger", "params": image_logger}
+    }
+    run = train(write(tmp_path / "kl.yaml", config), tmp_path / "logs")
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 4
+    assert len(state["optimizer_states"]) == 2
+    steps = [one["step"].item() for one in state["optimizer_states"][1]["state"].values()]
+    assert set(steps) == {3}  # the discriminator begins one step later
+    metrics = next(run.rglob("metrics.csv")).read_text()
+    assert "train/disc_loss" in metrics
