@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
+from kornia.contrib import connected_components
 from torch import Tensor, nn
 
 from ldm.demo.classifier import disturb
@@ -21,6 +21,7 @@ from ldm.images import to_unit
 
 SIDE = 128  # pixels at which pictures are judged
 SMALLEST = 12  # cells of 2x2 pixels that an object has at least
+N_PASSES = 256  # each lets a part's number spread by one cell
 SEED = 23  # of the renders that the network learns from
 
 
@@ -91,6 +92,6 @@ def count_objects(finder: ObjectFinder, pictures: Tensor) -> list[int]:
 
 def count_parts(mask: np.ndarray) -> int:
     """Connected parts of at least ``SMALLEST`` cells, touching at an edge or a corner."""
-    labels, n = ndimage.label(mask, structure=np.ones((3, 3)))
-    sizes = np.bincount(labels.ravel(), minlength=n + 1)[1:]
+    labels = connected_components(torch.from_numpy(mask)[None, None].float(), N_PASSES)
+    sizes = labels[labels > 0].unique(return_counts=True)[1]
     return int((sizes >= SMALLEST).sum())
