@@ -242,6 +242,7 @@ def test_loras_and_embeddings_are_files_with_a_weight_or_without(tmp_path, monke
         (["--lora", "b.pt:much"], "--lora b.pt:much: the weight 'much' is not a number"),
         (["--embedding", "none.pt"], "--embedding none.pt: there is no such file"),
         (["--embedding", "b.pt:"], "--embedding b.pt:: give a word"),
+        (["--embedding=--"], "--embedding=--: '--' is not a value"),
         (["--vae", "none.pt"], "--vae none.pt: there is no such file"),
     ]:
         with pytest.raises(InputError, match=words):
