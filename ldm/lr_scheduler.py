@@ -7,8 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from ldm.errors import InputError
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """What a model's ``scheduler_config`` can name."""
+
+    def schedule(self, n: int) -> float:
+        """The factor of the learning rate at step n."""
 
 
 class LambdaWarmUpCosineScheduler:

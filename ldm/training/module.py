@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import InputError
+from ldm.lr_scheduler import Schedule
 from ldm.util import instantiate_from_config
 
 
@@ -135,6 +136,6 @@ class Training(pl.LightningModule):
         config = self.net.scheduler_config
         if config is None:
             return optimizer
-        schedule = instantiate_from_config(config).schedule
+        schedule = instantiate_from_config(config, Schedule).schedule
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]

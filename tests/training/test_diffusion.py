@@ -198,3 +198,10 @@ def test_the_state_dict_is_the_models_own():
     nn.init.constant_(other.model.diffusion_model.conv_in.weight, 7.0)
     model.load_state_dict(other.state_dict())
     assert (model.net.model.diffusion_model.conv_in.weight == 7).all()
+
+
+@pytest.mark.parametrize("target", ["torch.nn.Linear", "ldm.modules.ema.LitEma"])
+def test_a_schedule_is_a_schedule(target):
+    model = build(scheduler_config={"target": target, "params": {}})
+    with pytest.raises(InputError, match="is no Schedule, which is needed here"):
+        model.configure_optimizers()
