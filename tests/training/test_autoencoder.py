@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.training import run
 from ldm.training.autoencoder import AutoencoderTraining
 from tests.tiny_models import FIRST_STAGE
 
@@ -76,6 +77,59 @@ def test_a_discriminator_is_trained_in_turn():
     assert trainer.global_step == 4  # its steps do not count
     assert not torch.equal(training.state_dict()[judge], before[judge])
     assert {"train/d_weight", "train/disc_loss", "train/psnr"} <= set(trainer.logged_metrics)
+
+
+def test_gradients_are_gathered_and_clipped():
+    training = adversarial(disc_start=0)
+    settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 1e-9, "max_steps": 2}
+    assert training.take_over(settings) == {"max_steps": 2}
+    before = training.state_dict()["decoder.conv_out.weight"].clone()
+    trainer = fit(training, 2)
+    assert trainer.global_step == 2
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 4
+    moved = training.state_dict()["decoder.conv_out.weight"] - before
+    assert 0 < moved.abs().max() < 1e-3  # of two steps at a rate of 1e-3, with gradients this small
+
+
+UPSTREAM = """
+model:
+  base_learning_rate: 4.5e-6
+  target: ldm.models.autoencoder.AutoencoderKL
+  params:
+    monitor: "val/rec_loss"
+    embed_dim: 4
+    lossconfig:
+      target: ldm.modules.losses.LPIPSWithDiscriminator
+      params: {disc_start: 1, kl_weight: 0.000001, disc_weight: 0.5}
+    ddconfig: {double_z: True, z_channels: 4, resolution: 32, in_channels: 3, out_ch: 3, ch: 32,
+      ch_mult: [1, 2], num_res_blocks: 1, attn_resolutions: [], dropout: 0.0}
+data:
+  target: main.DataModuleFromConfig
+  params:
+    batch_size: 2
+    num_workers: 0
+    train: &pictures
+      target: ldm.demo.rendered.RenderedScenes
+      params: {n_pictures: 8, size: 32}
+    validation: *pictures
+lightning:
+  callbacks:
+    image_logger:
+      target: main.ImageLogger
+      params: {batch_frequency: 1000, max_images: 8, increase_log_steps: True}
+  trainer: {benchmark: True, accumulate_grad_batches: 2}
+"""
+
+
+def test_upstreams_autoencoder_yaml_trains(tmp_path, capsys):
+    (tmp_path / "autoencoder.yaml").write_text(UPSTREAM)
+    files = ["--base", str(tmp_path / "autoencoder.yaml"), "--logdir", str(tmp_path / "logs")]
+    run.main([*files, "--train", "--max_steps", "2", "--accelerator", "cpu", "--devices", "1"])
+    assert "Learning rate: 1.80e-05" in capsys.readouterr().out  # 2 pictures, 2 batches gathered
+    checkpoint = next((tmp_path / "logs").glob("*/checkpoints/last.ckpt"))
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["global_step"] == 2
+    assert "loss.discriminator.main.8.weight" in state["state_dict"]
 
 
 def test_the_decoder_alone_is_trained_on_noisy_latents():
