@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,13 @@ def _known_randomness() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the global generator is what this is about
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _can_be_interrupted() -> None:
+    """A shell starts background jobs with Ctrl+C ignored, and what tests start would inherit it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
