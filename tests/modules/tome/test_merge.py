@@ -476,6 +476,8 @@ def test_properties(
         torch.testing.assert_close(merged, mean.to(dtype), **loose)
     equal = x[:, :1].expand_as(x)
     loose = {"rtol": 2e-2, "atol": 1e-2} if dtype in (torch.float16, torch.bfloat16) else {}
+    if dtype == torch.float64 and plan.shares is not None:
+        loose = {"rtol": 1e-6, "atol": 1e-6}  # shares are float32, so they add up to 1 within that
     torch.testing.assert_close(plan.unmerge(plan.merge(equal)), equal, **loose)
     if config.get("protect"):
         assert (sizes.gather(1, groups)[:, 0] == 1).all()
