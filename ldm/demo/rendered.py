@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ldm.data.growing import grow
 from ldm.demo.scenes import Scene, Split, attributes, caption, mirror, render, sample_scene
 from ldm.errors import InputError
+from ldm.util import written_whole
 
 STYLE = 4
 """Version of the renderer's look; a cache made by another version is made anew."""
@@ -149,7 +150,8 @@ class RenderedScenes(Dataset):
             folder.mkdir(parents=True, exist_ok=True)
             label.unlink(missing_ok=True)
             self._fill(data, json.dumps(settings), n_workers)
-            _replace(label, json.dumps(settings))
+            with written_whole(label, "w") as file:
+                file.write(json.dumps(settings))
         return np.load(data, mmap_mode="r")
 
     def _fill(self, path: Path, settings: str, n_workers: int | None) -> None:
@@ -178,12 +180,3 @@ def _worker_pool(n_workers: int | None) -> multiprocessing.pool.Pool:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
-
-
-def _replace(path: Path, text: str) -> None:
-    partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial_path.write_text(text)
-        os.replace(partial_path, path)
-    finally:
-        partial_path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import torch
 
 from ldm.evaluation.benchmark.breakdown import PARTS
 from ldm.evaluation.benchmark.speed import UPSTREAM, Case, Row
+from ldm.util import written_whole
 
 PACKAGES = ("torch", "numpy", "einops", "diffusers", "tomesd")
 COLUMNS = ("setting", "ms/step", "speed-up", "range", "of oracle", "peak MiB", *PARTS)
@@ -138,10 +139,8 @@ def title(case: Case) -> str:
 
 def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Write everything, whole or not at all."""
-    text = json.dumps({**about, "rows": figures(rows)}, indent=1)
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_text(text + "\n", encoding="utf-8")
-    draft.replace(path)
+    with written_whole(path, "w") as file:
+        file.write(json.dumps({**about, "rows": figures(rows)}, indent=1) + "\n")
 
 
 def can_plot() -> bool:
