@@ -62,6 +62,7 @@ setup(
         "torch>=2.5",
         "pytorch-lightning>=2.2",
         "omegaconf>=2.3",
+        "PyYAML>=6.0",  # comes with omegaconf, but is imported by its own name
         "einops>=0.7",
         "transformers>=4.40",
         "open_clip_torch>=2.24",

@@ -31,32 +31,15 @@ from PIL import (
 from ldm.errors import InputError, is_out_of_memory
 from ldm.masks import Mask, painted
 from ldm.numbered import Numbers, make_folder
-from ldm.settings import SIGMA_SAMPLERS
 from ldm.text import parse_json
 from ldm.util import part_of
+from ldm.web_ui import web_ui_text
 
 Pixels = NDArray[np.uint8]
 # What is read; not EPS, for one, which is a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
 MOST_IN_GRID = 100
 _EXIF, _USER_COMMENT, _ORIENTATION = 0x8769, 0x9286, 0x0112
-# our names -> the web UIs'
-WEB_UI_SAMPLERS = {
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "dpm_solver": "DPM++ 2M",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "dpmpp_2m": "DPM++ 2M",
-    "heun": "Heun",
-    "dpmpp_sde": "DPM++ SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
-WEB_UI_SCHEDULES = {"uniform": "Uniform", "karras": "Karras", "sgm_uniform": "SGM Uniform"}
-WEB_UI_UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -304,60 +287,6 @@ class Picture:
         """What the file says of how it was made: text chunks by their keywords."""
         about = json.dumps(self.settings, ensure_ascii=False)
         return {"parameters": web_ui_text(self.settings), "ldm": about}
-
-
-def web_ui_text(settings: Mapping[str, Any]) -> str:
-    """Settings in the form that the web UIs write and read: prompts, then a line of names.
-
-    Source: AUTOMATIC1111/stable-diffusion-webui, modules/infotext_utils.py.
-    """
-    model = settings.get("model", {})
-    tome = settings.get("tome", {})
-    loras = settings.get("loras", ())
-    named = {
-        "Steps": settings.get("steps"),
-        "Sampler": WEB_UI_SAMPLERS.get(settings.get("sampler", "")),
-        "Schedule type": _schedule_type(settings),
-        "CFG scale": settings.get("scale"),
-        "Seed": settings.get("seed"),
-        "Size": f"{settings['W']}x{settings['H']}" if "W" in settings else None,
-        "Model hash": model.get("hash"),
-        "Model": model.get("name"),
-        "Denoising strength": settings.get("strength", settings.get("hires_strength")),
-        "Hires upscale": settings.get("hires_scale"),
-        "Hires steps": settings.get("hires_steps"),
-        "Hires upscaler": WEB_UI_UPSCALERS.get(settings.get("hires_upscaler", "")),
-        "Eta": settings.get("eta") or None,
-        "Token merging ratio": tome.get("ratio") or None,
-        "Token merging ratio hr": (tome.get("hires") or {}).get("ratio"),
-        "Loras": ", ".join(f"{one['name']}:{one['weight']:g}" for one in loras) or None,
-        "Embeddings": ", ".join(one["name"] for one in settings.get("embeddings", ())) or None,
-        "Clip skip": settings.get("clip_skip", 1) if settings.get("clip_skip", 1) > 1 else None,
-        "Version": settings.get("version"),
-    }
-    line = ", ".join(
-        f"{name}: {_quoted(value)}" for name, value in named.items() if value is not None
-    )
-    negative = settings.get("negative_prompt")
-    return "\n".join(
-        [
-            settings.get("prompt", ""),
-            *([f"Negative prompt: {negative}"] if negative else []),
-            line,
-        ]
-    )
-
-
-def _schedule_type(settings: Mapping[str, Any]) -> str | None:
-    """The name of the steps' spacing, for the samplers that have a choice."""
-    has_choice = settings.get("sampler") in SIGMA_SAMPLERS
-    return WEB_UI_SCHEDULES.get(settings["schedule"]) if has_choice else None
-
-
-def _quoted(value: object) -> str:
-    """A value as text, in JSON's quotes where it holds what separates values."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return json.dumps(text, ensure_ascii=False) if set(text) & set(",:\n") else text
 
 
 def save_image(pixels: Pixels, path: str | Path, texts: Mapping[str, str] | None = None) -> None:

@@ -205,7 +205,7 @@ class Settings:
     @property
     def n_drawn(self) -> int:
         """Pictures in an iteration."""
-        return self.n_samples if isinstance(self.prompt, str) else len(self.prompts)
+        return len(self.prompt) if isinstance(self.prompt, tuple) else self.n_samples
 
     @property
     def n_pictures(self) -> int:

@@ -13,6 +13,7 @@ from ldm import images
 from ldm.errors import InputError
 from ldm.images import Gallery, Picture
 from ldm.numbered import next_path
+from ldm.web_ui import web_ui_text
 
 
 def noise(height, width):
@@ -192,9 +193,9 @@ def test_a_picture_remembers_how_it_was_made(tmp_path):
 
 
 def test_the_schedule_is_named_as_the_web_uis_do():
-    text = images.web_ui_text({**SETTINGS, "sampler": "euler_a", "schedule": "karras"})
+    text = web_ui_text({**SETTINGS, "sampler": "euler_a", "schedule": "karras"})
     assert "Sampler: Euler a, Schedule type: Karras, CFG scale: 7.5" in text
-    text = images.web_ui_text({**SETTINGS, "sampler": "plms", "schedule": "uniform"})
+    text = web_ui_text({**SETTINGS, "sampler": "plms", "schedule": "uniform"})
     assert "Sampler: PLMS, CFG scale: 7.5" in text
 
 
@@ -202,10 +203,10 @@ def test_the_second_pass_is_named_as_the_web_uis_do():
     second = {"hires_scale": 2.0, "hires_strength": 0.6, "hires_steps": None}
     tome = {"ratio": 0.25, "hires": {"ratio": 0.5}}
     made = {**SETTINGS, **second, "hires_upscaler": "latent", "tome": tome}
-    text = images.web_ui_text(made)
+    text = web_ui_text(made)
     assert "Denoising strength: 0.6, Hires upscale: 2, Hires upscaler: Latent, Token" in text
     assert text.endswith("Token merging ratio: 0.25, Token merging ratio hr: 0.5")
-    assert "Hires steps: 9, " in images.web_ui_text({**made, "hires_steps": 9})
+    assert "Hires steps: 9, " in web_ui_text({**made, "hires_steps": 9})
 
 
 def test_a_picture_can_keep_its_settings_to_itself(tmp_path):

@@ -18,7 +18,7 @@ from ldm.cli import commands
 ROOT = Path(__file__).parents[1]
 # import name -> distribution, where they differ
 DISTRIBUTIONS = {
-    **{"PIL": "pillow", "open_clip": "open_clip_torch", "yaml": "omegaconf"},
+    **{"PIL": "pillow", "open_clip": "open_clip_torch", "yaml": "pyyaml"},
     "starlette": "gradio",
     "uvicorn": "gradio",
 }

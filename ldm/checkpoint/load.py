@@ -102,15 +102,6 @@ def default_checkpoint() -> tuple[Path, str | None]:
     return demo, note
 
 
-def state_dict_of(path: str | os.PathLike[str]) -> StateDict:
-    """All tensors of a checkpoint under the file's own names, each read when asked for.
-
-    Raises:
-        InputError: there is nothing to load.
-    """
-    return open_state_dict(path)
-
-
 def stored_shapes(path: str | os.PathLike[str]) -> dict[str, keys.Shape]:
     """Shapes of a checkpoint's tensors, by the names that our models give to them.
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from ldm.errors import InputError, shown
 
-LARGEST = 10**9
+LARGEST = 100_000  # of a number; a plan of so many entries is soon made
+MOST_WORDS = 100  # in a list
 
 
 def words(text: str, flag: str, may_be_empty: bool = False) -> list[str]:
@@ -15,6 +16,8 @@ def words(text: str, flag: str, may_be_empty: bool = False) -> list[str]:
     found = list(dict.fromkeys(filter(None, (part.strip() for part in text.split(",")))))
     if not found and not may_be_empty:
         raise InputError(f"{flag}: the list is empty")
+    if len(found) > MOST_WORDS:
+        raise InputError(f"{flag}: {len(found)} entries, and {MOST_WORDS} is the limit for a list")
     return found
 
 
@@ -24,8 +27,9 @@ def numbers(text: str, flag: str, step: int = 1, least: int = 1, most: int = LAR
     for word in words(text, flag):
         number = int(word) if word.isdecimal() and len(word) < 20 else -1
         if not least <= number <= most or number % step:
+            lowest = max(least, step) if step > 1 else least
             kind = f"multiples of {step}" if step > 1 else "whole numbers"
-            raise InputError(f"{flag} {word}: allowed are {kind} from {max(least, step)} to {most}")
+            raise InputError(f"{flag} {word}: allowed are {kind} from {lowest} to {most}")
         found.append(number)
     return found
 
@@ -40,9 +44,9 @@ def at_least(least: int, args: argparse.Namespace, *names: str, most: int = LARG
             )
 
 
-def choices(text: str, flag: str, allowed: Sequence[str]) -> list[str]:
+def choices(text: str, flag: str, allowed: Sequence[str], may_be_empty: bool = False) -> list[str]:
     """The words of a list, all of which have to be among those allowed."""
-    found = words(text, flag)
+    found = words(text, flag, may_be_empty)
     for word in found:
         if word not in allowed:
             raise InputError(f"{flag} {word}: allowed is {', '.join(allowed)}")

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.addons import lora_files, taken_loras
 from ldm.cli.parser import Arguments, Parser
 from ldm.cli.values import Wishes
 from ldm.config import TomeKeys, find_config
@@ -24,6 +23,7 @@ from ldm.settings import Settings
 from ldm.text import MAX_BYTES, check_text, decode_text, read_text, split_lines
 
 LONGEST_LINE = 100_000  # characters
+MOST_PICTURES = 1_000_000  # in a run
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,8 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> Arguments:
     if getattr(args, "from_picture", None) is None:
         return args
     found = understood(picture_texts(args.from_picture), args.from_picture)
-    found = found.without_missing_loras()
     fields = {field.name for field in dataclasses.fields(Settings)} & vars(args).keys()
     usable, left_out = {}, list(found.left_out)
-    prompt = found.settings.get("prompt")
-    if args.lora and isinstance(prompt, str) and taken_loras(prompt)[1]:
-        found.settings["prompt"] = taken_loras(prompt)[0]
-        left_out.append("the LoRAs that its prompt names: --lora takes their place")
     for name, value in found.settings.items():
         try:
             Wishes(frozenset(fields)).changed({name: value}).check()
@@ -89,18 +84,14 @@ def settings(args: Arguments) -> Settings:
     """The checked settings among a program's arguments.
 
     Raises:
-        InputError: a value is out of range, a LoRA is not there, or there is nothing in the file
-            of prompts.
+        InputError: a value is out of range, or there is nothing in the file of prompts.
     """
     prompts = None
     if getattr(args, "from_file", None) is not None:
         prompts = read_prompts(args.from_file, args.repeat)
     else:
         refuse_repeat(args)
-    found = wishes(args).settings(prompts)
-    for tags in {taken_loras(prompt)[1] for prompt in found.prompts}:
-        lora_files(tags)  # which have to be there
-    return found
+    return wishes(args).settings(prompts)
 
 
 def refuse_repeat(args: Arguments) -> None:
@@ -125,18 +116,22 @@ def read_prompts(path: str | Path, repeat: int = 1) -> tuple[str, ...]:
     Raises:
         InputError: the file cannot be read as text, or has no such line.
     """
-    lines = read_lines(path)
+    lines = read_lines(path, repeat)
     for number, line in lines:
         if line.startswith("{"):
             raise InputError(f"{path}, line {number}: here a line is a prompt, not JSON")
     return tuple(line for _, line in lines for _ in range(repeat))
 
 
-def read_lines(path: str | Path) -> list[tuple[int, str]]:
+def read_lines(path: str | Path, repeat: int = 1) -> list[tuple[int, str]]:
     """Number and text of a file's lines, without empty ones and comments; ``-``: standard input.
 
+    Args:
+        path: of the file.
+        repeat: how often each line is drawn.
+
     Raises:
-        InputError: the file cannot be read as text, or has no such line.
+        InputError: the file cannot be read as text, or has no such line, or too many.
     """
     is_piped = str(path) == "-"
     where = "standard input" if is_piped else str(path)
@@ -153,6 +148,11 @@ def read_lines(path: str | Path) -> list[tuple[int, str]]:
         kept.append((number, check_text(line, f"{where}, line {number}", LONGEST_LINE)))
     if not kept:
         raise InputError(f"{where}: there is no prompt in it; write one a line")
+    if len(kept) * repeat > MOST_PICTURES:
+        raise InputError(
+            f"--repeat {repeat}: {len(kept)} lines make more than {MOST_PICTURES} pictures, "
+            "which is the limit for a run"
+        )
     return kept
 
 

@@ -109,29 +109,22 @@ class Parser(argparse.ArgumentParser):
 
 def whole(least: int, most: int) -> Callable[[str], int]:
     """The type of a flag that is a whole number within bounds."""
-
-    def read(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text}: allowed is {least} to {most}")
-        return number
-
-    return read
+    return _bounded(int, least, most)
 
 
 def number(least: float, most: float) -> Callable[[str], float]:
     """The type of a flag that is a number within bounds."""
+    return _bounded(float, least, most)
 
-    def read(text: str) -> float:
+
+def _bounded(kind: type, least: float, most: float) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
+            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text}: allowed is {least:g} to {most:g}")
+            raise argparse.ArgumentTypeError(f"{text}: allowed is {least:.15g} to {most:.15g}")
         return value
 
     return read

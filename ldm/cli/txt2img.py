@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm.cli import drawing, flags, options
-from ldm.cli.jobs import check_skip, prompts_of, read_jobs
+from ldm.cli.jobs import check_skip, read_jobs
 from ldm.cli.parser import Parser
 from ldm.cli.program import leaving_at_once
 from ldm.cli.prompt_loop import prompt_loop
@@ -71,6 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     process = Process.from_environment()
     if process.n_processes > 1 and args.rng == "upstream":
         raise InputError("--rng upstream is one stream of noise: it cannot be shared by processes")
+    n_pictures = sum(job.settings.n_pictures for job in jobs)
+    if process.n_processes > 1 and n_pictures > options.MOST_PICTURES:
+        raise InputError(
+            f"--n_samples {args.n_samples}, --n_iter {args.n_iter}: processes share at most "
+            f"{options.MOST_PICTURES} pictures of a run, not {n_pictures}"
+        )
     if process.n_processes > 1 and args.interactive:
         raise InputError("--interactive is for a single process: start it without torchrun")
     model["device"] = process.device(model["device"])
@@ -80,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     drawing.tell_more(args)
     with process.joined():
-        pipeline = Pipeline.from_checkpoint(**model, prompts=prompts_of(jobs))
+        pipeline = Pipeline.from_checkpoint(**model)
         if process.n_processes > 1 or args.interactive:
             gallery.has_grid = False
         if not args.interactive:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.evaluation.merge_map import NEAR, MergeMap
+from ldm.evaluation.page import data_url, filled
 from ldm.images import Pixels, encode_png
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -31,7 +31,7 @@ def merge_page(
         "prompt": prompt,
         "about": about,
         "near": NEAR,
-        "picture": "data:image/png;base64," + base64.b64encode(encode_png(picture)).decode(),
+        "picture": data_url("png", encode_png(picture)),
         "maps": [
             {
                 "step": step,
@@ -46,8 +46,7 @@ def merge_page(
             for step, block, one in maps
         ],
     }
-    text = json.dumps(data).replace("<", "\\u003c")  # a prompt cannot end the script
-    return TEMPLATE.read_text(encoding="utf-8").replace(">DATA<", f">{text}<")
+    return filled(TEMPLATE, data)
 
 
 def _encoded(numbers: NDArray[np.int64]) -> str:

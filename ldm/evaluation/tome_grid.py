@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import flags, options
+from ldm.cli.lists import words
 from ldm.cli.parser import Arguments, Parser
 from ldm.cli.tome_flags import add_tome_flags
 from ldm.errors import InputError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # torch comes only after the flags are checked
     from ldm.settings import Settings
 
 RATIOS = "0.25,0.5,0.75"
+MOST_PICTURES = 1000  # all of them are in memory
 CELL_SIDE = 256  # pixels that the longer side of a shown picture has at least
 
 EPILOG = """
@@ -77,7 +79,7 @@ def columns(args: Arguments) -> dict[str, dict[str, Any]]:
     ratios = RATIOS if args.ratios is None and args.presets is None else args.ratios
     found = {}
     for text, name in ((ratios, "tome_ratio"), (args.presets, "tome_preset")):
-        for value in (part.strip() for part in (text or "").split(",") if part.strip()):
+        for value in words(text or "", f"--{name[5:]}s", may_be_empty=True):
             tome = options.tome_arguments(Arguments(**{**vars(args), name: value}))
             assert isinstance(tome, dict)
             if tome.get("ratio") != 0:  # the picture without merging is there anyhow
@@ -131,6 +133,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     settings = options.settings(args)
     ways = columns(args)
+    if settings.n_pictures * (len(ways) + 1) > MOST_PICTURES:
+        raise InputError(
+            f"--n_samples {args.n_samples}, --n_iter {args.n_iter}: with {len(ways) + 1} columns "
+            f"there would be more than {MOST_PICTURES} pictures, which is the limit for a grid"
+        )
     model = options.model_arguments(args)
     gallery = dataclasses.replace(options.gallery(args), has_grid=False)
 

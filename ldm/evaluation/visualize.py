@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import flags, options
+from ldm.cli.lists import numbers
 from ldm.cli.parser import Parser
 from ldm.cli.tome_flags import add_tome_flags
 from ldm.errors import InputError
@@ -50,24 +51,19 @@ def build_parser() -> Parser:
     return parser
 
 
-def numbers(text: str | None, flag: str) -> list[int]:
+def chosen(text: str | None, flag: str) -> list[int]:
     """The numbers in a flag's list, rising, none twice; none at all where it is not given.
 
     Raises:
         InputError: they are not whole numbers of at least 0.
     """
-    if text is None:
-        return []
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise InputError(f"{flag} {text}: allowed are whole numbers from 0 with commas between")
-    return sorted({int(part) for part in parts})
+    return [] if text is None else sorted({*numbers(text, flag, least=0)})
 
 
-def check_range(chosen: Sequence[int], n: int, flag: str, what: str) -> None:
+def check_range(found: Sequence[int], n: int, flag: str, what: str) -> None:
     """Raise InputError where one of the chosen numbers is not below n."""
-    if chosen and chosen[-1] >= n:
-        raise InputError(f"{flag} {chosen[-1]}: the {what} are numbered from 0 to {n - 1}")
+    if found and found[-1] >= n:
+        raise InputError(f"{flag} {found[-1]}: the {what} are numbered from 0 to {n - 1}")
 
 
 def write(
@@ -107,8 +103,8 @@ def write(
         f"{made['W']}x{made['H']}, seed {made['seed']}, {len(calls)} steps of {made['sampler']}, "
         f"guidance {made['scale']:g}. {report}"
     )
-    chosen = [(step, block, calls[step][block]) for block in blocks for step in shown]
-    text = merge_page(picture.pixels, chosen, made["prompt"], about)
+    maps = [(step, block, calls[step][block]) for block in blocks for step in shown]
+    text = merge_page(picture.pixels, maps, made["prompt"], about)
     page = Numbers(outdir, "map-{:05}.html").save(lambda path: path.write_bytes(text.encode()))
     for block in blocks:
         for step in steps:
@@ -116,8 +112,8 @@ def write(
             title = f"step {step} of {len(calls)}, block {block}, {one.size[1]}x{one.size[0]}"
             drawn = label(draw_map(picture.pixels, one), [title, one.describe()])
             save(f"block{block:02}-step{step:03}", drawn)
-        maps = {step: calls[step][block] for step in shown}
-        save(f"block{block:02}-strip", draw_strip(picture.pixels, maps))
+        strip = {step: calls[step][block] for step in shown}
+        save(f"block{block:02}-strip", draw_strip(picture.pixels, strip))
     return page
 
 
@@ -127,13 +123,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = options.settings(args)
     model = options.model_arguments(args)
     gallery = options.gallery(args)
-    steps = numbers(args.vis_steps, "--vis-steps")
-    blocks = numbers(args.vis_blocks, "--vis-blocks")
+    steps = chosen(args.vis_steps, "--vis-steps")
+    blocks = chosen(args.vis_blocks, "--vis-blocks")
     if args.no_tome:
         raise InputError("--no-tome: there would be nothing to see")
 
+    from ldm.evaluation.benchmark.unets import transformer_blocks
     from ldm.evaluation.merge_map import Recorder, default_block, default_steps
-    from ldm.modules.attention import BasicTransformerBlock
     from ldm.pipeline import Pipeline
     from ldm.sampling import SAMPLERS
 
@@ -145,11 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampler = SAMPLERS[settings.sampler or "ddim"](pipeline.model)
     sampler.make_schedule(settings.steps or 1)
     check_range(steps, len(sampler.steps), "--vis-steps", "steps of this run")
-    n_blocks = sum(isinstance(module, BasicTransformerBlock) for module in unet.modules())
-    check_range(blocks, n_blocks, "--vis-blocks", "blocks of this model")
+    check_range(blocks, len(transformer_blocks(unet)), "--vis-blocks", "blocks of this model")
 
     recorder = Recorder(unet.tome)
-    places = [(i, len(batch)) for batch in settings.batches() for i in range(len(batch))]
+    places = ((i, len(batch)) for batch in settings.batches() for i in range(len(batch)))
     pictures = pipeline.generate(settings, progress=True)
     for picture, place in zip(pictures, places, strict=True):
         calls = recorder.maps(*place)

@@ -16,24 +16,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ldm.addons import embedding_words, find_addons
 from ldm.errors import InputError, OutOfMemory, is_out_of_memory
 from ldm.images import (
-    WEB_UI_SAMPLERS,
-    WEB_UI_SCHEDULES,
-    WEB_UI_UPSCALERS,
     picture_texts,
-    web_ui_text,
 )
 from ldm.infotext import understood
 from ldm.text import check_kind
 from ldm.web.bodies import Options, Order, in_their_words, read_body
 from ldm.web.desk import Desk
 from ldm.web.form import Base
+from ldm.web.models import find_addons
 from ldm.web.pictures import Pictures
 from ldm.web.queue import State
 from ldm.web.task import Draw, DrawJob
 from ldm.web.uploads import file_of, mask_of, picture_of
+from ldm.web_ui import WEB_UI_SAMPLERS, WEB_UI_SCHEDULES, WEB_UI_UPSCALERS, web_ui_text
 
 MOST = 128 * 2**20  # bytes of a request
 HERE = "/sdapi/v1"
@@ -66,7 +63,7 @@ class Api:
             "latent-upscale-modes": lambda: [{"name": WEB_UI_UPSCALERS["latent"]}],
             "loras": lambda: [{"name": name, "alias": name} for name in find_addons("lora")],
             "embeddings": lambda: {
-                "loaded": {word: {} for word in embedding_words()},
+                "loaded": {name: {} for name in find_addons("embeddings")},
                 "skipped": {},
             },
             "sd-vae": lambda: [

@@ -315,12 +315,6 @@ def test_damaged_file_in_a_folder_is_named(tmp_path):
         open_state_dict(tmp_path)
 
 
-def test_diffusers_folder(tmp_path):
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(InputError, match="diffusers folder"):
-        open_state_dict(tmp_path)
-
-
 # --- hostile tensors --------------------------------------------------------------------------
 
 

@@ -9,20 +9,10 @@ import yaml
 
 from ldm.checkpoint.load import inspect_checkpoint, load_model
 from ldm.errors import InputError
-from tests.tiny_models import tiny_config, tiny_weights, write_safetensors
+from tests.tiny_models import write_safetensors
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 TOKENS = f"{TEXT}transformer.text_model.embeddings.token_embedding.weight"
-
-
-@pytest.fixture(scope="module")
-def config():
-    return tiny_config()
-
-
-@pytest.fixture(scope="module")
-def weights(config):
-    return tiny_weights(config)
 
 
 def is_same(model, weights):

@@ -133,18 +133,6 @@ def test_family_and_the_one_configuration_that_fits(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "other", "reason"),
-    [
-        ("sd1", "sd2", "1024 for context_dim, the file 768"),
-        ("sd1", "sd1-inpainting", "9 for in_channels, the file 4"),
-        ("sd2-inpainting", "sd2", "4 for in_channels, the file 9"),
-    ],
-)
-def test_misfit_names_the_difference(family, other, reason):
-    assert reason in keys.misfit(config_of(other), shapes_of(family))
-
-
-@pytest.mark.parametrize(
     ("section", "key", "value", "what"),
     [
         ("unet_config", "model_channels", 192, "model_channels"),

@@ -62,23 +62,30 @@ def test_what_the_model_decides_is_left_open():
     assert (settings.negative_prompt, settings.rng) == ("", "image")
 
 
-@pytest.mark.parametrize("program", ["txt2img", "img2img", "inpaint"])
-def test_help_comes_at_once_and_without_torch(program):
+DRAWING = ("--tome-ratio", "--tome-preset", "--no-tome", "--negative_prompt")
+
+
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        *((name, DRAWING) for name in ("txt2img", "img2img", "inpaint", "webui", "tome_grid")),
+        *(("convert", ("--half",)), ("benchmark", ("--quick",)), ("appendix_f", ("--dry-run",))),
+        ("train", ("key.path=value",)),
+    ],
+)
+def test_help_comes_at_once_as_torch_is_not_imported(program, flags):
     code = (
-        "import runpy, sys, time; start = time.process_time()\n"
+        "import runpy, sys\n"
         f"sys.argv = ['{program}.py', '--help']\n"
         f"try: runpy.run_path('scripts/{program}.py', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code\n"
-        "assert 'torch' not in sys.modules\n"
-        "print('SECONDS', time.process_time() - start)"
+        "assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    shown, seconds = done.stdout.split("SECONDS")
-    assert float(seconds) < 1
-    for flag in ("--tome-ratio", "--tome-preset", "--no-tome", "--negative_prompt", "examples:"):
-        assert flag in shown
+    for flag in (*flags, "examples:"):
+        assert flag in done.stdout
 
 
 # --- what is refused --------------------------------------------------------------------------
@@ -96,8 +103,6 @@ def test_help_comes_at_once_and_without_torch(program):
         ("--laion400m", "--laion400m is unknown: that model is not supported"),
         ("--steps 0", "steps 0: allowed is 1 to 1000"),
         ("--H 0", "H 0: allowed is 1 to 16384"),
-        ("--W -64", "W -64: allowed is 1 to 16384"),
-        ("--n_samples 0", "n_samples 0: allowed is 1 to 4096"),
         ("--plms --ddim_eta 1", "eta 1 needs the ddim sampler"),
         ("--from-file missing.txt", "missing.txt: cannot be read"),
         ("--repeat 2", "--repeat goes with --from-file"),
@@ -132,14 +137,21 @@ def test_bad_flags_are_one_clear_line(argv, message, tmp_path, monkeypatch, caps
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_program_says_so(capsys):
-    def main():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as end:
-        run(main)
-    assert end.value.code == 130
-    assert capsys.readouterr().err == "interrupted\n"
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--rng upstream", "--rng upstream is one stream of noise"),
+        ("--interactive", "--interactive is for a single process"),
+        ("--n_samples 4096 --n_iter 1000", "processes share at most 1000000 pictures"),
+    ],
+)
+def test_what_processes_cannot_share_is_one_line(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        txt2img.main(argv.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_outdir_is_checked_without_a_trace(tmp_path):
@@ -167,14 +179,6 @@ def test_a_file_without_prompts_is_refused(tmp_path, content):
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(InputError, match=r"p\.txt: there is no prompt"):
         options.read_prompts(tmp_path / "p.txt")
-
-
-def test_a_file_that_is_no_text_is_refused(tmp_path):
-    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="not a text file"):
-        options.read_prompts(tmp_path / "p.txt")
-    with pytest.raises(InputError, match="cannot be read"):
-        options.read_prompts(tmp_path)
 
 
 def test_tome_flags_become_the_keys_of_the_yaml():

@@ -282,6 +282,8 @@ def wait_for_pictures(process, folder, n):
         (["--against", "nonsense"], "--against nonsense: the settings are unmerged"),
         (["--sizes", "20"], "--sizes 20: allowed are multiples of 8"),
         (["--n_seeds", "0"], "--n_seeds 0: allowed is at least 1"),
+        (["--n_seeds", "90000"], "--n_seeds 90000: "),
+        (["--sizes", "16392"], "--sizes 16392: allowed are multiples of 8 from 8 to 16384"),
         (["--seed", "-1"], "--seed -1: allowed is 0 or more"),
         (["--speed", "sdxl"], "--speed sdxl: allowed is own"),
         (["--fid-weights", "nowhere.pth"], "--fid-weights nowhere.pth: there is no such file"),

@@ -79,22 +79,6 @@ def test_command_refuses_in_one_line(ckpt, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.ckpt", "there.safetensors"]
 
 
-def test_help_takes_no_torch():
-    """Importing torch takes seconds; ``--help`` and complaints about flags come at once."""
-    script = str(ROOT / "scripts" / "convert.py")
-    code = f"""
-import runpy, sys
-sys.argv = ["convert.py", "--help"]
-try:
-    runpy.run_path({script!r}, run_name="__main__")
-except SystemExit:
-    print("torch" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "--half" in done.stdout
-    assert done.stdout.endswith("False\n")
-
-
 def test_force_overwrites(ckpt, tmp_path):
     target = tmp_path / "there.safetensors"
     target.write_text("old")

@@ -45,27 +45,6 @@ def test_a_process_redraws_a_photograph(tiny_checkpoint, photograph, tmp_path):
     assert "Token merging ratio: 0.5" in text
 
 
-def test_strength_decides_how_much_is_redrawn(run, tiny_checkpoint, photograph, tmp_path):
-    drawn = []
-    for strength in (0, 0.3, 0.9, 1):
-        out = tmp_path / f"{strength}"
-        argv = ["--ckpt", tiny_checkpoint, *FAST, "--init-img", photograph, "--outdir", out]
-        assert run(*argv, "--strength", strength, "--scale", 1) == 0
-        drawn.append(load_rgb(out / "samples" / "00000.png").astype(int))
-    distances = [np.abs(picture - drawn[0]).mean() for picture in drawn]
-    assert distances == sorted(distances)
-    assert distances[1] > 0
-
-
-def test_every_sampler_and_several_pictures(run, tiny_checkpoint, photograph, tmp_path):
-    for sampler in ("--plms", "--dpm_solver"):
-        argv = ["--ckpt", tiny_checkpoint, *FAST, "--init-img", photograph, sampler]
-        assert run(*argv, "--outdir", tmp_path / sampler, "--n_samples", 2, "--H", 8) == 0
-        pictures = [load_rgb(tmp_path / sampler / "samples" / f"0000{i}.png") for i in range(2)]
-        assert pictures[0].shape == (8, 16, 3)
-        assert not np.array_equal(*pictures)
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -73,8 +52,6 @@ def test_every_sampler_and_several_pictures(run, tiny_checkpoint, photograph, tm
         (["--init-img", "missing.png"], "missing.png: there is no such file"),
         (["--init-img", "text.png"], "text.png: not a picture"),
         (["--init-img", "photo.jpg", "--strength", "1.5"], "strength 1.5: allowed is 0 to 1"),
-        (["--init-img", "photo.jpg", "--strength", "-1"], "strength -1.0: allowed is 0 to 1"),
-        (["--init-img", "photo.jpg", "--H", "0"], "H 0: allowed is 1 to 16384"),
     ],
 )
 def test_bad_input_is_one_clear_line(run, photograph, tmp_path, monkeypatch, capsys, argv, message):

@@ -54,6 +54,7 @@ def test_chosen_steps_and_blocks(run, tiny_checkpoint, tmp_path):
         (["--tome-ratio", "0.5", "--vis-steps", "0,2"], "--vis-steps 2: the steps of this run"),
         (["--tome-ratio", "0.5", "--vis-blocks", "99"], "--vis-blocks 99: the blocks of this"),
         (["--vis-steps", "1;2"], "--vis-steps 1;2: allowed are whole numbers"),
+        (["--vis-blocks", "9" * 5000], "--vis-blocks 999"),
         (["--no-tome"], "--no-tome: there would be nothing to see"),
         ([], "nothing is merged: give --tome-ratio 0.5"),
     ],

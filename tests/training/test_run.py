@@ -221,14 +221,6 @@ def test_upstreams_configurations_and_commands(tmp_path, capsys, caplog):
     assert newest_checkpoint(moved) == (moved / "checkpoints" / "last.ckpt", 3)
 
 
-def test_help_needs_no_torch():
-    code = "import runpy, sys; sys.argv = ['train.py', '--help']; sys.modules['torch'] = None\n"
-    code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "key.path=value" in done.stdout
-
-
 def test_too_little_memory_says_what_to_lower(tmp_path, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TB")

@@ -1,9 +1,8 @@
 import pytest
 
-from ldm.addons import find_addons, offered
 from ldm.config import shipped
 from ldm.errors import InputError
-from ldm.web.models import find_models
+from ldm.web.models import find_addons, find_models, offered
 
 
 @pytest.fixture

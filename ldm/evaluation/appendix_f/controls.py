@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from ldm.evaluation.benchmark.unets import transformer_blocks
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import Decision
 from ldm.modules.tome.plan import MergePlan
@@ -56,10 +56,7 @@ def control(unet: Any, name: str, ratio: float = 0.5, seed: int = 0) -> Iterator
     if name not in CONTROLS:
         raise ValueError(f"control {name!r} is not one of {', '.join(CONTROLS)}")
     if name == "none":
-        tops = (
-            m for m in unet.modules() if isinstance(m, SpatialTransformer) and m.downsample == 1
-        )
-        blocks = [b for top in tops for b in top.modules() if isinstance(b, BasicTransformerBlock)]
+        blocks = transformer_blocks(unet, downsample=1)
         hooks = [b.attn1.register_forward_hook(lambda *args: args[2] * 0) for b in blocks]
         try:
             yield

@@ -60,7 +60,7 @@ class Extras:
         n_rendered: how many of these.
         lpips_weights: a file, or None.
         clip: a folder, or None.
-        speed: names of models: own, or of `speed.SD_MODELS`.
+        speed: names of models: own, or of the benchmark's `MODELS`.
         rounds: of the measurement of speed.
     """
 

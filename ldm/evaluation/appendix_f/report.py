@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +13,7 @@ from ldm.evaluation.appendix_f.plan import CONTROLS, FLOORS, UNMERGED, Plan
 from ldm.evaluation.appendix_f.published import paper_rows
 from ldm.evaluation.appendix_f.store import Store
 from ldm.evaluation.appendix_f.table import measured
+from ldm.evaluation.page import data_url, filled
 from ldm.images import encode_webp
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -74,8 +73,7 @@ def report_page(
         "speed": speed.get("rows", []),
         "paper": paper_rows(table),
     }
-    text = json.dumps(data).replace("<", "\\u003c")  # a prompt cannot end the script
-    return TEMPLATE.read_text(encoding="utf-8").replace(">DATA<", f">{text}<")
+    return filled(TEMPLATE, data)
 
 
 def _pictures(
@@ -95,8 +93,7 @@ def _pictures(
             for number, row in measured(store, setting, batch, judges):
                 if number in images:
                     pixels = store.pixels(setting, batch.size, number)
-                    content = base64.b64encode(encode_webp(pixels)).decode()
-                    images[number][setting.name] = f"data:image/webp;base64,{content}"
+                    images[number][setting.name] = data_url("webp", encode_webp(pixels))
                     values[number][setting.name] = {name: row.get(name) for name in MEASURES}
         for number in shown:
             if UNMERGED in images[number] and len(images[number]) > 1:

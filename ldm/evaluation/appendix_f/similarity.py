@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.evaluation.benchmark.unets import transformer_blocks
 from ldm.evaluation.merge_map import destinations
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merge import plan_block
@@ -49,7 +50,7 @@ def mean_cosines(
         counted[0] += 1
         return plan, queries
 
-    n_blocks, counted = _n_blocks(pipeline), [0]
+    n_blocks, counted = len(transformer_blocks(pipeline.model.model.diffusion_model)), [0]
     before = merger.config
     merger.configure(ToMeConfig.from_mapping({**TOMESD, "max_downsample": 8}))
     merger.planner = planner
@@ -59,13 +60,6 @@ def mean_cosines(
         merger.planner = None
         merger.configure(before)
     return [(n, sum(found[i]) / len(found[i])) for i, n in enumerate(sizes)]
-
-
-def _n_blocks(pipeline: Pipeline) -> int:
-    from ldm.modules.attention import BasicTransformerBlock
-
-    unet = pipeline.model.model.diffusion_model
-    return sum(isinstance(module, BasicTransformerBlock) for module in unet.modules())
 
 
 def _cosine(decision: Decision, tokens: Tensor) -> float:

@@ -12,6 +12,7 @@ from ldm.config import load_config, model_defaults
 from ldm.errors import InputError
 from ldm.evaluation.appendix_f.plan import Setting
 from ldm.evaluation.appendix_f.store import Store
+from ldm.evaluation.benchmark.program import MODELS
 from ldm.evaluation.benchmark.speed import N_EXTRA_ROUNDS, Case, compare, contenders
 from ldm.evaluation.benchmark.speed_report import figures, machine
 from ldm.evaluation.benchmark.unets import UNets, build_unet
@@ -19,10 +20,6 @@ from ldm.text import read_json
 
 BATCH = 2  # the two halves of guidance for one picture
 OWN = "own"
-SD_MODELS = {
-    "sd1.5": ("configs/stable-diffusion/v1-inference.yaml", 512),
-    "sd2.1": ("configs/stable-diffusion/v2-inference-v.yaml", 768),
-}
 
 
 def measure_speed(
@@ -36,7 +33,7 @@ def measure_speed(
     """Measure the milliseconds of a U-Net step; what was measured before is kept.
 
     Args:
-        names: of models: `OWN`, or of `SD_MODELS`.
+        names: of models: `OWN`, or of the benchmark's `MODELS`.
         own: configuration of the drawing model, and the sizes of its pictures.
         settings: controls are left out.
         weight: has the type and the device of the weights, which are random.
@@ -50,7 +47,7 @@ def measure_speed(
     where = machine(weight.device)
     rows: list[dict[str, Any]] = []
     for name in names:
-        config, sizes = own if name == OWN else _shapes(*SD_MODELS[name])
+        config, sizes = own if name == OWN else _shapes(MODELS[name])
         for size in sizes:
             made = {"keys": [s.key for s in merging], "rounds": rounds, "device": where["device"]}
             kept = f"speed/{name}-{size}-{dtype}.json"
@@ -74,8 +71,9 @@ def measure_speed(
     }
 
 
-def _shapes(path: str, size: int) -> tuple[dict[str, Any], list[int]]:
-    return load_config(path), [size]
+def _shapes(path: str) -> tuple[dict[str, Any], list[int]]:
+    config = load_config(path)
+    return config, [model_defaults(config)["H"]]
 
 
 def _kept(store: Store, name: str, made: Mapping[str, Any]) -> list[dict[str, Any]] | None:

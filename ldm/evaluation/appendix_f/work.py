@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.evaluation.benchmark.unets import context_width, unet_without_weights
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome.config import ToMeConfig
-from ldm.util import get_obj_from_str
 
 N_TIMESTEPS = 1000
 N_CALLS = 20  # of a run, where the ratio changes over it
@@ -35,10 +35,7 @@ class Work:
 
 def unet_outline(config: Mapping[str, Any]) -> UNetModel:
     """The U-Net of a model's configuration, without weights."""
-    unet_config = config["model"]["params"]["unet_config"]
-    params = {**unet_config["params"], "tome_config": None}
-    with torch.device("meta"):
-        unet = get_obj_from_str(unet_config["target"], torch.nn.Module)(**params).eval()
+    unet = unet_without_weights(config)
     set_attention_backend(unet, "einsum")  # whose multiplications are plain to see
     return unet
 
@@ -70,9 +67,7 @@ def _multiplications(unet: UNetModel, config: ToMeConfig, h: int, w: int) -> flo
     n_calls = N_CALLS if has_schedule else config.reuse_steps
     unet.tome.configure(config)
     latents = torch.empty(2, unet.in_channels, h, w, device="meta")
-    names = (name for name, _ in unet.named_parameters() if name.endswith("attn2.to_k.weight"))
-    width = unet.get_parameter(next(names)).shape[1]
-    context = torch.empty(2, CONTEXT_LENGTH, width, device="meta")
+    context = torch.empty(2, CONTEXT_LENGTH, context_width(unet), device="meta")
     with FlopCounterMode(display=False) as counter:
         for call in range(n_calls):
             progress = (call + 0.5) / n_calls

@@ -16,8 +16,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldm.evaluation.benchmark.unets import unet_without_weights
-from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from ldm.evaluation.benchmark.unets import (
+    context_width,
+    transformer_blocks,
+    unet_without_weights,
+)
+from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
@@ -107,16 +111,11 @@ def count_step(unet: UNetModel, config: ToMeConfig, side: int) -> int:
 
 
 def _step(unet: UNetModel, side: int) -> Callable[[], Tensor]:
-    dtype, width = unet.dtype, _context_width(unet)
+    dtype, width = unet.dtype, context_width(unet)
     x = torch.empty(2, unet.in_channels, side, side, dtype=dtype, device="meta")
     t = torch.full((2,), 500, device="meta")
     context = torch.empty(2, 77, width, dtype=dtype, device="meta")
     return lambda: unet(x, t, context)
-
-
-def _context_width(unet: UNetModel) -> int:
-    blocks = (module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
-    return next(blocks).attn2.to_k.in_features
 
 
 def table(
@@ -145,10 +144,7 @@ def table(
         ]
         lines.append(_line(name, [plain[side] for side in sides], more))
     if find_spec("tomesd") is not None:
-        tops = (
-            m for m in unet.modules() if isinstance(m, SpatialTransformer) and m.downsample == 1
-        )
-        n_merged = sum(len(top.transformer_blocks) for top in tops)
+        n_merged = len(transformer_blocks(unet, downsample=1))
         steps = [_tomesd_step(unet, side) - plain[side][1] for side in sides]
         more = [(step // n_merged, step) for step in steps]
         name = "the tomesd package, ratio 0.5"

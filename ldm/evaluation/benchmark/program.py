@@ -6,7 +6,6 @@ needed. All settings of a table are measured in turn (A B C A B C ...), and medi
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from ldm.cli.flags import DTYPES
 from ldm.cli.lists import at_least, choices, numbers, words
+from ldm.cli.options import check_device, check_writable
 from ldm.cli.parser import Arguments, Parser
 from ldm.cli.tome_flags import parse_flag
 from ldm.config import load_config, load_preset, model_defaults
@@ -74,6 +74,7 @@ GPU_SUITE = [
 ]
 CPU_SIZES = "512"
 GPU_SIZES = "512,768,1024,2048"
+MOST_PIXELS, MOST_ROWS, MOST_ROUNDS = 8192, 1024, 1000
 
 EPILOG = """
 examples:
@@ -166,12 +167,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(args: Arguments, command: str) -> None:
     """Measure, or count, what the arguments say."""
-    at_least(1, args, "rounds")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", args.device):
-        raise InputError(f"--device {args.device}: allowed is auto, cpu, mps, cuda or cuda:NUMBER")
+    at_least(1, args, "rounds", most=MOST_ROUNDS)
+    check_device(args.device)
     models = dict(map(read_model, words(args.models, "--models")))
-    sizes = numbers(args.sizes, "--sizes", SIZE_STEP) if args.sizes != "auto" else None
-    batches = numbers(args.batch, "--batch")
+    sizes = (
+        numbers(args.sizes, "--sizes", SIZE_STEP, most=MOST_PIXELS)
+        if args.sizes != "auto"
+        else None
+    )
+    batches = numbers(args.batch, "--batch", most=MOST_ROWS)
     dtypes = choices(args.dtypes, "--dtypes", DTYPES)
     backends = choices(args.attention, "--attention", BACKENDS)
     settings = read_settings(args.ratios, args.presets)
@@ -190,11 +194,7 @@ def _run(args: Arguments, command: str) -> None:
     if sizes is None:
         sizes = numbers(CPU_SIZES if device.type == "cpu" else GPU_SIZES, "--sizes")
     types = {str(choose_dtype(name, device)).removeprefix("torch."): None for name in dtypes}
-    outdir = Path(args.outdir)
-    try:
-        outdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--outdir {outdir}: cannot write there ({error.strerror})") from None
+    check_writable(args.outdir)
 
     from ldm.evaluation.benchmark.suite import Scope, measure
 
@@ -212,7 +212,7 @@ def _run(args: Arguments, command: str) -> None:
         has_peers=not args.no_peers,
         has_upstream=args.upstream,
     )
-    measure(scope, device, outdir, command)
+    measure(scope, device, Path(args.outdir), command)
 
 
 def read_model(name: str) -> tuple[str, dict[str, Any]]:

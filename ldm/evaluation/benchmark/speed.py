@@ -18,7 +18,7 @@ from ldm.evaluation.benchmark.breakdown import PARTS, breakdown, synchronize
 from ldm.evaluation.benchmark.memory import peak_memory
 from ldm.evaluation.benchmark.oracle import oracle
 from ldm.evaluation.benchmark.peers import diffusers_step
-from ldm.evaluation.benchmark.unets import UNets
+from ldm.evaluation.benchmark.unets import UNets, context_width
 from ldm.models.diffusion.captures import Captures
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -138,7 +138,7 @@ def contenders(
         return torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
 
     x = noise(case.batch, unets.ours.in_channels, latent_size, latent_size)
-    context = noise(case.batch, CONTEXT_LENGTH, _context_channels(unets.ours))
+    context = noise(case.batch, CONTEXT_LENGTH, context_width(unets.ours))
     once = _timesteps(ToMeConfig(), x)
 
     def ours(name: str, kind: str, config: ToMeConfig, unet: UNetModel = unets.ours) -> Contender:
@@ -264,12 +264,6 @@ def _timesteps(config: ToMeConfig, x: Tensor) -> list[Tensor]:
     n_calls = max(config.reuse_steps, 10 if has_schedule else 1)
     progress = [(i + 0.5) / n_calls for i in range(n_calls)]
     return [torch.full((len(x),), N_TIMESTEPS * (1 - p), device=x.device) for p in progress]
-
-
-def _context_channels(unet: UNetModel) -> int:
-    """Channels of the text embedding that a U-Net takes."""
-    names = (name for name, _ in unet.named_parameters() if name.endswith("attn2.to_k.weight"))
-    return unet.get_parameter(next(names)).shape[1]
 
 
 @contextmanager

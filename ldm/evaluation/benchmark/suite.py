@@ -107,6 +107,7 @@ def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> N
         "machine": machine(device),
         "versions": versions(),
     }
+    outdir.mkdir(parents=True, exist_ok=True)
     _say_what_disturbs(scope, about["machine"])
     rows: list[Row] = []
     peers = installed() if scope.has_peers else []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ldm.device import memory_format
-from ldm.modules.attention import compile_blocks, set_attention_backend
+from ldm.modules.attention import SpatialTransformer, compile_blocks, set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import get_obj_from_str
 
@@ -62,6 +62,18 @@ def compiled_unet(config: Mapping[str, Any], unet: UNetModel) -> UNetModel:
     twin.load_state_dict(unet.state_dict(), assign=True)
     compile_blocks(twin)
     return twin
+
+
+def context_width(unet: UNetModel) -> int:
+    """Channels of the text embedding that a U-Net takes."""
+    return next(cross.attn2.to_k.in_features for cross in transformer_blocks(unet))
+
+
+def transformer_blocks(unet: UNetModel, downsample: int | None = None) -> list[Any]:
+    """The transformer blocks in their order; all, or those where latents are so much smaller."""
+    tops = (m for m in unet.modules() if isinstance(m, SpatialTransformer))
+    chosen = (top for top in tops if downsample in (None, top.downsample))
+    return [block for top in chosen for block in top.transformer_blocks]
 
 
 def unet_without_weights(config: Mapping[str, Any]) -> UNetModel:

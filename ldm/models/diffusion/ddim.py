@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ldm.models.diffusion.guidance import Denoiser
-from ldm.models.diffusion.sampler import Blend, Draw, Sampler, Steps
+from ldm.models.diffusion.sampler import Run, Sampler, Steps
 from ldm.models.diffusion.schedule import StepCoefficients
 
 
@@ -59,20 +58,12 @@ class DDIMSampler(Sampler):
     name = "DDIM Sampler"
     fixed_eta = None
 
-    def iterate(
-        self,
-        denoise: Denoiser,
-        x: Tensor,
-        steps: Sequence[StepCoefficients],
-        draw: Draw,
-        blend: Blend,
-        quantize: Callable[[Tensor], Tensor] | None,
-    ) -> Steps:
+    def iterate(self, x: Tensor, steps: Sequence[StepCoefficients], run: Run) -> Steps:
         """See Sampler.iterate."""
         for c in steps:
-            x = blend(x, c)
-            eps = denoise(x, c.t, c.alpha_bar)
-            x, x0 = ddim_step(x, eps, c, draw(c.sigma), quantize)
+            x = run.blend(x, c)
+            eps = run.noise_in(x, c)
+            x, x0 = ddim_step(x, eps, c, run.draw(c.sigma), run.quantize)
             yield x, x0
 
     def _upstream_levels(self, steps: list[StepCoefficients]) -> list[float]:

@@ -218,11 +218,6 @@ class LatentDiffusion(nn.Module):
             buffers["logvar"] = torch.full((self.num_timesteps,), self.logvar_init, device="cpu")
         return buffers
 
-    def reset_schedule(self, device: torch.device | str = "cpu") -> None:
-        """Compute the schedule's buffers anew, on a device."""
-        for name, buffer in self._schedule().items():
-            setattr(self, name, buffer.to(device))
-
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise.
 

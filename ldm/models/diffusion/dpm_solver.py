@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from ldm.models.diffusion.guidance import Denoiser
-from ldm.models.diffusion.sampler import Blend, Draw, Sampler, Steps
+from ldm.models.diffusion.sampler import Run, Sampler, Steps
 from ldm.models.diffusion.schedule import (
     StepCoefficients,
     dpm_coefficients,
@@ -64,22 +63,12 @@ class DPMSolverSampler(Sampler):
     def _original_steps(self) -> list[StepCoefficients]:
         return self._choose_steps(self.model.num_timesteps, "uniform")
 
-    def iterate(
-        self,
-        denoise: Denoiser,
-        x: Tensor,
-        steps: Sequence[StepCoefficients],
-        draw: Draw,
-        blend: Blend,
-        quantize: Callable[[Tensor], Tensor] | None,
-    ) -> Steps:
+    def iterate(self, x: Tensor, steps: Sequence[StepCoefficients], run: Run) -> Steps:
         """See Sampler.iterate."""
         last: tuple[float, Tensor] | None = None  # lambda and predicted x_0 of the step before
         for i, c in enumerate(steps):
-            x = blend(x, c)
-            x0 = (x - c.noise * denoise(x, c.t, c.alpha_bar)) / c.signal
-            if quantize is not None:
-                x0 = quantize(x0)
+            x = run.blend(x, c)
+            x0 = run.predicted(x, c)
             now, after = half_log_snr(c.alpha_bar), half_log_snr(c.alpha_bar_prev)
             is_last_of_few = i == len(steps) - 1 and len(steps) < FEW_STEPS
             slope = None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from ldm.models.diffusion.euler import SigmaSampler
-from ldm.models.diffusion.guidance import Denoiser
-from ldm.models.diffusion.sampler import Blend, Draw, Steps
+from ldm.models.diffusion.sampler import Run, Steps
 from ldm.models.diffusion.schedule import StepCoefficients, time_of
 
 
@@ -30,29 +29,21 @@ class DPMppSDESampler(SigmaSampler):
 
     name = "DPM++ SDE"
 
-    def iterate(
-        self,
-        denoise: Denoiser,
-        x: Tensor,
-        steps: Sequence[StepCoefficients],
-        draw: Draw,
-        blend: Blend,
-        quantize: Callable[[Tensor], Tensor] | None,
-    ) -> Steps:
+    def iterate(self, x: Tensor, steps: Sequence[StepCoefficients], run: Run) -> Steps:
         """See Sampler.iterate."""
 
         def predicted(y: Tensor, sigma: float, t: float) -> Tensor:
             """x_0 from y = x / sqrt(alpha_bar)."""
             alpha_bar = 1 / (1 + sigma**2)
-            x0 = y - sigma * denoise(y * alpha_bar**0.5, t, alpha_bar)
-            return x0 if quantize is None else quantize(x0)
+            x0 = y - sigma * run.denoise(y * alpha_bar**0.5, t, alpha_bar)
+            return x0 if run.quantize is None else run.quantize(x0)
 
         def towards(y: Tensor, x0: Tensor, sigma: float, end: float) -> Tensor:
             """The exact solution from sigma to another level, were x_0 constant."""
             return end / sigma * y + (1 - end / sigma) * x0
 
         for c in steps:
-            y = blend(x, c) / c.signal
+            y = run.blend(x, c) / c.signal
             sigma = c.noise / c.signal
             x0 = predicted(y, sigma, c.t)
             if c.alpha_bar_prev == 1:
@@ -60,7 +51,7 @@ class DPMppSDESampler(SigmaSampler):
             else:
                 end = math.sqrt((1 - c.alpha_bar_prev) / c.alpha_bar_prev)
                 middle = math.sqrt(sigma * end)
-                first, second = draw(1.0), draw(1.0)
+                first, second = run.draw(1.0), run.draw(1.0)
                 assert first is not None
                 assert second is not None
                 whole = (sigma - middle) ** 0.5 * first + (middle - end) ** 0.5 * second

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from ldm.models.diffusion.ddim import ddim_step
-from ldm.models.diffusion.guidance import Denoiser
-from ldm.models.diffusion.sampler import Blend, Draw, Sampler, Steps
+from ldm.models.diffusion.sampler import Run, Sampler, Steps
 from ldm.models.diffusion.schedule import StepCoefficients, sigma_coefficients
 
 
@@ -36,21 +35,13 @@ class EulerSampler(SigmaSampler):
 
     name = "Euler"
 
-    def iterate(
-        self,
-        denoise: Denoiser,
-        x: Tensor,
-        steps: Sequence[StepCoefficients],
-        draw: Draw,
-        blend: Blend,
-        quantize: Callable[[Tensor], Tensor] | None,
-    ) -> Steps:
+    def iterate(self, x: Tensor, steps: Sequence[StepCoefficients], run: Run) -> Steps:
         """See Sampler.iterate."""
         for c in steps:
-            x = blend(x, c)
-            eps = denoise(x, c.t, c.alpha_bar)
-            noise = draw(c.sigma) if c.sigma > 0 else None
-            x, x0 = ddim_step(x, eps, c, noise, quantize)
+            x = run.blend(x, c)
+            eps = run.noise_in(x, c)
+            noise = run.draw(c.sigma) if c.sigma > 0 else None
+            x, x0 = ddim_step(x, eps, c, noise, run.quantize)
             yield x, x0
 
 

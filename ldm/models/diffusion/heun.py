@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 
 from torch import Tensor
 
 from ldm.models.diffusion.ddim import ddim_step
 from ldm.models.diffusion.euler import SigmaSampler
-from ldm.models.diffusion.guidance import Denoiser
-from ldm.models.diffusion.sampler import Blend, Draw, Steps
+from ldm.models.diffusion.sampler import Run, Steps
 from ldm.models.diffusion.schedule import StepCoefficients
 
 
@@ -22,21 +21,13 @@ class HeunSampler(SigmaSampler):
 
     name = "Heun"
 
-    def iterate(
-        self,
-        denoise: Denoiser,
-        x: Tensor,
-        steps: Sequence[StepCoefficients],
-        draw: Draw,
-        blend: Blend,
-        quantize: Callable[[Tensor], Tensor] | None,
-    ) -> Steps:
+    def iterate(self, x: Tensor, steps: Sequence[StepCoefficients], run: Run) -> Steps:
         """See Sampler.iterate."""
         for c, after in zip_longest(steps, steps[1:]):
-            x = blend(x, c)
-            eps = denoise(x, c.t, c.alpha_bar)
+            x = run.blend(x, c)
+            eps = run.noise_in(x, c)
             if after is not None:
-                end, _ = ddim_step(x, eps, c, None, quantize)
-                eps = (eps + denoise(end, after.t, after.alpha_bar)) / 2
-            x, x0 = ddim_step(x, eps, c, None, quantize)
+                end, _ = ddim_step(x, eps, c, None, run.quantize)
+                eps = (eps + run.noise_in(end, after)) / 2
+            x, x0 = ddim_step(x, eps, c, None, run.quantize)
             yield x, x0

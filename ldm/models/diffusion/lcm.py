@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from ldm.models.diffusion.euler import SigmaSampler
-from ldm.models.diffusion.guidance import Denoiser
-from ldm.models.diffusion.sampler import Blend, Draw, Steps
+from ldm.models.diffusion.sampler import Run, Steps
 from ldm.models.diffusion.schedule import StepCoefficients
 
 
@@ -23,23 +22,13 @@ class LCMSampler(SigmaSampler):
 
     name = "LCM"
 
-    def iterate(
-        self,
-        denoise: Denoiser,
-        x: Tensor,
-        steps: Sequence[StepCoefficients],
-        draw: Draw,
-        blend: Blend,
-        quantize: Callable[[Tensor], Tensor] | None,
-    ) -> Steps:
+    def iterate(self, x: Tensor, steps: Sequence[StepCoefficients], run: Run) -> Steps:
         """See Sampler.iterate."""
         for c in steps:
-            x = blend(x, c)
-            x0 = (x - c.noise * denoise(x, c.t, c.alpha_bar)) / c.signal
-            if quantize is not None:
-                x0 = quantize(x0)
+            x = run.blend(x, c)
+            x0 = run.predicted(x, c)
             x = c.signal_prev * x0
-            fresh = draw((1 - c.alpha_bar_prev) ** 0.5) if c.alpha_bar_prev < 1 else None
+            fresh = run.draw((1 - c.alpha_bar_prev) ** 0.5) if c.alpha_bar_prev < 1 else None
             if fresh is not None:
                 x = x + (1 - c.alpha_bar_prev) ** 0.5 * fresh
             yield x, x0

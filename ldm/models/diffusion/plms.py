@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from ldm.models.diffusion.ddim import ddim_step
-from ldm.models.diffusion.guidance import Denoiser
-from ldm.models.diffusion.sampler import Blend, Draw, Sampler, Steps
+from ldm.models.diffusion.sampler import Run, Sampler, Steps
 from ldm.models.diffusion.schedule import StepCoefficients
 
 # Adams-Bashforth weights of the newest prediction, the one before, ...; by length of the history.
@@ -31,30 +30,22 @@ class PLMSSampler(Sampler):
 
     name = "PLMS Sampler"
 
-    def iterate(
-        self,
-        denoise: Denoiser,
-        x: Tensor,
-        steps: Sequence[StepCoefficients],
-        draw: Draw,
-        blend: Blend,
-        quantize: Callable[[Tensor], Tensor] | None,
-    ) -> Steps:
+    def iterate(self, x: Tensor, steps: Sequence[StepCoefficients], run: Run) -> Steps:
         """See Sampler.iterate."""
         history: list[Tensor] = []  # newest first
         for i, c in enumerate(steps):
-            x = blend(x, c)
-            eps = denoise(x, c.t, c.alpha_bar)
+            x = run.blend(x, c)
+            eps = run.noise_in(x, c)
             history = [eps, *history[:3]]
             if i == 0:
                 end = steps[min(1, len(steps) - 1)]
-                x_end, _ = ddim_step(x, eps, c, draw(c.sigma), quantize)
-                combined = (eps + denoise(x_end, end.t, end.alpha_bar)) / 2
+                x_end, _ = ddim_step(x, eps, c, run.draw(c.sigma), run.quantize)
+                combined = (eps + run.noise_in(x_end, end)) / 2
             else:
                 weights = ADAMS_BASHFORTH[len(history)]
                 combined = sum(
                     (w * e for w, e in zip(weights[1:], history[1:], strict=True)),
                     start=weights[0] * eps,
                 )
-            x, x0 = ddim_step(x, combined, c, draw(c.sigma), quantize)
+            x, x0 = ddim_step(x, combined, c, run.draw(c.sigma), run.quantize)
             yield x, x0

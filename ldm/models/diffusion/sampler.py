@@ -7,6 +7,7 @@ yields the latents after each step. ``Sampler`` is the shell that callers know.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -44,6 +45,32 @@ Steps: TypeAlias = Iterator[tuple[Tensor, Tensor]]
 """(latents after the step, predicted x_0), once for each step."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a sampler's steps take.
+
+    Attributes:
+        denoise: predicts the noise in latents.
+        draw: fresh noise; asked as often as upstream asks.
+        blend: applied to the latents before each step.
+        quantize: applied to predictions of x_0, or None.
+    """
+
+    denoise: Denoiser
+    draw: Draw
+    blend: Blend
+    quantize: Callable[[Tensor], Tensor] | None = None
+
+    def noise_in(self, x: Tensor, c: StepCoefficients) -> Tensor:
+        """The predicted noise at the start of a step, (B, C, h, w)."""
+        return self.denoise(x, c.t, c.alpha_bar)
+
+    def predicted(self, x: Tensor, c: StepCoefficients) -> Tensor:
+        """The predicted x_0 there, likewise."""
+        x0 = (x - c.noise * self.noise_in(x, c)) / c.signal
+        return x0 if self.quantize is None else self.quantize(x0)
+
+
 class Sampler:
     """Base of the samplers: upstream's interface around ``iterate``.
 
@@ -74,24 +101,13 @@ class Sampler:
         self.eta = self.fixed_eta or 0.0
         self.encodes_as_upstream = True
 
-    def iterate(
-        self,
-        denoise: Denoiser,
-        x: Tensor,
-        steps: Sequence[StepCoefficients],
-        draw: Draw,
-        blend: Blend,
-        quantize: Callable[[Tensor], Tensor] | None,
-    ) -> Steps:
+    def iterate(self, x: Tensor, steps: Sequence[StepCoefficients], run: Run) -> Steps:
         """Take the steps, which come from the highest t to the lowest.
 
         Args:
-            denoise: predicts the noise in latents.
             x: noisy latents at the first step's alpha_bar, (B, C, h, w).
             steps: at least one.
-            draw: fresh noise; asked as often as upstream asks.
-            blend: applied to the latents before each step.
-            quantize: applied to predictions of x_0, or None.
+            run: what it takes.
         """
         raise NotImplementedError
 
@@ -362,7 +378,7 @@ class Sampler:
         quantize = _quantizer(self.model) if quantize_x0 else None
         descending = steps[::-1]
         kept: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
-        iteration = self.iterate(denoise, x, descending, draw, blend, quantize)
+        iteration = self.iterate(x, descending, Run(denoise, draw, blend, quantize))
         progress = tqdm(iteration, desc=self.name, total=len(steps), disable=not verbose)
         with sampling_run(self.model, is_guided):
             for i, (x, predicted) in enumerate(progress):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from ldm.models.diffusion.dpm_solver import half_log_snr
 from ldm.models.diffusion.euler import SigmaSampler
-from ldm.models.diffusion.guidance import Denoiser
-from ldm.models.diffusion.sampler import Blend, Draw, Steps
+from ldm.models.diffusion.sampler import Run, Steps
 from ldm.models.diffusion.schedule import StepCoefficients
 
 
@@ -58,26 +57,16 @@ class UniPCSampler(SigmaSampler):
     name = "UniPC"
     redraws_mask_noise = False  # or the extrapolation would see it
 
-    def iterate(
-        self,
-        denoise: Denoiser,
-        x: Tensor,
-        steps: Sequence[StepCoefficients],
-        draw: Draw,
-        blend: Blend,
-        quantize: Callable[[Tensor], Tensor] | None,
-    ) -> Steps:
+    def iterate(self, x: Tensor, steps: Sequence[StepCoefficients], run: Run) -> Steps:
         """See Sampler.iterate."""
         history: list[tuple[float, Tensor]] = []  # lambda and x_0 of the last two steps
         start = x
         for i, c in enumerate(steps):
-            x = blend(x, c)
-            x0 = (x - c.noise * denoise(x, c.t, c.alpha_bar)) / c.signal
-            if quantize is not None:
-                x0 = quantize(x0)
+            x = run.blend(x, c)
+            x0 = run.predicted(x, c)
             if i > 0:
                 older = history[-2] if len(history) > 1 else None
-                x = blend(unipc_step(start, history[-1][1], steps[i - 1], older, x0), c)
+                x = run.blend(unipc_step(start, history[-1][1], steps[i - 1], older, x0), c)
             start = x
             is_last = c.alpha_bar_prev == 1
             x = unipc_step(x, x0, c, None if is_last or not history else history[-1])

@@ -345,12 +345,10 @@ def test_any_number_of_steps_works(sampler_class, n_steps):
     assert torch.isfinite(latents).all()
 
 
-def test_impossible_step_counts_are_refused_in_one_line():
-    with pytest.raises(InputError, match="1001 sampling steps"):
-        run(DDIMSampler, GaussianModel(), 1001)
-    for sampler_class in SAMPLERS:
-        with pytest.raises(InputError, match="0 sampling steps"):
-            run(sampler_class, GaussianModel(), 0)
+@every_sampler
+def test_impossible_step_counts_are_refused_in_one_line(sampler_class):
+    with pytest.raises(InputError, match="0 sampling steps"):
+        run(sampler_class, GaussianModel(), 0)
 
 
 @every_sampler

