@@ -11,8 +11,10 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from ldm.addons import embeddings_in, find_addons, taken_loras, usable_tags
 from ldm.config import load_preset
 from ldm.errors import InputError, shown
 from ldm.modules.tome.config import KEYS, ToMeConfig, overlay
@@ -46,6 +48,15 @@ class Found:
     settings: dict[str, Any] = field(default_factory=dict)
     tome: dict[str, Any] | Literal[False] | None = None
     left_out: list[str] = field(default_factory=list)
+
+    def without_missing_loras(self) -> Found:
+        """This, with only those LoRAs in the prompt that are here; the others are left out."""
+        prompt = self.settings.get("prompt")
+        if not isinstance(prompt, str):
+            return self
+        prompt, missing = usable_tags(prompt)
+        settings, left_out = {**self.settings, "prompt": prompt}, [*self.left_out, *missing]
+        return dataclasses.replace(self, settings=settings, left_out=left_out)
 
 
 def understood(texts: Mapping[str, str], where: str) -> Found:
@@ -83,11 +94,7 @@ def _own(about: Mapping[str, Any]) -> Found:
     model = about.get("model")
     if isinstance(model, Mapping):
         found.left_out.append(f"its model, {shown(model.get('name'))} (--ckpt)")
-    for what, flag in (("loras", "--lora"), ("embeddings", "--embedding")):
-        entries = about.get(what)
-        for one in entries if isinstance(entries, list) else ():
-            name = one.get("name") if isinstance(one, Mapping) else one
-            found.left_out.append(f"{shown(name)} ({flag})")
+    _restore_addons(found, about)
     wanted = about.get("tome")
     if isinstance(wanted, Mapping):
         keys = tome_keys(wanted)
@@ -97,6 +104,31 @@ def _own(about: Mapping[str, Any]) -> Found:
                 "its Token Merging settings, which are damaged or of another version"
             )
     return found
+
+
+def _restore_addons(found: Found, about: Mapping[str, Any]) -> None:
+    """Name in the prompt what was added to the model, where ``models/`` has that file.
+
+    Without a tag of its own a LoRA was added by a flag, and now gets one.
+    """
+    prompt = str(found.settings.get("prompt", ""))
+    said = usable_tags(prompt)[0] if len(prompt) <= MAX_CHARACTERS else ""
+    tagged = {Path(name).name for name, _ in taken_loras(said)[1]}
+    loras = {path.stem: name for name, path in reversed(find_addons("lora").items())}
+    words = embeddings_in([prompt, str(about.get("negative_prompt", ""))])
+    for what, flag in (("loras", "--lora"), ("embeddings", "--embedding")):
+        entries = about.get(what)
+        for one in entries if isinstance(entries, list) else ():
+            name = one.get("name") if isinstance(one, Mapping) else one
+            weight = one.get("weight", 1) if isinstance(one, Mapping) else 1
+            if not isinstance(name, str) or not isinstance(weight, int | float):
+                found.left_out.append(f"{shown(name)} ({flag})")
+            elif what == "loras" and name in loras and name not in tagged:
+                prompt += f"<lora:{loras[name]}:{weight:g}>"
+            elif name not in (tagged if what == "loras" else words):
+                found.left_out.append(f"{shown(name)} ({flag})")
+    if isinstance(found.settings.get("prompt"), str):
+        found.settings["prompt"] = prompt
 
 
 def tome_keys(wanted: Mapping[str, Any]) -> dict[str, Any] | None:

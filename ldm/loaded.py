@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 
 from ldm import images
+from ldm.addons import Tags, embeddings_in, lora_files, taken_loras
 from ldm.checkpoint.controlnet import load_controlnet
 from ldm.checkpoint.embedding import Embedding, EmbeddingFile, read_embeddings
 from ldm.checkpoint.hashes import model_hash, named
@@ -26,7 +29,7 @@ from ldm.checkpoint.lora import Lora, WeightChanges, read_lora
 from ldm.config import TomeKeys, model_tome
 from ldm.control import Control
 from ldm.device import choose_device, choose_dtype
-from ldm.errors import memory_advice
+from ldm.errors import InputError, memory_advice
 from ldm.images import Pixels
 from ldm.models.diffusion.captures import check_way, compile_model
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -41,8 +44,49 @@ ModelT = TypeVar("ModelT", bound="LoadedModel")
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class Added:
+    """What is added to a model's weights, words and layout. A run keeps what it began with.
+
+    Attributes:
+        loras: in the weights.
+        embeddings: words with vectors of their own.
+        control: a ControlNet.
+        notes: what pictures remember of these, by kind.
+    """
+
+    loras: tuple[Lora, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
+    control: Control | None = None
+    notes: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def changed(self, what: str, files: list[dict[str, Any]], **changes: Any) -> Added:
+        """This, but for one kind, whose files are to be noted."""
+        notes = {kind: noted for kind, noted in self.notes.items() if kind != what}
+        return dataclasses.replace(self, notes=notes | ({what: files} if files else {}), **changes)
+
+    def with_loras(self, loras: Sequence[Lora]) -> Added:
+        """This, with other LoRAs."""
+        files = [{**named(one.path), "weight": one.weight} for one in loras]
+        return self.changed("loras", files, loras=tuple(loras))
+
+    def with_embeddings(self, embeddings: Sequence[Embedding]) -> Added:
+        """This, with other embeddings."""
+        files = dict.fromkeys(one.path for one in embeddings)
+        noted = [named(path) for path in files]
+        return self.changed("embeddings", noted, embeddings=tuple(embeddings))
+
+    def with_control(self, control: Control | None, path: str | Path | None) -> Added:
+        """This, with another ControlNet."""
+        files = [] if control is None or path is None else [named(Path(path))]
+        return self.changed("controlnets", files, control=control)
+
+
 class LoadedModel:
     """A model, and what is added to it: merging, LoRAs, embeddings, a ControlNet.
+
+    What is added holds for runs that begin from then on: a run that another thread has begun goes
+    on with what it began with. So the model's weights may, between two pictures, be another run's.
 
     Args:
         model: on its device, in its type, in evaluation mode.
@@ -69,9 +113,10 @@ class LoadedModel:
         self._tome: tuple[TomeKeys, ToMeConfig] | None = None  # the last that was settled
         self._hash = model_hash(info.path)
         self._weights = WeightChanges(model)
-        self._added: dict[str, list[dict[str, Any]]] = {}  # noted in the pictures, likewise
+        self._added = Added()  # what the next run begins with
+        self._applied = Added()  # what is in the weights now
+        self._tagged: dict[Any, Lora] = {}  # what the prompts of the last run named
         self._lock = threading.RLock()
-        self._control: Control | None = None
 
     @classmethod
     def from_checkpoint(
@@ -89,6 +134,7 @@ class LoadedModel:
         vae: str | Path | None = None,
         compile: str = "auto",
         control: Mapping[str, Any] | None = None,
+        prompts: Iterable[str] = (),
     ) -> ModelT:
         """Load a checkpoint.
 
@@ -108,6 +154,7 @@ class LoadedModel:
                 beside it as NAME.vae.safetensors (.pt, .ckpt), if there is one.
             compile: auto, no, blocks or graph; see `ldm.models.diffusion.captures.compile_model`.
             control: arguments of set_control.
+            prompts: that will be drawn; the LoRAs that they name are looked at before loading.
 
         Raises:
             InputError: something of this cannot be had; the message says what to do.
@@ -121,7 +168,10 @@ class LoadedModel:
         info = inspect_checkpoint(path, config, parameterization, ema, vae)
         merging = model_tome(info.config, tome)
         # These are looked at before loading, which takes a while.
-        shapes = stored_shapes(path) if loras or embeddings else {}
+        tags = {tag for prompt in prompts for tag in taken_loras(prompt)[1]}
+        shapes = stored_shapes(path) if loras or embeddings or tags else {}
+        for file, weight in lora_files(tuple(tags)):
+            read_lora(file, weight, shapes)
         changes = [read_lora(file, weight, shapes) for file, weight in loras]
         vectors = read_embeddings(embeddings, shapes)
         guide = None if control is None else _read_control(info, kind, where, **control)
@@ -134,12 +184,10 @@ class LoadedModel:
         compile_model(model, compile, where)
         pipeline = cls(model, info, attention, ema)
         pipeline._tome = tome, merging
-        if changes:
-            pipeline._use_loras(changes)
-        if vectors:
-            pipeline._use_embeddings(vectors)
+        added = Added().with_loras(changes).with_embeddings(vectors)
         if guide is not None and control is not None:
-            pipeline._use_control(guide, control["net"])
+            added = added.with_control(guide, control["net"])
+        pipeline._use(added)
         return pipeline
 
     def set_tome(self, tome: ToMeConfig | TomeKeys) -> None:
@@ -179,7 +227,9 @@ class LoadedModel:
             InputError: a file cannot be used with this model; nothing has changed then.
         """
         shapes = self._shapes()
-        self._use_loras([read_lora(file, weight, shapes) for file, weight in loras])
+        self._use(
+            self._added.with_loras([read_lora(file, weight, shapes) for file, weight in loras])
+        )
 
     def set_embeddings(self, embeddings: Sequence[EmbeddingFile]) -> None:
         """Let words in prompts stand for the vectors of files, instead of those set before.
@@ -190,7 +240,7 @@ class LoadedModel:
         Raises:
             InputError: a file cannot be used with this model; nothing has changed then.
         """
-        self._use_embeddings(read_embeddings(embeddings, self._shapes()))
+        self._use(self._added.with_embeddings(read_embeddings(embeddings, self._shapes())))
 
     def set_control(
         self,
@@ -216,36 +266,78 @@ class LoadedModel:
             made = _read_control(
                 self.info, weight.dtype, weight.device, net, picture, strength, finds_edges
             )
-        self._use_control(made, net)
+        self._use(self._added.with_control(made, net))
 
-    def _use_control(self, control: Control | None, path: str | Path | None) -> None:
-        if control is not None:
-            set_attention_backend(control.net, self.attention)
+    def _use(self, added: Added) -> None:
+        """Let runs from now on begin with this."""
         with self._lock:
-            self._control = control
-            files = [] if control is None or path is None else [named(Path(path))]
-            self._note("controlnets", files)
+            before = self._added
+            self._apply(added)
+            self._added = added
+        if added.loras is not before.loras:
+            for lora in added.loras:
+                logger.info("%s", lora.summary())
+        if added.embeddings is not before.embeddings:
+            for embedding in added.embeddings:
+                logger.info("%s", embedding.summary())
 
-    def _use_loras(self, loras: Sequence[Lora]) -> None:
-        with self._lock:
-            self._weights.set(loras)
-            self._note("loras", [{**named(one.path), "weight": one.weight} for one in loras])
-        for one in loras:
-            logger.info("%s", one.summary())
+    def _apply(self, added: Added) -> None:
+        """Have this in the weights, instead of what is there; called by who has the model.
 
-    def _use_embeddings(self, embeddings: list[Embedding]) -> None:
-        words = {word: one.vectors for one in embeddings for word in one.words}
-        with self._lock:
+        Raises:
+            InputError: weights would be no finite numbers; there are no LoRAs in them then.
+        """
+        before = self._applied
+        if [*map(id, added.loras)] != [*map(id, before.loras)]:
+            self._applied = before.with_loras(())  # should this fail
+            self._weights.set(added.loras)
+        if added.embeddings is not before.embeddings:
+            words = {word: one.vectors for one in added.embeddings for word in one.words}
             self.model.cond_stage_model.set_words(words)
-            files = dict.fromkeys(one.path for one in embeddings)
-            self._note("embeddings", [named(path) for path in files])
-        for one in embeddings:
-            logger.info("%s", one.summary())
+        if added.control is not None and added.control is not before.control:
+            set_attention_backend(added.control.net, self.attention)
+        self._applied = added
 
-    def _note(self, what: str, files: list[dict[str, Any]]) -> None:
-        self._added.pop(what, None)
-        if files:
-            self._added[what] = files
+    def _named_by(self, prompts: Sequence[str], negative: str) -> dict[Tags, Added]:
+        """What the tags of each prompt come to, over what is added already.
+
+        The files are looked at; the words of ``models/embeddings`` in any of the texts belong to
+        all.
+
+        Raises:
+            InputError: there is no LoRA of a name, or it cannot be used with this model.
+        """
+        base = self._with_words(self._added, [*prompts, negative])
+        tagged = dict.fromkeys(taken_loras(prompt)[1] for prompt in prompts)
+        shapes = self._shapes() if any(tagged) else {}
+        read: dict[tuple[str, float], Lora] = {}
+        known, self._tagged = self._tagged, {}
+        for tag in dict.fromkeys(tag for tags in tagged for tag in tags):
+            path, weight = lora_files((tag,))[0]
+            key = path, path.stat().st_mtime_ns, weight
+            if key not in known:
+                known[key] = read_lora(path, weight, shapes)
+                logger.info("%s", known[key].summary())
+            read[tag] = self._tagged[key] = known[key]
+        return {
+            tags: base.with_loras([*base.loras, *(read[tag] for tag in tags)]) if tags else base
+            for tags in tagged
+        }
+
+    def _with_words(self, added: Added, texts: Sequence[str]) -> Added:
+        """Further embeddings, whose names are words of the texts; what does not fit is left out."""
+        own = {word.lower() for one in added.embeddings for word in one.words}
+        found: list[Embedding] = []
+        for word, path in embeddings_in(texts).items():
+            if word.lower() in own:
+                continue
+            try:
+                found += read_embeddings([path], self._shapes())
+            except InputError as error:
+                logger.warning("%s in a prompt is read as words: %s", word, error)
+        for one in found:
+            logger.info("%s", one.summary())
+        return added.with_embeddings([*added.embeddings, *found]) if found else added
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}

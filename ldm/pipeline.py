@@ -10,8 +10,9 @@ for picture in pipeline.txt2img("a red house on snowy hills at dawn", seed=1, n_
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ import numpy as np
 import torch
 
 from ldm import images
+from ldm.addons import Tags, taken_loras
 from ldm.canvas import Canvas, latent_shape, prepare
 from ldm.device import NoiseStream
 from ldm.distributed import ALONE, Process
 from ldm.errors import InputError, NotFinite, memory_advice
 from ldm.images import Mask, Picture, Pixels
-from ldm.loaded import LoadedModel, pixels_of
+from ldm.loaded import Added, LoadedModel, pixels_of
 from ldm.remarks import model_notes, prompt_remarks, report_tome, suspects
 from ldm.sampling import Batch, OnStep, Pass, Texts, decode, draw, enlarge
 from ldm.settings import SIZE_STEP, Settings
@@ -41,8 +43,10 @@ class Pipeline(LoadedModel):
     """A loaded model that draws pictures.
 
     Several threads may use one object: they take turns, batch by batch, and each picture is what it
-    would be without the others. What is set applies to pictures asked for from then on; LoRAs and
-    embeddings also to those that another thread has yet to draw.
+    would be without the others. What is set applies to pictures asked for from then on.
+
+    A prompt names LoRAs of ``models/lora`` by ``<lora:NAME:WEIGHT>``, for itself alone, and
+    embeddings of ``models/embeddings`` by their names; see `ldm.addons`.
 
     What is loaded and added, see LoadedModel.
     """
@@ -103,53 +107,61 @@ class Pipeline(LoadedModel):
                 "from, H and W say how large it is drawn"
             )
         settings = self._settled(settings, init)
-        again = settings.second_pass() if settings.hires_scale > 1 else None
         batches = process.share(settings.batches())
+        named = self._named_by(settings.prompts, settings.negative_prompt)
+        plain = _untagged(settings)
+        if settings.rng == "upstream" and len(named) > 1 and settings.n_samples > 1:
+            raise InputError(
+                "rng upstream is one stream of noise: prompts with different LoRAs need n_samples 1"
+            )
+        again = plain.second_pass() if settings.hires_scale > 1 else None
         known = self.defaults.get("vocabulary")
         vocabulary = word_list(known) if known else None
-        for remark in prompt_remarks(self.model.cond_stage_model, settings, vocabulary):
-            logger.warning("%s", remark)
+        with self._turn(settings, next(iter(named.values()))):
+            for remark in prompt_remarks(self.model.cond_stage_model, plain, vocabulary):
+                logger.warning("%s", remark)
         if init is not None:
             init = images.fit(init, *settings.size)
         if mask is not None:
             mask = images.fit_mask(mask, *settings.size)
         tome = self._merger.config
-        first = Pass(
-            settings, tome, Texts(self.model, settings, tome.context == "trim"), init, mask
-        )
+        first = Pass(plain, tome, Texts(self.model, plain, tome.context == "trim"), init, mask)
         second = None
         if again is not None:
             tome = tome.second_pass
             second = Pass(again, tome, Texts(self.model, again, tome.context == "trim"))
         watch = {"progress": progress, "on_step": on_step}
-        return self._drawn(batches, first, second, notes or {}, watch)
+        pieces = ((named[tags], one) for batch in batches for tags, one in _of_tags(batch))
+        return self._drawn(settings, pieces, first, second, notes or {}, watch)
 
     def _drawn(
         self,
-        batches: Sequence[Batch],
+        settings: Settings,
+        pieces: Iterable[tuple[Added, Batch]],
         first: Pass,
         second: Pass | None,
         notes: Mapping[str, Any],
         watch: Mapping[str, Any],
     ) -> Iterator[Picture]:
-        settings, last = first.settings, second or first
+        last = second or first
         stream: AbstractContextManager[None] = nullcontext()
         if settings.rng == "upstream":  # seeded after loading, so that nothing shifts the stream
             stream = NoiseStream(settings.seed, self.model.device)
-        with self._turn(settings):
+        with self._turn(settings, self._applied):
             if second is not None:
                 second.canvas = prepare(self.model, second.settings)
             with stream:
                 first.canvas = prepare(self.model, settings, first.init, first.mask)
-        for batch in batches:
-            with self._turn(settings), stream:
-                latents = self._latents(first, batch, first.canvas, watch)
+        for added, batch in pieces:
+            untagged = [(taken_loras(prompt)[0], seed) for prompt, seed in batch]
+            with self._turn(settings, added), stream:
+                latents = self._latents(first, untagged, first.canvas, watch)
                 if second is not None:
                     large = enlarge(self.model, second.settings, latents)
                     canvas = dataclasses.replace(second.canvas, known=large)
-                    latents = self._latents(second, batch, canvas, watch)
+                    latents = self._latents(second, untagged, canvas, watch)
             for (prompt, seed), one in zip(batch, latents.split(1), strict=True):
-                with self._turn(settings), stream:
+                with self._turn(settings, added), stream:
                     about = self.about(settings, prompt, seed, first)
                     pixels = last.pixels(decode(self.model, one)[0])
                 yield Picture(pixels, {**about, **notes})
@@ -162,6 +174,7 @@ class Pipeline(LoadedModel):
     ) -> torch.Tensor:
         """Latents of a batch, merged as the pass says; what was merged is counted."""
         merger = self._merger
+        one.texts.added = self._applied
         others = merger.config
         if one.tome is not others:
             merger.configure(one.tome)
@@ -176,20 +189,22 @@ class Pipeline(LoadedModel):
 
     def _guided(self, settings: Settings) -> AbstractContextManager[None]:
         """Let the ControlNet, if there is one, guide what is drawn."""
-        if self._control is None:
+        control = self._applied.control
+        if control is None:
             return nullcontext()
         _, h, w = latent_shape(self.model, settings)
-        return self._control.over(self.model.model.diffusion_model, h, w)
+        return control.over(self.model.model.diffusion_model, h, w)
 
     @contextmanager
-    def _turn(self, settings: Settings) -> Iterator[None]:
-        """Have the model for oneself, and errors that say what to lower."""
+    def _turn(self, settings: Settings, added: Added) -> Iterator[None]:
+        """Have the model, with what is added, for oneself; errors say what to lower."""
         with self._lock, memory_advice():
+            self._apply(added)
             try:
                 yield
             except NotFinite as stage:
                 words = self.model.cond_stage_model.words
-                cause = suspects(settings, self._added.get("loras", ()), words)
+                cause = suspects(settings, added.notes.get("loras", ()), words)
                 raise InputError(
                     f"{stage} of {self.info.path} gives values that are not numbers, in float32 "
                     f"too: {cause}"
@@ -245,5 +260,20 @@ class Pipeline(LoadedModel):
             **model_notes(self.model, self.info, self._hash, self.ema),
             "attention": self.attention,
             "tome": dataclasses.asdict(tome),
-            **self._added,
+            **self._applied.notes,
         }
+
+
+def _untagged(settings: Settings) -> Settings:
+    """The settings without what their prompts say of LoRAs."""
+    assert settings.prompt is not None
+    if isinstance(settings.prompt, str):
+        return dataclasses.replace(settings, prompt=taken_loras(settings.prompt)[0])
+    prompts = tuple(taken_loras(prompt)[0] for prompt in settings.prompt)
+    return dataclasses.replace(settings, prompt=prompts)
+
+
+def _of_tags(batch: Batch) -> Iterator[tuple[Tags, Batch]]:
+    """The parts of a batch whose prompts name the same LoRAs."""
+    for tags, part in itertools.groupby(batch, lambda picture: taken_loras(picture[0])[1]):
+        yield tags, list(part)

@@ -13,12 +13,7 @@ from ldm import __version__
 from ldm.checkpoint.load import CheckpointInfo
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import TextEncoder, truncated_words
-from ldm.modules.encoders.prompts import (
-    parse_emphasis,
-    plain_text,
-    syntax_remarks,
-    take_loras,
-)
+from ldm.modules.encoders.prompts import parse_emphasis, plain_text, syntax_remarks
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import Tally
 from ldm.settings import Settings
@@ -42,8 +37,7 @@ def prompt_remarks(
     own = {part for word in encoder.words for part in unknown_words(word, ())}
     for prompt in dict.fromkeys([*settings.prompts, settings.negative_prompt]):
         yield from syntax_remarks(prompt, settings.long_prompt, settings.emphasis)
-        text, _ = take_loras(prompt)
-        text = plain_text(text) if settings.emphasis else text
+        text = plain_text(prompt) if settings.emphasis else prompt
         cut = truncated_words(text, encoder.max_length, encoder.words)
         if cut and not settings.long_prompt:
             yield (

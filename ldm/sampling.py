@@ -68,7 +68,12 @@ class Texts:
         model: what encodes them.
         settings: all prompts of the run, and how they are read.
         trims: drop the padding after the longest text of the run.
+
+    Attributes:
+        added: what is in the model's weights; texts of other weights are other texts.
     """
+
+    added: object = None
 
     def __init__(self, model: LatentDiffusion, settings: Settings, trims: bool = False) -> None:
         self.model, self.settings, self.trims = model, settings, trims
@@ -76,10 +81,10 @@ class Texts:
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """The context of each prompt, (B, L, width)."""
-        texts = [self._kept(prompt) for prompt in prompts]
+        texts = [self._kept(prompt, self.added) for prompt in prompts]
         if self.settings.long_prompt:  # empty chunks after the shorter ones
             n_chunks = -(-self._longest // self.model.cond_stage_model.max_length)
-            empty = self._kept("")
+            empty = self._kept("", self.added)
             n_missing = [n_chunks - text.shape[1] // empty.shape[1] for text in texts]
             texts = [
                 torch.cat([text, *[empty] * n], dim=1)
@@ -103,7 +108,7 @@ class Texts:
         return longest
 
     @torch.inference_mode()
-    def _read(self, prompt: str) -> Tensor:
+    def _read(self, prompt: str, added: object) -> Tensor:
         """The embedding of a prompt, (1, L, width); a long one's L is a multiple of the model's."""
         encoder, settings = self.model.cond_stage_model, self.settings
 

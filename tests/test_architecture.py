@@ -27,7 +27,7 @@ LAYERS = [
         "ldm.models.diffusion.lcm",
     ],
     ["ldm.models", "ldm.models.diffusion.ddpm", "ldm.data"],
-    ["ldm.config", "ldm.checkpoint"],
+    ["ldm.config", "ldm.checkpoint", "ldm.addons"],
     ["ldm.infotext"],
     ["ldm.cli"],
     ["ldm.training"],

@@ -192,3 +192,31 @@ def test_a_schedule_that_its_sampler_does_not_have_here_is_left_out(tmp_path, ca
     settings = options.settings(args)
     assert (settings.sampler, settings.schedule, settings.steps) == ("ddim", "uniform", 9)
     assert "schedule karras needs one of the samplers" in caplog.text
+
+
+def test_what_was_added_is_named_in_the_prompt_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    for name in ("lora/sub/ink.safetensors", "lora/oil.pt", "embeddings/cat.pt"):
+        path = tmp_path / "models" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    added = [{"name": "ink", "weight": 0.5}, {"name": "oil", "weight": 2}, {"name": "pen"}]
+    about = {
+        "prompt": "a cat<lora:oil:2>",
+        "seed": 3,
+        "loras": [*added, {"name": "oil", "weight": [1]}, 7],
+        "embeddings": [{"name": "cat"}, {"name": "dog"}],
+    }
+    found = understood({"ldm": json.dumps(about)}, "x.png")
+    assert found.settings["prompt"] == "a cat<lora:oil:2><lora:sub/ink:0.5>"
+    named = [f"{name} (--lora)" for name in ("'pen'", "'oil'", "7")]
+    assert found.left_out == [*named, "'dog' (--embedding)"]
+    prompt = "a <lora:pen:1>house <lora:oil:0.5>"
+    path = tmp_path / "x.png"
+    Picture(np.zeros((8, 8, 3), np.uint8), {"prompt": prompt, "seed": 3, "W": 8, "H": 8}).save(path)
+    args = options.parse(txt2img.build_parser(), ["--from_picture", str(path)])
+    assert args.prompt == "a house <lora:oil:0.5>"
+    options.settings(args)
+    lora = ["--lora", str(tmp_path / "models/lora/oil.pt")]
+    args = options.parse(txt2img.build_parser(), ["--from_picture", str(path), *lora])
+    assert args.prompt == "a house "

@@ -544,11 +544,10 @@ def test_emphasis_changes_the_picture_only_where_it_is_asked_for(pipeline):
 
 def test_the_web_uis_syntax_is_understood_or_named(pipeline, caplog):
     options = {"steps": 1, "scale": 1}
-    plain = pixels(pipeline.txt2img("a house", **options))
-    caplog.clear()
-    tagged = pixels(pipeline.txt2img("a house<lora:style:0.8>", **options))
-    assert "<lora:style:0.8> in a prompt is left out" in caplog.text
-    np.testing.assert_array_equal(tagged, plain)
+    with pytest.raises(InputError, match="lora 'style': not in models/lora"):
+        pipeline.txt2img("a house<lora:style:0.8>", **options)
+    pipeline.txt2img("a house", negative_prompt="<lora:style:0.8>", **{**options, "scale": 2})
+    assert "'<lora:style:0.8>' in a prompt is read as words" in caplog.text
     for prompt, emphasis, said in [
         ("a (house:1.2)", False, "'(house:1.2)' in a prompt is read as words"),
         ("a ((house))", False, "--emphasis reads the web UIs' emphasis"),
@@ -629,7 +628,7 @@ def test_a_controlnet_guides_what_is_drawn(pipeline, tiny_checkpoint, controlnet
 
 def test_tokens_are_merged_inside_a_controlnet(pipeline, controlnet):
     pipeline.set_control(*controlnet)
-    net = pipeline._control.net
+    net = pipeline._added.control.net
     unmerged = pixels(pipeline.txt2img("a house", steps=2, reuse_deep=2))
     assert net.tome.saved_work() == 0
     pipeline.set_tome({"ratio": 0.5})
@@ -838,6 +837,80 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_loaded(
         Pipeline.from_checkpoint(tiny_checkpoint, device="cpu", embeddings=[lora])
     with pytest.raises(InputError, match="both stand for 'cat-toy'"):
         pipeline.set_embeddings([embedding, embedding])
+
+
+@pytest.fixture
+def offered(extras, tmp_path, monkeypatch):
+    """The same files, in folders where prompts can name them."""
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("style.safetensors", "lora"), ("cat-toy.pt", "embeddings")):
+        (tmp_path / "models" / folder).mkdir(parents=True)
+        (tmp_path / name).rename(tmp_path / "models" / folder / name)
+    return tmp_path / "models" / "lora" / "style.safetensors"
+
+
+def test_prompts_name_loras_for_themselves_alone(pipeline, offered):
+    before = {name: one.clone() for name, one in pipeline.model.state_dict().items()}
+    prompts = ["a house", "a <lora:style:0.5>house", "a house<lora:style:2>", "a house"]
+    settings = {"seed": 3, "negative_prompt": "a hill", "scale": 3.0}
+    together = pipeline.txt2img(prompts, n_samples=4, **settings)
+    alone = []
+    for i, weight in enumerate((0, 0.5, 2, 0)):
+        pipeline.set_loras([(offered, weight)] if weight else [])
+        alone += pipeline.txt2img("a house", **{**settings, "seed": 3 + i})
+    np.testing.assert_array_equal(pixels(together), pixels(alone))
+    assert [one.settings["prompt"] for one in together] == prompts
+    weights = [[lora["weight"] for lora in one.settings.get("loras", [])] for one in together]
+    assert weights == [[], [0.5], [2.0], []]
+    pipeline.txt2img(prompts[1], steps=1)
+    pipeline.txt2img(prompts[0], steps=1)
+    for name, one in pipeline.model.state_dict().items():
+        assert torch.equal(one, before[name]), name
+    with pytest.raises(InputError, match="prompts with different LoRAs need n_samples 1"):
+        pipeline.txt2img(prompts, n_samples=2, rng="upstream")
+
+
+def test_the_names_of_embeddings_are_words_of_a_prompt(pipeline, offered, caplog):
+    (named,) = pipeline.txt2img("a Cat-Toy", steps=1)
+    assert [one["name"] for one in named.settings["embeddings"]] == ["cat-toy"]
+    (other,) = pipeline.txt2img("a cat-toys", steps=1)
+    assert "embeddings" not in other.settings
+    path = offered.parents[1] / "embeddings" / "cat-toy.pt"
+    pipeline.set_embeddings([path])
+    given = pipeline.txt2img("a cat-toy", steps=1)[0]
+    np.testing.assert_array_equal(given.pixels, named.pixels)
+    pipeline.set_embeddings([])
+    torch.save({"string_to_param": {"*": torch.zeros(2, 7)}}, path)
+    pipeline.txt2img("a cat-toy", steps=1)
+    assert "cat-toy in a prompt is read as words" in caplog.text
+
+
+def test_a_run_goes_on_with_what_it_began_with(pipeline, offered):
+    settings = {"seed": 3, "n_iter": 2}
+    expected = pixels(pipeline.txt2img("a house", **settings))
+    run = pipeline.generate(Settings("a house", **settings))
+    first = next(run)
+    pipeline.set_loras([(offered, 2.0)])
+    changed = pipeline.txt2img("a house", **settings)
+    second = next(run)
+    np.testing.assert_array_equal(pixels([first, second]), expected)
+    assert "loras" not in second.settings
+    assert (pixels(changed) != expected).any()
+    np.testing.assert_array_equal(pixels(pipeline.txt2img("a house", **settings)), pixels(changed))
+
+
+def test_a_lora_that_a_prompt_names_is_looked_at_before_loading(
+    tiny_checkpoint, offered, monkeypatch
+):
+    monkeypatch.setattr("ldm.loaded.load_model", None)
+    for name in ("other", "../lora/style", str(offered)):
+        with pytest.raises(InputError, match="not in models/lora, where there are: style"):
+            Pipeline.from_checkpoint(
+                tiny_checkpoint, device="cpu", prompts=["x", f"<lora:{name}:1>"]
+            )
+    save_file({"x.lora_down.weight": torch.zeros(1)}, offered)
+    with pytest.raises(InputError, match=r"style\.safetensors"):
+        Pipeline.from_checkpoint(tiny_checkpoint, device="cpu", prompts=["<lora:style>"])
 
 
 def test_the_words_of_embeddings_are_known_and_counted(pipeline, extras, caplog, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,4 +23,11 @@ def model_hash(path: Path) -> str:
 
 def named(path: Path) -> dict[str, Any]:
     """A small file's name, and the first 12 digits of its SHA-256."""
-    return {"name": path.stem, "hash": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
+    about = path.stat()
+    return {"name": path.stem, "hash": _digest(path, about.st_mtime_ns, about.st_size)}
+
+
+@lru_cache(64)
+def _digest(path: Path, changed: int, size: int) -> str:
+    """The digits; of a file that was not changed meanwhile, those known."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm.cli import drawing, flags, options
-from ldm.cli.jobs import check_skip, read_jobs
+from ldm.cli.jobs import check_skip, prompts_of, read_jobs
 from ldm.cli.parser import Parser
 from ldm.cli.program import leaving_at_once
 from ldm.cli.tome_flags import add_tome_flags
@@ -53,5 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from ldm.pipeline import Pipeline
 
     drawing.tell_more(args)
-    canvas = drawing.Canvas(Pipeline.from_checkpoint(**model), gallery, args)
+    canvas = drawing.Canvas(
+        Pipeline.from_checkpoint(**model, prompts=prompts_of(jobs)), gallery, args
+    )
     canvas.draw(jobs, init, notes={"init_img": escaped(args.init_img, 1000)})

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from ldm.pipeline import Pipeline
 
     drawing.tell_more(args)
-    pipeline = Pipeline.from_checkpoint(**model)
+    pipeline = Pipeline.from_checkpoint(**model, prompts=settings.prompts)
     if args.indir is None:
         ((init, mask),) = jobs
         canvas = drawing.Canvas(pipeline, gallery, args)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ldm.addons import Tags, lora_files, taken_loras
 from ldm.cli import options
 from ldm.cli.options import MOST_PICTURES
 from ldm.cli.parser import Arguments
@@ -39,23 +41,30 @@ def read_jobs(args: Arguments) -> list[Job]:
     where its line names no seed.
 
     Raises:
-        InputError: a value is out of range, or the file cannot be used; the message has the line.
+        InputError: a value is out of range, a LoRA is not there, or the file cannot be used; the
+            message has the line.
     """
     wishes = options.wishes(args)
     if args.from_file is None:
         options.refuse_repeat(args)
+        lora_files(taken_loras(args.prompt or "")[1])
         return [Job(wishes.settings(), wishes.tome)]
     where = "standard input" if args.from_file == "-" else args.from_file
     lines = options.read_lines(args.from_file, args.repeat)
     runs: list[tuple[int, dict[str, Any], Wishes, list[str]]] = []
+    known: set[Tags] = set()
     for number, line in lines:
         at = f"{where}, line {number}"
         changes = _changes(line, at)
         try:
             own = wishes.changed(changes)
+            prompt = own.given.get("prompt")
+            tags = taken_loras(prompt or "")[1]
+            if tags not in known:
+                lora_files(tags)
+            known.add(tags)
         except InputError as error:
             raise InputError(f"{at}: {error}") from None
-        prompt = own.given.get("prompt")
         if prompt is None:
             raise InputError(f"{at}: there is no prompt in it")
         others = {name: value for name, value in changes.items() if name != "prompt"}
@@ -74,6 +83,11 @@ def read_jobs(args: Arguments) -> list[Job]:
         jobs.append(job)
         seed += job.settings.n_pictures
     return jobs
+
+
+def prompts_of(jobs: Sequence[Job]) -> list[str]:
+    """All prompts of the runs."""
+    return [prompt for job in jobs for prompt in job.settings.prompts]
 
 
 def check_skip(args: Arguments) -> None:

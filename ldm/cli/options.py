@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.addons import lora_files, taken_loras
 from ldm.cli.parser import Arguments, Parser
 from ldm.cli.values import Wishes
 from ldm.config import TomeKeys, find_config
@@ -38,8 +39,13 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> Arguments:
     if getattr(args, "from_picture", None) is None:
         return args
     found = understood(picture_texts(args.from_picture), args.from_picture)
+    found = found.without_missing_loras()
     fields = {field.name for field in dataclasses.fields(Settings)} & vars(args).keys()
     usable, left_out = {}, list(found.left_out)
+    prompt = found.settings.get("prompt")
+    if args.lora and isinstance(prompt, str) and taken_loras(prompt)[1]:
+        found.settings["prompt"] = taken_loras(prompt)[0]
+        left_out.append("the LoRAs that its prompt names: --lora takes their place")
     for name, value in found.settings.items():
         try:
             Wishes(frozenset(fields)).changed({name: value}).check()
@@ -84,14 +90,18 @@ def settings(args: Arguments) -> Settings:
     """The checked settings among a program's arguments.
 
     Raises:
-        InputError: a value is out of range, or there is nothing in the file of prompts.
+        InputError: a value is out of range, a LoRA is not there, or there is nothing in the file
+            of prompts.
     """
     prompts = None
     if getattr(args, "from_file", None) is not None:
         prompts = read_prompts(args.from_file, args.repeat)
     else:
         refuse_repeat(args)
-    return wishes(args).settings(prompts)
+    found = wishes(args).settings(prompts)
+    for tags in {taken_loras(prompt)[1] for prompt in found.prompts}:
+        lora_files(tags)  # which have to be there
+    return found
 
 
 def refuse_repeat(args: Arguments) -> None:

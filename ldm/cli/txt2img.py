@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm.cli import drawing, flags, options
-from ldm.cli.jobs import check_skip, read_jobs
+from ldm.cli.jobs import check_skip, prompts_of, read_jobs
 from ldm.cli.parser import Parser
 from ldm.cli.program import leaving_at_once
 from ldm.cli.prompt_loop import prompt_loop
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     drawing.tell_more(args)
     with process.joined():
-        pipeline = Pipeline.from_checkpoint(**model)
+        pipeline = Pipeline.from_checkpoint(**model, prompts=prompts_of(jobs))
         if process.n_processes > 1 or args.interactive:
             gallery.has_grid = False
         if not args.interactive:

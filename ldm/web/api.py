@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ldm.addons import embedding_words, find_addons
 from ldm.errors import InputError, OutOfMemory, is_out_of_memory
 from ldm.images import (
     picture_texts,
@@ -25,7 +26,6 @@ from ldm.text import check_kind
 from ldm.web.bodies import Options, Order, in_their_words, read_body
 from ldm.web.desk import Desk
 from ldm.web.form import Base
-from ldm.web.models import find_addons
 from ldm.web.pictures import Pictures
 from ldm.web.queue import State
 from ldm.web.task import Draw, DrawJob
@@ -63,7 +63,7 @@ class Api:
             "latent-upscale-modes": lambda: [{"name": WEB_UI_UPSCALERS["latent"]}],
             "loras": lambda: [{"name": name, "alias": name} for name in find_addons("lora")],
             "embeddings": lambda: {
-                "loaded": {name: {} for name in find_addons("embeddings")},
+                "loaded": {word: {} for word in embedding_words()},
                 "skipped": {},
             },
             "sd-vae": lambda: [

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.addons import find_addons, offered
 from ldm.cli.values import Wishes
 from ldm.errors import InputError, shown
 from ldm.settings import SCHEDULES
 from ldm.text import check_kind
-from ldm.web.models import find_addons, offered
 from ldm.web_ui import WEB_UI_SAMPLERS, WEB_UI_SCHEDULES, WEB_UI_UPSCALERS
 
 Body = dict[str, Any]

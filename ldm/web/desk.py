@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections.abc import Sequence
 
 import torch
 
 from ldm import images
+from ldm.addons import lora_files, offered, taken_loras
 from ldm.device import choose_device, choose_dtype
-from ldm.errors import InputError, shown
+from ldm.errors import InputError
 from ldm.images import Mask, Pixels
 from ldm.pipeline import SIZE_LIMIT
 from ldm.settings import SIZE_STEP, Settings
 from ldm.web import limits
-from ldm.web.models import find_addons, offered
 from ldm.web.queue import Job, Queue
 from ldm.web.report import Report
 from ldm.web.runner import Runner
-from ldm.web.task import Addons, Draw, Grid, Task
-
-MOST_WEIGHT = 10.0  # of a LoRA, either way
-_TAG = re.compile(r"<(\w+):([^:<>]*)(?::([^<>]*))?>")
+from ldm.web.task import Draw, Grid, Task
 
 
 class Desk:
@@ -83,7 +78,8 @@ class Desk:
         info = self.runner.info(model)
         self.runner.resolve(model, draw.tome)
         settings = draw.settings
-        prompt, loras = taken_loras(str(settings.prompt or info.defaults["prompt"]))
+        prompt = str(settings.prompt or info.defaults["prompt"])
+        lora_files(taken_loras(prompt)[1])  # which have to be there
         settings = dataclasses.replace(settings, prompt=prompt)
         if init is not None and settings.hires_scale > 1:
             raise InputError(
@@ -91,10 +87,7 @@ class Desk:
                 "size Width and Height say"
             )
         limits.check(self._sized(settings, model, init), info, self._dtype(), self._room())
-        words = f"{prompt}\n{settings.negative_prompt}"
-        return dataclasses.replace(
-            draw, settings=settings, loras=loras, embeddings=named_embeddings(words)
-        )
+        return dataclasses.replace(draw, settings=settings)
 
     def _sized(self, settings: Settings, model: str, init: Pixels | None) -> Settings:
         """Settings without None, as the pipeline will have them."""
@@ -114,37 +107,3 @@ class Desk:
 
     def _room(self) -> int | None:
         return limits.free_memory(self._device())
-
-
-def taken_loras(prompt: str) -> tuple[str, Addons]:
-    """A prompt without its ``<lora:name:0.8>``, and what these name.
-
-    Raises:
-        InputError: there is no such file, a weight is no number, or a tag is of another kind.
-    """
-    loras: list[tuple[str, float]] = []
-    known = find_addons("lora")
-    for kind, name, weight in _TAG.findall(prompt):
-        if kind.lower() != "lora":
-            tag = shown(f"<{kind}:{name}>")
-            raise InputError(f"Prompt {tag}: only <lora:NAME:WEIGHT> is known")
-        if name not in known:
-            have = ", ".join(known) or "none yet"
-            raise InputError(f"LoRA {shown(name)}: not in models/lora, where there are: {have}")
-        try:
-            number = float(weight or 1)
-        except ValueError:
-            number = math.nan
-        if not abs(number) <= MOST_WEIGHT:
-            raise InputError(f"LoRA {shown(name)}: the weight {shown(weight)} is not -10 to 10")
-        loras.append((name, number))
-    return (" ".join(_TAG.sub("", prompt).split()) if loras else prompt), tuple(loras)
-
-
-def named_embeddings(text: str) -> tuple[str, ...]:
-    """The files of ``models/embeddings`` whose names are words of a text."""
-    return tuple(
-        name
-        for name in find_addons("embeddings")
-        if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE)
-    )

@@ -7,11 +7,11 @@ from typing import Any
 
 import gradio as gr
 
+from ldm.addons import embedding_words, find_addons
 from ldm.errors import InputError, OutOfMemory
 from ldm.settings import SAMPLERS, SCHEDULES, UPSCALERS
 from ldm.web.form import NO_PRESET, Base, Form, read_form
 from ldm.web.limits import LABELS, in_labels
-from ldm.web.models import find_addons
 from ldm.web.runner import Runner
 from ldm.web.words import line_of
 
@@ -104,7 +104,7 @@ class Fields:
             )
 
     def _lay_out_addons(self) -> None:
-        loras, words = list(find_addons("lora")), list(find_addons("embeddings"))
+        loras, words = list(find_addons("lora")), list(embedding_words())
         gr.Markdown(
             "They are added to the prompt. Files come from `models/lora` and `models/embeddings`."
         )

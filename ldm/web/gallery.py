@@ -143,7 +143,7 @@ class GallerySide:
     def _form(self, texts: dict[str, str], name: str) -> tuple[Form, list[str]]:
         model = self.runner.loaded or next(iter(self.runner.models))
         info = self.runner.info(model)
-        found = understood(texts, name)
+        found = understood(texts, name).without_missing_loras()
         own = f"its model, {shown(info.path.stem)} (--ckpt)"
         found.left_out = [line for line in found.left_out if line != own]
         usual = self.fields.base.first_form(info.defaults)

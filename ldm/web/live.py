@@ -120,7 +120,9 @@ def _described(job: Job[Task, Report], place: int) -> dict[str, Any]:
     if job.state is State.RUNNING and job.stop.is_set():
         text = f"stopping after this step ({report.text})"
     elif job.state is State.RUNNING and job.skip.is_set():
-        text = f"skipping this picture after this step ({report.text})"
+        n = report.n_at_once
+        what = "this picture" if n == 1 else f"these {n} pictures, which are drawn together,"
+        text = f"skipping {what} after this step ({report.text})"
     lines = [{"text": line.text, "kind": line.kind} for line in report.lines]
     if job.state is State.FAILED:
         lines.append({"text": f"error: {job.error}", "kind": "error"})

@@ -32,6 +32,7 @@ class Report:
         title: the job in a few words.
         seed: of its first picture.
         n_pictures: how many it will be.
+        n_at_once: pictures under way, which are drawn together.
         text: what is being done.
         share: of all, from 0 to 1.
         step: of the picture under way, and of how many.
@@ -46,6 +47,7 @@ class Report:
     seed: int = 0
     n_pictures: int = 1
     is_pair: bool = False
+    n_at_once: int = 1
     text: str = ""
     share: float = 0.0
     step: tuple[int, int] = (0, 0)

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from ldm import images
+from ldm.addons import offered
 from ldm.checkpoint.load import CheckpointInfo, inspect_checkpoint
 from ldm.config import TomeKeys, model_tome
 from ldm.errors import InputError, shown
@@ -24,11 +25,10 @@ from ldm.modules.tome.merger import describe
 from ldm.numbered import Numbers
 from ldm.pipeline import Pipeline
 from ldm.settings import Settings
-from ldm.web.models import find_addons, offered
 from ldm.web.preview import Preview
 from ldm.web.queue import Stopped
 from ldm.web.report import Report, Shown
-from ldm.web.task import Addons, Draw, DrawJob, Grid, Task
+from ldm.web.task import Draw, DrawJob, Grid, Task
 
 PREVIEW_EVERY = 0.5  # seconds at least between two previews
 CELL = 192  # pixels that a picture of a grid is wide, at least
@@ -61,7 +61,6 @@ class Runner:
         self._vae = ""
         self.pipeline: Pipeline | None = None
         self._preview: Preview | None = None
-        self._addons: tuple[Addons, tuple[str, ...]] = ((), ())
         self._infos: dict[str, CheckpointInfo] = {}
 
     def info(self, model: str) -> CheckpointInfo:
@@ -107,7 +106,6 @@ class Runner:
             if vae:
                 arguments["vae"] = offered("vae", vae)
             self.loaded = self.pipeline = self._preview = None  # two may be too much for memory
-            self._addons = ((), ())
             self.pipeline = Pipeline.from_checkpoint(path=self.models[model], **arguments)
             self._preview = Preview(self.pipeline.model)
             self.loaded, self._vae = model, vae
@@ -134,23 +132,9 @@ class Runner:
 
     # --- parts of a job ---------------------------------------------------------------------
 
-    def _add(self, pipeline: Pipeline, draw: Draw) -> None:
-        """Give the model the LoRAs and embeddings of a draw, besides the program's own."""
-        wanted = (draw.loras, draw.embeddings)
-        if wanted == self._addons:
-            return
-        files = find_addons("lora")
-        loras = [(files[name], weight) for name, weight in draw.loras]
-        pipeline.set_loras([*self.arguments.get("loras", ()), *loras])
-        words = find_addons("embeddings")
-        embeddings = [words[name] for name in draw.embeddings]
-        pipeline.set_embeddings([*self.arguments.get("embeddings", ()), *embeddings])
-        self._addons = wanted
-
     def _draw(self, pipeline: Pipeline, draw: Draw, watch: _Watch) -> tuple[Pixels, float] | None:
         """Pictures of one choice of settings; returns the first, and the seconds for all."""
         task, report = watch.job.task, watch.job.report
-        self._add(pipeline, draw)
         config = pipeline.tome_config(draw.tome)
         pipeline.set_tome(config)
         notes = {} if task.init is None else {"init_img": task.init_name}
@@ -158,6 +142,7 @@ class Runner:
         watch.start(draw.settings.n_iter)
         for settings in _pieces(draw.settings):
             watch.job.skip.clear()
+            report.n_at_once = settings.n_pictures
             watch.go_on()
             drawn = pipeline.generate(
                 settings, task.init, mask=task.mask, notes=notes, on_step=watch
@@ -171,7 +156,8 @@ class Runner:
                     watch.check()
                     watch.go_on()
             except _Skipped:
-                report.say("One picture was skipped")
+                n = settings.n_pictures
+                report.say("One picture was skipped" if n == 1 else f"{n} pictures were skipped")
             watch.pause()
             watch.next_piece()
         median = watch.step_seconds
@@ -305,7 +291,9 @@ class _Watch:
         words = [label.strip()] if label.strip() else []
         if report.n_pictures > 1:
             number = self._n_before + piece * draw.settings.n_samples + 1
-            words.append(f"picture {number} of {report.n_pictures}")
+            last = number + report.n_at_once - 1
+            which = f"picture {number}" if last == number else f"pictures {number} to {last}"
+            words.append(f"{which} of {report.n_pictures}")
         report.text = ", ".join([*words, f"step {step} of {n_steps}"])
         self.job.tell()
 

@@ -12,8 +12,6 @@ from ldm.settings import Settings
 from ldm.web.queue import Job
 from ldm.web.report import Report
 
-Addons: TypeAlias = tuple[tuple[str, float], ...]
-
 
 @dataclass(frozen=True)
 class Draw:
@@ -24,16 +22,12 @@ class Draw:
         tome: see Pipeline.from_checkpoint.
         label: what they are among a job's.
         is_plain: in a grid: the unmerged one that others are compared with.
-        loras: names among ``models/lora``, and their weights.
-        embeddings: names among ``models/embeddings``.
     """
 
     settings: Settings
     tome: TomeKeys
     label: str = ""
     is_plain: bool = False
-    loras: Addons = ()
-    embeddings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

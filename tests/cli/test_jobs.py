@@ -128,3 +128,16 @@ def test_programs_that_take_prompts_alone_say_so(tmp_path):
     args = visualize_tome.build_parser().parse_args(["--from-file", str(path)])
     with pytest.raises(InputError, match=r"p\.txt, line 1: here a line is a prompt, not JSON"):
         options.settings(args)
+
+
+def test_a_lora_that_is_not_there_is_named_with_its_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "lora").mkdir(parents=True)
+    (tmp_path / "models" / "lora" / "ink.safetensors").touch()
+    (tmp_path / "p.txt").write_text('a <lora:ink:0.5> house\n{"prompt": "b <lora:oil>"}\n')
+    message = r"p.txt, line 2: lora 'oil': not in models/lora, where there are: ink"
+    with pytest.raises(InputError, match=message):
+        read_jobs(options.parse(txt2img.build_parser(), ["--from-file", str(tmp_path / "p.txt")]))
+    for prompt in ("<lora:oil>", "<lora:../lora/ink>", f"<lora:{tmp_path}/models/lora/ink>"):
+        with pytest.raises(InputError, match="not in models/lora, where there are: ink"):
+            read_jobs(options.parse(txt2img.build_parser(), ["--prompt", prompt]))

@@ -5,7 +5,6 @@ from ldm.errors import InputError
 from ldm.settings import Settings
 from ldm.web import limits
 from ldm.web.compare import cells
-from ldm.web.desk import named_embeddings, taken_loras
 from ldm.web.task import Draw
 
 FORM = {"rows": "nothing", "of_rows": "", "columns": "nothing", "of_columns": ""}
@@ -13,14 +12,6 @@ FORM = {"rows": "nothing", "of_rows": "", "columns": "nothing", "of_columns": ""
 
 def draw(**settings):
     return [Draw(Settings(**{"prompt": "x", "seed": 1, "steps": 1, **settings}), False)]
-
-
-@pytest.fixture
-def addons(desk, tmp_path):
-    for name in ("lora/ink.safetensors", "embeddings/cat-toy.pt"):
-        path = tmp_path / "models" / name
-        path.parent.mkdir(parents=True)
-        path.touch()
 
 
 @pytest.mark.parametrize(
@@ -62,22 +53,6 @@ def test_a_second_pass_and_a_picture_to_start_from_do_not_go_together(desk):
     start = np.zeros((16, 16, 3), np.uint8)
     with pytest.raises(InputError, match="nothing to paint"):
         desk.order("tiny", draw(), init=start, mask=np.zeros((16, 16), bool))
-
-
-def test_loras_are_named_in_the_prompt(addons):
-    assert taken_loras("a <lora:ink:0.5> house <lora:ink>") == (
-        "a house",
-        (("ink", 0.5), ("ink", 1.0)),
-    )
-    assert taken_loras("1 < 2  > 0") == ("1 < 2  > 0", ())
-    for tag in ("<lora:../x:1>", "<lora:other>", "<lora:ink:a>", "<lora:ink:nan>", "<hypernet:x>"):
-        with pytest.raises(InputError):
-            taken_loras(tag)
-
-
-def test_embeddings_are_words(addons):
-    assert named_embeddings("a Cat-Toy, please") == ("cat-toy",)
-    assert named_embeddings("a cat-toys") == ()
 
 
 def grid(desk, base, **kwargs):

@@ -1,8 +1,9 @@
 import pytest
 
+from ldm.addons import find_addons, offered
 from ldm.config import shipped
 from ldm.errors import InputError
-from ldm.web.models import find_addons, find_models, offered
+from ldm.web.models import find_models
 
 
 @pytest.fixture

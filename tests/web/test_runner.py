@@ -106,6 +106,16 @@ def test_a_skip_ends_one_picture_of_several(runner):
     assert "One picture was skipped" in [line.text for line in report.lines]
 
 
+def test_a_skip_ends_all_that_are_drawn_together_and_says_so(runner):
+    def skip(job):
+        if job.report.text == "pictures 1 to 2 of 4, step 2 of 5":
+            job.skip.set()
+
+    report = run(runner, task(settings={"n_iter": 2, "n_samples": 2, "steps": 5}), skip)
+    assert [one["seed"] for one in report.infos] == [9, 10]
+    assert "2 pictures were skipped" in [line.text for line in report.lines]
+
+
 def test_a_wrong_checkpoint_leaves_the_loaded_model(runner):
     runner.load("tiny")
     with pytest.raises(InputError, match="is a text file, not a checkpoint"):

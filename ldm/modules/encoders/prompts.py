@@ -20,7 +20,6 @@ _PARTS = re.compile(
     r"\\[()\[\]\\]|[(\[]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[)\]]|[^\\()\[\]:]+|[\\:]"
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
-_LORA = re.compile(r"<(?:lora|lyco):([^<>:]+)(?::([^<>]*))?>")
 # What the web UIs read as more than words, and what it is called.
 _EMPHASIS = (
     (re.compile(r"\([^()]*:\s*[+-]?[\d.]+\s*\)"), "emphasis"),
@@ -31,6 +30,7 @@ _OTHERS = (
     (re.compile(r"(?<!\\)\[[^\[\]]*:[^\[\]:]*:?\s*[\d.]+\s*\]"), "prompt editing"),
     (re.compile(r"(?<!\\)\[[^\[\]]*\|[^\[\]]*\]"), "alternating words"),
     (re.compile(r"\bAND\b"), "AND"),
+    (re.compile(r"<\w+:[^<>]*>"), "LoRA in a negative prompt"),
 )
 
 Tokens = list[tuple[int, float]]  # ids and weights
@@ -93,26 +93,8 @@ def plain_text(prompt: str) -> str:
     return "".join(" " if piece == BREAK else piece[0] for piece in parse_emphasis(prompt))
 
 
-def take_loras(prompt: str) -> tuple[str, list[tuple[str, float]]]:
-    """A prompt without its ``<lora:NAME:WEIGHT>``, and these names and weights (1 by default).
-
-    Raises:
-        InputError: a weight is not a number.
-    """
-    found = []
-    for match in _LORA.finditer(prompt):
-        try:
-            found.append((match[1], float(match[2] or 1)))
-        except ValueError:
-            raise InputError(f"{escaped(match[0])}: the weight is not a number") from None
-    return _LORA.sub("", prompt), found
-
-
 def syntax_remarks(prompt: str, is_long: bool = False, has_emphasis: bool = False) -> Iterator[str]:
     """Lines about the web UIs' syntax in a prompt that is read as words, or not at all."""
-    for tag in _LORA.finditer(prompt):
-        yield f"{escaped(tag[0])} in a prompt is left out: --lora FILE:WEIGHT adds a LoRA"
-    prompt = _LORA.sub("", prompt)
     if not has_emphasis:
         for pattern, name in _EMPHASIS:
             if match := pattern.search(prompt):
@@ -142,7 +124,6 @@ def chunks(
     room = encoder.max_length - 2
     sizes = {ids[0]: len(ids) for ids in encoder.words.values()}
     found: list[Tokens] = [[]]
-    prompt = _LORA.sub("", prompt)
     for piece in parse_emphasis(prompt) if has_emphasis else [(prompt, 1.0)]:
         if piece == BREAK:
             if is_long and found[-1]:
@@ -188,7 +169,7 @@ def embed_prompt(
 
     Args:
         encoder: what reads it.
-        prompt: what the user wrote; ``<lora:...>`` in it is left out.
+        prompt: what the user wrote.
         is_long: read all of it, in chunks of L - 2 tokens, each encoded by itself with a start and
             an end of its own; else n is 1, and what does not fit is cut off.
         has_emphasis: read the marks of `parse_emphasis`.

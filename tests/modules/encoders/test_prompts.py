@@ -12,7 +12,6 @@ from ldm.modules.encoders.prompts import (
     length_in_use,
     parse_emphasis,
     plain_text,
-    take_loras,
 )
 from tests.golden_util import fill_parameters
 from tests.tiny_models import CLIP, OPEN_CLIP
@@ -154,15 +153,6 @@ def test_an_embedding_is_never_cut_in_two(encoder):
 def test_huge_weights_are_refused():
     with pytest.raises(InputError, match=r"emphasis 1e\+06 of 'red': allowed are -100 to 100"):
         parse_emphasis("a (red:1000000)")
-
-
-def test_loras_are_taken_out_of_a_prompt():
-    assert take_loras("a <lora:my style:0.5>house<lora:b>") == (
-        "a house",
-        [("my style", 0.5), ("b", 1.0)],
-    )
-    with pytest.raises(InputError, match="the weight is not a number"):
-        take_loras("<lora:a:much>")
 
 
 @torch.no_grad()
