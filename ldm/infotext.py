@@ -116,7 +116,9 @@ def _restore_addons(found: Found, about: Mapping[str, Any]) -> None:
     tagged = {Path(name).name for name, _ in taken_loras(said)[1]}
     loras = {path.stem: name for name, path in reversed(find_addons("lora").items())}
     words = embeddings_in([prompt, str(about.get("negative_prompt", ""))])
-    for what, flag in (("loras", "--lora"), ("embeddings", "--embedding")):
+    flags = {"loras": "--lora", "embeddings": "--embedding", "controlnets": "--controlnet"}
+    known = {"loras": tagged, "embeddings": {*words}, "controlnets": set()}
+    for what, flag in flags.items():
         entries = about.get(what)
         for one in entries if isinstance(entries, list) else ():
             name = one.get("name") if isinstance(one, Mapping) else one
@@ -125,7 +127,7 @@ def _restore_addons(found: Found, about: Mapping[str, Any]) -> None:
                 found.left_out.append(f"{shown(name)} ({flag})")
             elif what == "loras" and name in loras and name not in tagged:
                 prompt += f"<lora:{loras[name]}:{weight:g}>"
-            elif name not in (tagged if what == "loras" else words):
+            elif name not in known[what]:
                 found.left_out.append(f"{shown(name)} ({flag})")
     if isinstance(found.settings.get("prompt"), str):
         found.settings["prompt"] = prompt

@@ -58,14 +58,15 @@ class CompareTab:
                 )
             self.inputs += [setting, text]
 
-    def draw(self, model: str, form: Form, *axes: Any) -> None:
+    def draw(self, model: str, form: Form, control: str | None, *axes: Any) -> None:
         """Order a job.
 
         Raises:
             InputError: it cannot be accepted.
         """
+        guide = self.fields.guide(form, control)
         draws, grid = cells(self.desk, self.fields.base, model, form, *axes)
-        self.desk.order(model, draws, vae=form.get("vae") or "", grid=grid)
+        self.desk.order(model, draws, vae=form.get("vae") or "", grid=grid, guide=guide)
 
 
 def cells(

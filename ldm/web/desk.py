@@ -18,7 +18,7 @@ from ldm.web import limits
 from ldm.web.queue import Job, Queue
 from ldm.web.report import Report
 from ldm.web.runner import Runner
-from ldm.web.task import Draw, Grid, Task
+from ldm.web.task import Draw, Grid, Guide, Task
 
 
 class Desk:
@@ -43,6 +43,7 @@ class Desk:
         vae: str = "",
         is_pair: bool = False,
         grid: Grid | None = None,
+        guide: Guide | None = None,
     ) -> Job[Task, Report]:
         """Accept a job.
 
@@ -55,6 +56,7 @@ class Desk:
             vae: a name among ``models/vae``; empty: the model's own.
             is_pair: two draws are with and without merging.
             grid: how to show all in one picture.
+            guide: what guides their layout.
 
         Raises:
             InputError: something cannot be used, or is too much.
@@ -64,7 +66,9 @@ class Desk:
             raise InputError("there is nothing to paint: brush over the part to be redrawn")
         if vae:
             offered("vae", vae)
-        task = Task(model, complete, init, mask, init_name, vae, is_pair, grid)
+        if guide is not None:
+            offered("controlnet", guide.net)
+        task = Task(model, complete, init, mask, init_name, vae, is_pair, grid, guide)
         if task.n_pictures > limits.MOST_PICTURES:
             raise InputError(
                 f"Pictures {task.n_pictures}: allowed are {limits.MOST_PICTURES} in a job"

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import html
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ldm.addons import embedding_words, find_addons
+from ldm.addons import embedding_words, find_addons, offered
 from ldm.errors import InputError, OutOfMemory
+from ldm.images import Pixels, load_rgb
 from ldm.settings import SAMPLERS, SCHEDULES, UPSCALERS
+from ldm.text import check_kind
 from ldm.web.form import NO_PRESET, Base, Form, read_form
 from ldm.web.limits import LABELS, in_labels
 from ldm.web.runner import Runner
+from ldm.web.task import Guide
+from ldm.web.uploads import named
 from ldm.web.words import line_of
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+CONTROL = ("controlnet", "control_strength", "control_canny")
 TOME = ("preset", "ratio", "hires_ratio", "more")  # fields that the line about merging depends on
 
 
@@ -72,10 +78,14 @@ class Fields:
                 self._text("hires_ratio", "ToMe ratio", info="empty: as above", min_width=80)
         with gr.Accordion("LoRAs, embeddings and VAE", open=False):
             self._lay_out_addons()
+        with gr.Accordion("ControlNet: a picture guides the layout", open=False):
+            self._lay_out_control()
         with gr.Accordion("More settings", open=bool(self.first["more"])):
             self._check("emphasis", "Emphasis: (word:1.2), (word) and [word] are weights")
             self._check("long_prompt", "Long prompts: read all of it, not only 75 tokens")
-            self._number("clip_skip", info="1: all of the text encoder; 2: without its last layer")
+            with gr.Row():
+                self._number("clip_skip", info="1: all layers; 2: without the last")
+                self._number("reuse_deep", info="1: off; 2: in every second step (DeepCache)")
             self._text(
                 "more",
                 label="Any other setting, a name and its value on each line",
@@ -122,6 +132,39 @@ class Fields:
             info="files of models/vae",
             elem_id="vae",
         )
+
+    def _lay_out_control(self) -> None:
+        self.by_name["controlnet"] = gr.Dropdown(
+            [("none", ""), *find_addons("controlnet")],
+            value="",
+            label=LABELS["controlnet"],
+            info="files of models/controlnet",
+            elem_id="controlnet",
+        )
+        self.control = picture_field("Control picture: edges, depth, ...", "control")
+        self._check("control_canny", "Find its edges first (Canny), from any picture")
+        self._slider("control_strength", 0, 2, 0.05)
+
+    def guide(self, form: Form, picture: str | None) -> Guide | None:
+        """The ControlNet that a form asks for.
+
+        Args:
+            form: the fields' values.
+            picture: the control picture's file.
+
+        Raises:
+            InputError: a value is none of those that can be chosen, or the picture is missing.
+        """
+        net, strength, canny = (form[name] for name in CONTROL)
+        if net in (None, ""):
+            return None
+        offered("controlnet", net)
+        if not 0 <= check_kind(strength, float, "control_strength") <= 2:
+            raise InputError(f"control_strength {strength}: allowed is 0 to 2")
+        if picture is None:
+            raise InputError("controlnet needs a control picture: drop one on its field")
+        edges = check_kind(canny, bool, "control_canny")
+        return Guide(net, pixels_of(picture), float(strength), edges)
 
     def _text(self, name: str, label: str = "", **kwargs: Any) -> None:
         self.by_name[name] = gr.Textbox(
@@ -222,6 +265,24 @@ class Fields:
             return failure(error)
         words = "" if form["preset"] == NO_PRESET else line_of(form["preset"])
         return f"<p>{html.escape(line)}</p><small>{html.escape(words)}</small>"
+
+
+def picture_field(label: str, name: str, height: int = 200) -> gr.Image:
+    """A field that takes a picture."""
+    return gr.Image(
+        label=label,
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        height=height,
+        elem_id=name,
+    )
+
+
+def pixels_of(file: str) -> Pixels:
+    """What was dropped on a field, (H, W, 3); errors say its name, not where it lies."""
+    with named(file, Path(file).name):
+        return load_rgb(file)
 
 
 def failure(error: InputError) -> str:

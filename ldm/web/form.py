@@ -20,17 +20,17 @@ from ldm.infotext import Found
 from ldm.modules.tome.config import KEYS, ToMeConfig
 from ldm.web.task import Draw
 
-# Fields that are settings; beside them: "preset", "ratio", "hires_ratio", "more" and "vae".
+Form = dict[str, Any]
+# Fields that are settings; beside them: "preset", "ratio", "hires_ratio", "more" and OTHERS.
 SETTINGS = (
     *("prompt", "negative_prompt", "W", "H", "n_iter", "n_samples", "sampler", "schedule"),
     *("steps", "scale", "seed", "strength", "emphasis", "long_prompt", "clip_skip"),
-    *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
+    *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler", "reuse_deep"),
 )
+OTHERS: Form = {"vae": "", "controlnet": "", "control_strength": 1.0, "control_canny": False}
 MODEL_SETTINGS = ("W", "H", "sampler", "steps", "scale")  # which have defaults of the model
 NO_PRESET = "none"
 OURS = ("quality", "balanced", "fast")  # presets that come first
-
-Form = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Base:
         form["preset"] = self.wishes.preset_name or NO_PRESET
         form["ratio"] = self.preset_ratio(form["preset"]) or 0.0
         again = self.wishes.hires_ratio
-        form |= {"hires_ratio": "" if again is None else str(again), "more": "", "vae": ""}
+        form |= {"hires_ratio": "" if again is None else str(again), "more": "", **OTHERS}
         form["hires_steps"] = form["hires_steps"] or 0  # a field without a number shows 0
         ratio = self.wishes.keys.get("ratio")
         if isinstance(ratio, float | int):

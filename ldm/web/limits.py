@@ -37,6 +37,9 @@ LABELS = {
     "hires_steps": "Redraw steps",
     "hires_upscaler": "Upscaler",
     "clip_skip": "Clip skip",
+    "reuse_deep": "Reuse deep features",
+    "controlnet": "ControlNet",
+    "control_strength": "ControlNet strength",
 }
 
 

@@ -16,12 +16,11 @@ import gradio as gr
 from ldm.errors import InputError, OutOfMemory, is_out_of_memory
 from ldm.web.compare import CompareTab
 from ldm.web.desk import Desk
-from ldm.web.draw import DrawTab
+from ldm.web.draw import DrawTab, InpaintTab
 from ldm.web.endpoints import Endpoints
 from ldm.web.fields import QUIET, Fields, failure
 from ldm.web.form import MODEL_SETTINGS, Base
 from ldm.web.gallery import GallerySide
-from ldm.web.inpaint import InpaintTab
 from ldm.web.live import Live
 from ldm.web.uploads import tidy
 
@@ -121,7 +120,8 @@ class Page:
             js="(mask, ...rest) => [ldm.mask(rest[0]), ...rest]",
             inputs=[
                 *(mask, self.what, self.fields.model, self.fields.compare, self.draw_tab.mode),
-                *(self.draw_tab.init, self.inpaint_tab.init, *self.compare_tab.inputs, *form),
+                *(self.draw_tab.init, self.inpaint_tab.init, self.fields.control),
+                *(*self.compare_tab.inputs, *form),
             ],
             outputs=self.side.said,
             trigger_mode="multiple",
@@ -141,16 +141,17 @@ class Page:
         mode: str,
         init: str | None,
         paint: str | None,
+        control: str | None,
         *values: Any,
     ) -> dict[Any, Any]:
         n_axes = len(self.compare_tab.inputs)
         axes, form = values[:n_axes], self.fields.form(values[n_axes:])
         if what == "compare":
-            self.compare_tab.draw(model, form, *axes)
+            self.compare_tab.draw(model, form, control, *axes)
         elif what == "inpaint":
-            self.inpaint_tab.draw(model, form, compare, paint, mask)
+            self.inpaint_tab.draw(model, form, compare, control, paint, mask)
         else:
-            self.draw_tab.draw(model, form, compare, mode, init)
+            self.draw_tab.draw(model, form, compare, control, mode, init)
         tidy(Path(os.environ["GRADIO_TEMP_DIR"]))
         return {self.side.said: ""}
 

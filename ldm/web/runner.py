@@ -28,7 +28,7 @@ from ldm.settings import Settings
 from ldm.web.preview import Preview
 from ldm.web.queue import Stopped
 from ldm.web.report import Report, Shown
-from ldm.web.task import Draw, DrawJob, Grid, Task
+from ldm.web.task import Draw, DrawJob, Grid, Guide, Task
 
 PREVIEW_EVERY = 0.5  # seconds at least between two previews
 CELL = 192  # pixels that a picture of a grid is wide, at least
@@ -59,6 +59,7 @@ class Runner:
         self.gallery = gallery
         self.loaded: str | None = None
         self._vae = ""
+        self._guided = False  # by a ControlNet of the last job
         self.pipeline: Pipeline | None = None
         self._preview: Preview | None = None
         self._infos: dict[str, CheckpointInfo] = {}
@@ -106,6 +107,7 @@ class Runner:
             if vae:
                 arguments["vae"] = offered("vae", vae)
             self.loaded = self.pipeline = self._preview = None  # two may be too much for memory
+            self._guided = False
             self.pipeline = Pipeline.from_checkpoint(path=self.models[model], **arguments)
             self._preview = Preview(self.pipeline.model)
             self.loaded, self._vae = model, vae
@@ -123,6 +125,7 @@ class Runner:
             report.text = f"loading {task.model}" if task.model != self.loaded else "starting"
             job.tell()
             pipeline = self.load(task.model, task.vae)
+            self._guide(pipeline, task.guide)
             watch = _Watch(self._preview, job)
             results: list[tuple[Pixels, float] | None] = []
             for draw in task.draws:
@@ -131,6 +134,15 @@ class Runner:
                 self._save_grid(task, task.grid, results, report)
 
     # --- parts of a job ---------------------------------------------------------------------
+
+    def _guide(self, pipeline: Pipeline, guide: Guide | None) -> None:
+        """Let a job's ControlNet guide it, or else the program's own, if there is one."""
+        if guide is None and self._guided:
+            pipeline.set_control(**(self.arguments.get("control") or {}))
+        elif guide is not None:
+            path = offered("controlnet", guide.net)
+            pipeline.set_control(path, guide.picture, guide.strength, guide.finds_edges)
+        self._guided = guide is not None
 
     def _draw(self, pipeline: Pipeline, draw: Draw, watch: _Watch) -> tuple[Pixels, float] | None:
         """Pictures of one choice of settings; returns the first, and the seconds for all."""

@@ -31,6 +31,23 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Guide:
+    """A ControlNet and what it reads; see Pipeline.set_control.
+
+    Attributes:
+        net: a name among ``models/controlnet``.
+        picture: (H, W, 3).
+        strength: 0 to 2.
+        finds_edges: let it read the picture's Canny edges.
+    """
+
+    net: str
+    picture: Pixels
+    strength: float = 1.0
+    finds_edges: bool = False
+
+
+@dataclass(frozen=True)
 class Grid:
     """A picture of pictures: which draws, row by row."""
 
@@ -52,6 +69,7 @@ class Task:
         vae: a name among ``models/vae``; empty: the model's own.
         is_pair: the two draws are the same, with and without merging.
         grid: how to show all draws in one picture.
+        guide: what guides their layout; None: what the program was started with.
     """
 
     model: str
@@ -62,6 +80,7 @@ class Task:
     vae: str = ""
     is_pair: bool = False
     grid: Grid | None = None
+    guide: Guide | None = None
 
     @property
     def n_pictures(self) -> int:

@@ -3,10 +3,15 @@ import socket
 import numpy as np
 import pytest
 
-from ldm.images import read_settings
+from ldm.checkpoint.controlnet import UNUSED
+from ldm.errors import InputError
+from ldm.images import read_settings, save_image
+from ldm.modules.controlnet import ControlNet
 from ldm.web.address import free_port
 from ldm.web.live import Live
 from ldm.web.uploads import KEPT, tidy
+from tests.golden_util import fill_parameters
+from tests.tiny_models import write_safetensors
 
 gr = pytest.importorskip("gradio")
 
@@ -89,6 +94,53 @@ def test_what_the_browser_has_kept_is_not_believed(page):
     assert page.fields.model not in update
     for stored in (None, {}, "x", [1, 2]):
         assert page._on_load(stored) == {page.side.said: ""}
+
+
+@pytest.fixture
+def controlnet(tmp_path, tiny_checkpoint, runner):
+    """A ControlNet among the offered ones, and the file of a picture."""
+    unet = runner.info("tiny").config["model"]["params"]["unet_config"]["params"]
+    net = fill_parameters(ControlNet(**{k: v for k, v in unet.items() if k not in UNUSED}), seed=4)
+    path = tmp_path / "models" / "controlnet" / "scribble.safetensors"
+    path.parent.mkdir(parents=True)
+    write_safetensors(path, {f"control_model.{k}": v for k, v in net.state_dict().items()})
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[4:10, 4:10] = 255
+    save_image(picture, tmp_path / "control.png")
+    return str(tmp_path / "control.png")
+
+
+def test_a_controlnet_guides_a_job_and_not_the_next(page, desk, controlnet):
+    form = {**page.fields.first, "prompt": "a house", "steps": 2, "seed": 3}
+    chosen = {**form, "controlnet": "scribble", "control_strength": 1, "control_canny": True}
+    for one in (form, chosen, {**form, "reuse_deep": 2}):
+        page.draw_tab.draw("tiny", one, False, controlnet, "txt2img", None)
+    desk.queue.wait(desk.queue.jobs()[-1], 120)
+    plain, guided, reused = (job.report.infos[0] for job in desk.queue.jobs())
+    assert [one["name"] for one in guided["controlnets"]] == ["scribble"]
+    assert "controlnets" not in {**plain, **reused}
+    assert (plain["reuse_deep"], reused["reuse_deep"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"controlnet": "../scribble"}, "not in models/controlnet, where there are: scribble"),
+        ({"controlnet": ["scribble"]}, "not in models/controlnet"),
+        ({"control_strength": 3}, "control_strength 3: allowed is 0 to 2"),
+        ({"control_strength": float("nan")}, "control_strength nan"),
+        ({"control_strength": "1"}, "control_strength: must be a number"),
+        ({"control_strength": None}, "control_strength: must be a number"),
+        ({"control_canny": "yes"}, "control_canny: must be true or false"),
+        ({"picture": None}, "needs a control picture"),
+        ({"picture": "/etc/hostname"}, "hostname: not a picture"),
+    ],
+)
+def test_what_a_controlnet_cannot_use_is_named(page, controlnet, changes, message):
+    form = {**page.fields.first, "controlnet": "scribble", **changes}
+    with pytest.raises(InputError, match=message):
+        page.fields.guide(form, form.get("picture", controlnet))
+    assert page.fields.guide({**form, "controlnet": ""}, None) is None
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, MemoryError, RecursionError])
