@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import socket
@@ -13,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
 from ldm.cli.program import run as run_main
 from tests.tiny_models import tiny_config, tiny_weights, write_safetensors

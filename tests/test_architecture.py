@@ -52,6 +52,7 @@ DOORS = {
     "uvicorn": {"ldm.web"},
     "transformers": {"ldm.evaluation.appendix_f.networks"},
     "open_clip": {"ldm.evaluation.appendix_f.protocols"},
+    "triton": {"ldm.modules.tome.kernels"},
 }
 
 
@@ -120,6 +121,7 @@ def test_tome_needs_torch_and_errors_alone(module):
         top = name.split(".")[0]
         allowed = top in sys.stdlib_module_names or top == "torch"
         allowed |= name.startswith(("ldm.errors", "ldm.modules.tome")) or name == "ldm.modules"
+        allowed |= name.startswith("triton") and module == "ldm.modules.tome.kernels"
         assert allowed, f"{module} imports {name}"
 
 

@@ -71,6 +71,38 @@ def test_the_groups_are_those_of_the_processor(window: int | None, r: int) -> No
     assert is_same.float().mean() > 0.999  # but for ties in another order of sums
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(
+    ("side", "stride", "window", "r"), [(64, 4, 3, 4096), (64, 2, 9, 4096), (63, 2, 3, 1500)]
+)
+def test_the_kernels_make_the_groups_and_means_of_pytorch(
+    dtype: torch.dtype, side: int, stride: int, window: int, r: int
+) -> None:
+    kernels = pytest.importorskip("ldm.modules.tome.kernels", reason="there is no package triton")
+    generator = torch.Generator("cuda").manual_seed(0)
+    metric = torch.randn(2, side * side, 128, generator=generator, device="cuda").to(dtype)
+    x = torch.randn(2, side * side, 320, generator=generator, device="cuda").to(dtype)
+    draw = torch.randint(stride**2, (side // stride,) * 2, generator=generator, device="cuda")
+    args = metric, (side, side), (stride, stride), r, draw, window, True
+    found, expected = kernels.plan_grid(*args), whole.plan_grid(*args)
+    back, same_back = (plan.unmerge(plan.merge(x)) for plan in (found, expected))
+    is_same = torch.isclose(back, same_back, atol=1e-2, rtol=1e-2).all(2)
+    assert is_same.float().mean() > 0.995  # but for ties in another order of sums
+    again = kernels.plan_grid(*args)
+    assert torch.equal(again.groups, found.groups)
+    assert torch.equal(again.merge(x), found.merge(x))
+
+
+@pytest.mark.parametrize("name", ["fast", "balanced", "quality", "ratio 0.5"])
+def test_a_block_with_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ldm.modules.tome.kernels", reason="there is no package triton")
+    exact = run_block({**SETTINGS[name]}, "cpu", torch.float32)
+    monkeypatch.setenv("TOME_MATCHING", "triton")
+    found = run_block({**SETTINGS[name]}, "cuda", torch.float16)
+    assert (found - exact).abs().mean() <= 2 * BOUNDS[torch.float16] * exact.std()
+    assert torch.equal(found, run_block({**SETTINGS[name]}, "cuda", torch.float16))
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_bias_as_a_channel_takes_the_flash_kernel(dtype: torch.dtype) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -118,6 +150,15 @@ def test_a_graph_is_the_call_that_it_replays_and_gives_its_memory_back() -> None
         assert torch.equal(captures(x, t, context), expected)
     captures.clear()
     assert torch.cuda.memory_reserved() <= before + 2**26
+
+
+def test_a_graph_with_the_kernels(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ldm.modules.tome.kernels", reason="there is no package triton")
+    monkeypatch.setenv("TOME_MATCHING", "triton")
+    tome = {"ratio": 0.75, "apply_to": ["kv"]}
+    assert np.array_equal(
+        draw(tiny_checkpoint, "graph", **tome), draw(tiny_checkpoint, "no", **tome)
+    )
 
 
 @torch.inference_mode()

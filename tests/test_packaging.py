@@ -21,6 +21,7 @@ DISTRIBUTIONS = {
     **{"PIL": "pillow", "open_clip": "open_clip_torch", "yaml": "pyyaml"},
     "starlette": "gradio",
     "uvicorn": "gradio",
+    "triton": "torch",  # whose wheels for Linux require it; elsewhere nothing imports it
 }
 
 

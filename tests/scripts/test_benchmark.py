@@ -137,15 +137,26 @@ def test_quick_is_small_and_flags_win(monkeypatch, tmp_path):
     assert list(standard.settings)[:3] == ["ratio 0.5", "ratio 0.75", "quality"]
 
 
+def test_the_kernels_are_for_cuda(tiny, tmp_path, caplog, monkeypatch):
+    scopes = []
+    monkeypatch.setattr(
+        "ldm.evaluation.benchmark.suite.measure", lambda scope, *_: scopes.append(scope)
+    )
+    main("--kernels", "--models", tiny, "--device", "cpu", "--outdir", tmp_path)
+    assert not scopes[0].has_kernels
+    assert "--kernels: the Triton kernels are for CUDA; their rows are left out" in caplog.text
+
+
 @pytest.mark.slow  # it compiles
 def test_the_suite_for_a_card_is_rehearsed_on_the_processor(tiny, tmp_path, capsys):
     flags = ("--models", tiny, "--sizes", "16", "--dtypes", "float32", "--batch", "2")
     main("--suite", "gpu", *flags, "--rounds", 1, "--device", "cpu", "--outdir", tmp_path / "out")
     printed = capsys.readouterr().out
-    assert printed.count("tiny, 16x16, batch 2, float32, sdpa") == 2
+    assert printed.count("tiny, 16x16, batch 2, float32, sdpa") == 3
     assert "| fast, compiled |" in printed
     assert "| ratio auto |" in printed
     assert ", graph |" not in printed
+    assert ", kernels |" not in printed
     with pytest.raises(InputError, match="--suite and --quick"):
         main("--suite", "gpu", "--quick")
 

@@ -6,6 +6,7 @@ needed. All settings of a table are measured in turn (A B C A B C ...), and medi
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -71,10 +72,25 @@ GPU_SUITE = [
         "no_peers": True,
         "compile": True,
     },
+    {
+        **STANDARD,
+        "models": "sd1.5",
+        "dtypes": "float16",
+        "sizes": "512,1024",
+        "presets": "fast,quality",
+        "ratios": "",
+        "rounds": 3,
+        "no_oracles": True,
+        "no_peers": True,
+        "graphs": True,
+        "kernels": True,
+    },
 ]
 CPU_SIZES = "512"
 GPU_SIZES = "512,768,1024,2048"
 MOST_PIXELS, MOST_ROWS, MOST_ROUNDS = 8192, 1024, 1000
+
+logger = logging.getLogger(__name__)
 
 EPILOG = """
 examples:
@@ -139,6 +155,7 @@ def build_parser() -> Parser:
     add("--no-oracles", action="store_true", help="leave the oracles out")
     add("--compile", action="store_true", help="measure everything with compiled blocks, too")
     add("--graphs", action="store_true", help="measure everything as CUDA graphs, too")
+    add("--kernels", action="store_true", help="measure windows with the Triton kernels, too")
     add("--no-peers", action="store_true", help="leave diffusers and tomesd out")
     add(
         "--upstream",
@@ -198,6 +215,8 @@ def _run(args: Arguments, command: str) -> None:
 
     from ldm.evaluation.benchmark.suite import Scope, measure
 
+    if args.kernels and device.type != "cuda":
+        logger.warning("--kernels: the Triton kernels are for CUDA; their rows are left out")
     scope = Scope(
         models=models,
         sizes=sizes,
@@ -209,6 +228,7 @@ def _run(args: Arguments, command: str) -> None:
         has_oracles=not args.no_oracles,
         has_compiled=args.compile,
         has_graphs=args.graphs and device.type == "cuda",
+        has_kernels=args.kernels and device.type == "cuda",
         has_peers=not args.no_peers,
         has_upstream=args.upstream,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +23,7 @@ from ldm.evaluation.benchmark.unets import UNets, context_width
 from ldm.models.diffusion.captures import Captures
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.tome import whole
 from ldm.modules.tome.config import ToMeConfig
 
 N_TIMESTEPS = 1000
@@ -60,8 +62,8 @@ class Row:
     Attributes:
         case: where.
         name: of the setting.
-        kind: off (no merging), ours, oracle, compiled or graph (all of the row with that name), or
-            peer.
+        kind: off (no merging), ours, oracle, compiled, graph, kernels or both (all of the row with
+            that name), or peer.
         config: what was merged.
         ms: milliseconds of a step, one entry for each round.
         peak_mib: peak memory of a step; None where the system does not tell.
@@ -116,6 +118,7 @@ def contenders(
     tomesd_ratios: Sequence[float] = (),
     has_oracles: bool = True,
     has_graphs: bool = False,
+    has_kernels: bool = False,
 ) -> list[Contender]:
     """Everything to be compared in one case; no merging comes first.
 
@@ -127,6 +130,7 @@ def contenders(
         tomesd_ratios: run tomesd in diffusers' U-Net at these ratios, too.
         has_oracles: add the oracle of each of our settings.
         has_graphs: add the CUDA graphs of ours.
+        has_kernels: add the Triton kernels where they can match.
     """
     set_attention_backend(unets.ours, case.attention)
     if unets.compiled is not None:
@@ -154,6 +158,10 @@ def contenders(
             found.append(ours(name, "compiled", config, unets.compiled))
         if has_graphs:
             found.append(ours(name, "graph", config))
+        if has_kernels and whole.takes_kernels(config):
+            found.append(ours(name, "kernels", config))
+            if has_graphs:
+                found.append(ours(name, "kernels, graph", config))
     if unets.diffusers is not None and case.attention == "sdpa":
         for ratio in (0.0, *tomesd_ratios):
             row = Row(case, f"diffusers, tomesd {ratio:g}" if ratio else "diffusers", "peer")
@@ -231,8 +239,11 @@ def _merging(
     """A step of our U-Net with a configuration in force."""
     unet.tome.configure(config)
     captures = Captures(unet)
+    way = os.environ.get("TOME_MATCHING")
+    if kind.startswith("kernels"):
+        os.environ["TOME_MATCHING"] = "triton"
     try:
-        if kind == "graph":
+        if kind.endswith("graph"):
             for timesteps in _timesteps(config, x)[:1] * 2:  # the second one is captured
                 captures(x, timesteps, context)
             yield lambda timesteps: captures(x, timesteps, context)
@@ -242,6 +253,9 @@ def _merging(
     finally:
         captures.clear()
         unet.tome.configure(ToMeConfig())
+        os.environ.pop("TOME_MATCHING", None)
+        if way is not None:
+            os.environ["TOME_MATCHING"] = way
 
 
 @contextmanager
@@ -268,14 +282,14 @@ def _timesteps(config: ToMeConfig, x: Tensor) -> list[Tensor]:
 
 @contextmanager
 def _failures_noted(row: Row) -> Iterator[None]:
-    """Note in the row that memory did not suffice, or that a peer failed, and go on."""
+    """Note in the row that memory did not suffice, or that others' code failed, and go on."""
     try:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
         if re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
             row.error = "out of memory"
-        elif row.kind == "peer":  # other people's packages, in whatever version
+        elif row.kind == "peer" or row.kind.startswith("kernels"):  # not ours: packages, compilers
             row.error = f"{type(error).__name__}: {text}"[:200]
         else:
             raise

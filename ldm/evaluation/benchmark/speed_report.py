@@ -27,6 +27,8 @@ _COLOURS = {
     "ours": "tab:blue",
     "compiled": "tab:cyan",
     "graph": "tab:green",
+    "kernels": "tab:olive",
+    "kernels, graph": "tab:brown",
     "peer": "0.7",
 }
 
@@ -195,7 +197,7 @@ def _processor() -> str:
 
 def _label(entry: Mapping[str, Any]) -> str:
     """What a setting is called in the table and the plot."""
-    derived = entry["kind"] in ("oracle", "compiled", "graph")
+    derived = entry["kind"] not in ("off", "ours", "peer")
     return f"{entry['name']}, {entry['kind']}" if derived else entry["name"]
 
 

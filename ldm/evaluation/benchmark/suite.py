@@ -28,6 +28,7 @@ from ldm.evaluation.benchmark.speed_report import (
     write_plot,
 )
 from ldm.evaluation.benchmark.unets import UNets, build_unet, compiled_unet, upstream_unet
+from ldm.modules.tome import whole
 from ldm.modules.tome.config import ToMeConfig
 
 BUSY = 0.5  # load of a core, from which on other programs disturb the timings
@@ -50,6 +51,7 @@ class Scope:
         has_oracles: measure the settings' oracles.
         has_compiled: measure everything with compiled blocks, too.
         has_graphs: measure everything as CUDA graphs, too, where there are any.
+        has_kernels: measure settings with windows with the Triton kernels, too, on CUDA.
         has_peers: measure diffusers and tomesd where they are installed.
         has_upstream: measure upstream's own way to compute.
     """
@@ -64,6 +66,7 @@ class Scope:
     has_oracles: bool = True
     has_compiled: bool = False
     has_graphs: bool = False
+    has_kernels: bool = False
     has_peers: bool = True
     has_upstream: bool = False
 
@@ -76,6 +79,8 @@ class Scope:
         """How often `compare` comes by, with those packages among the peers."""
         n_ours = 1 + len(self.settings) * (2 if self.has_oracles else 1) + self.has_upstream
         n_ours += (self.has_compiled + self.has_graphs) * (1 + len(self.settings))
+        n_fused = sum(map(whole.takes_kernels, self.settings.values())) * self.has_kernels
+        n_ours += n_fused * (1 + self.has_graphs)
         n_peers = 0
         if "diffusers" in peers:
             n_peers = 1 + len(self.tomesd_ratios) * ("tomesd" in peers)
@@ -132,6 +137,7 @@ def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> N
                     scope.tomesd_ratios if "tomesd" in peers else (),
                     scope.has_oracles,
                     scope.has_graphs,
+                    scope.has_kernels,
                 )
                 rows += [contender.row for contender in found]
                 bar.set_description(title(case))

@@ -43,6 +43,7 @@ def plan_block(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan
         metrics: what is compared, one for each of ``decision.metrics``: (B, N, C), or logits
             (B, N, heads, R).
     """
+    whole.say_what_is_left(decision.config)
     if decision.config.metric != "logits" or decision.metrics == ("hidden",):
         plan = _plan(decision, metrics[0])
         if decision.config.mean == "norm":

@@ -158,6 +158,11 @@ class MergePlan:
         return MergePlan.from_groups((groups - row * self.n_kept).repeat(n, 1), self.n_kept)
 
     @property
+    def ordered(self) -> MergePlan:
+        """The same plan, with the members of the groups in order."""
+        return self
+
+    @property
     def is_identity(self) -> bool:
         """Whether merging returns its argument."""
         return self.groups is None

@@ -249,6 +249,7 @@ class NormPlan(MergePlan):
         """The same plan with such means."""
         if plan.is_identity:
             return plan
+        plan = plan.ordered
         return cls(**{field.name: getattr(plan, field.name) for field in fields(MergePlan)})
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:

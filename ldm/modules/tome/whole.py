@@ -4,30 +4,88 @@ On a processor small pieces that fit its caches win; on a card each operator is 
 costs more than most of these operators compute. So whatever does not depend on the tokens is kept,
 tokens are taken cell by cell, each cell's candidates are gathered once, one product and one maximum
 match them all, and the score is taken from that maximum. The groups are those of `merge.plan_grid`,
-in another order. ``TOME_MATCHING=whole`` chooses this shape on processors, too.
+in another order. ``TOME_MATCHING=whole`` chooses this shape on processors, too, and
+``TOME_MATCHING=triton`` lets `kernels` make the same groups where that can.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.errors import InputError, shown
 from ldm.modules.tome import match
-from ldm.modules.tome.config import cells
+from ldm.modules.tome.config import ToMeConfig, cells
 from ldm.modules.tome.match import NEVER, is_plain, pieces, sampled_tokens
 from ldm.modules.tome.plan import MergePlan
 
+WIDEST = 15  # cells a side of the widest window that the kernels look through
+
+logger = logging.getLogger(__name__)
+
 
 def is_chosen(device: torch.device) -> bool:
-    """Whether tokens on a device are matched in this shape."""
-    return device.type != "cpu" or os.environ.get("TOME_MATCHING") == "whole"
+    """Whether tokens on a device are matched in this shape.
+
+    Raises:
+        InputError: the environment asks for what is not there.
+    """
+    way = os.environ.get("TOME_MATCHING", "")
+    if way not in ("", "whole"):
+        _refuse_or_pass(way, device.type, os.environ.get("TRITON_INTERPRET") == "1")
+    return device.type != "cpu" or way != ""
+
+
+@lru_cache(maxsize=8)
+def _refuse_or_pass(way: str, device_type: str, is_interpreted: bool) -> None:
+    if way != "triton":
+        raise InputError(f"TOME_MATCHING={shown(way)}: allowed is whole or triton; or unset it")
+    if find_spec("triton") is None:
+        raise InputError("TOME_MATCHING=triton: there is no package triton here; unset it")
+    if device_type not in ("cuda", "meta") and not (device_type == "cpu" and is_interpreted):
+        raise InputError(f"TOME_MATCHING=triton: for CUDA, not for {device_type}; unset it")
+
+
+def takes_kernels(config: ToMeConfig) -> bool:
+    """Whether `kernels` can make the plans of a configuration."""
+    is_grid = config.method == "grid" and config.similarity is None
+    return is_grid and not config.is_off and (config.window or WIDEST + 1) <= WIDEST
+
+
+def say_what_is_left(config: ToMeConfig) -> None:
+    """Where the kernels are asked for and cannot do what is asked of them, say so once."""
+    is_asked_for = os.environ.get("TOME_MATCHING") == "triton"
+    if is_asked_for and not torch.compiler.is_compiling() and not takes_kernels(config):
+        _say(config.method, config.window, config.similarity)
+
+
+@lru_cache(maxsize=64)
+def _say(method: str, window: int | None, similarity: float | None) -> None:
+    logger.warning(
+        "TOME_MATCHING=triton is for method grid with a window of up to %d cells and without "
+        "similarity; PyTorch's operators do what has method %s, window %s, similarity %s",
+        *(WIDEST, method, window, similarity),
+    )
+
+
+def _fused(metric: Tensor, window: int | None) -> Any:
+    """The module `kernels` where it is asked for and can match this; else None."""
+    if os.environ.get("TOME_MATCHING") != "triton" or torch.compiler.is_compiling():
+        return None  # the compiler fuses in its own way
+    if window is None or window > WIDEST or metric.dtype == torch.float64:
+        return None
+    from ldm.modules.tome import kernels  # takes triton
+
+    return kernels
 
 
 # --- what does not depend on the tokens ---------------------------------------------------------
@@ -211,6 +269,10 @@ def plan_grid(
     is_tied: bool = False,
 ) -> MergePlan:
     """As `merge.plan_grid`, without a threshold; if tied, both halves of the rows get one plan."""
+    fused = _fused(metric, window)
+    if fused is not None and (by_distance or not is_tied):
+        both = torch.cat(metric.chunk(2), 2) if is_tied else metric
+        return fused.plan_grid(both, size, stride, r, draw, window, by_distance, 1 + is_tied)
     n_tied = len(metric) if is_tied else 0
     groups, n_kept = _groups(metric, size, stride, r, draw, window, by_distance, n_tied)
     return MergePlan.in_order(groups, n_kept) if n_kept else MergePlan.identity()
@@ -234,6 +296,11 @@ def plan_attention(
         size, stride, r, draw, window: as in `merge.plan_grid`.
         is_tied: both halves of the rows get one plan for queries.
     """
+    if (fused := _fused(keys, window)) is not None:
+        both = torch.cat(queries.chunk(2), 3) if is_tied else queries
+        args = size, stride, r, draw, window, True
+        of_queries = fused.plan_grid(both.flatten(2), *args, n_copies=1 + is_tied)
+        return fused.plan_grid(keys.flatten(2), *args), of_queries
     metric, n_tied = torch.cat([keys, queries]).flatten(2), len(keys) if is_tied else 0
     groups, n_kept = _groups(metric, size, stride, r, draw, window, True, n_tied, n_sets=2)
     if not n_kept:

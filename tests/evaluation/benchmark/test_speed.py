@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import sys
 from contextlib import contextmanager
 
@@ -301,6 +302,26 @@ def test_upstreams_way():
     list(compare(found, unet, rounds=1))
     assert [(c.row.name, c.row.error) for c in found] == [("off", ""), ("upstream's way", "")]
     assert found[-1].row.ms[0] > 0
+
+
+@pytest.mark.usefixtures("_one_call_a_round")
+def test_kernels_have_rows_where_they_can_match(unet, monkeypatch):
+    settings = {name: from_preset(name) for name in ("fast", "tomesd")}
+    args = CASE, UNets(unet), 8, settings, (), False
+    found = contenders(*args, has_kernels=True)
+    assert [(c.row.name, c.row.kind) for c in found] == [
+        *(("off", "off"), ("fast", "ours"), ("fast", "kernels"), ("tomesd", "ours")),
+    ]
+    kinds = [c.row.kind for c in contenders(*args, has_graphs=True, has_kernels=True)]
+    assert kinds == ["off", "graph", "ours", "graph", "kernels", "kernels, graph", "ours", "graph"]
+    seen = []
+    monkeypatch.setattr(type(unet), "forward", lambda *_: seen.append(os.getenv("TOME_MATCHING")))
+    monkeypatch.setenv("TOME_MATCHING", "whole")
+    for contender in found[1:3]:
+        with contender.apply() as step:
+            step(torch.full((2,), 500.0))
+    assert seen == ["whole", "triton"]
+    assert os.environ["TOME_MATCHING"] == "whole"
 
 
 @pytest.mark.usefixtures("_one_call_a_round")
