@@ -39,6 +39,7 @@ Pixels = NDArray[np.uint8]
 # What is read; not EPS, for one, which is a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
 MOST_IN_GRID = 100
+LABEL_SIZE = 14  # pixels; of the letters
 _EXIF, _USER_COMMENT, _ORIENTATION = 0x8769, 0x9286, 0x0112
 logger = logging.getLogger(__name__)
 
@@ -377,19 +378,18 @@ class Gallery:
         return partial(picture.write, with_settings=self.has_settings)
 
 
-def label(pixels: Pixels, lines: Sequence[str], font_size: int = 14) -> Pixels:
+def label(pixels: Pixels, lines: Sequence[str]) -> Pixels:
     """Write lines of text below a picture, (H, W, 3) -> (H + some, W, 3), black on white.
 
     Args:
         pixels: the picture.
         lines: one below the other; the font shrinks where one is too wide.
-        font_size: in pixels.
     """
     height, width = pixels.shape[:2]
-    size = font_size
+    size = LABEL_SIZE
     while size > 8 and max(map(ImageFont.load_default(size).getlength, lines)) > width - 8:
         size -= 1
-    step = round(1.35 * font_size)
+    step = round(1.35 * LABEL_SIZE)
     image = Image.new("RGB", (width, height + step * len(lines) + 6), "white")
     image.paste(Image.fromarray(pixels))
     draw = ImageDraw.Draw(image)

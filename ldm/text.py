@@ -148,9 +148,9 @@ def parse_json(text: str, where: str, kind: type = dict) -> Any:
     return check_kind(value, kind, where)
 
 
-def read_json(path: str | Path, kind: type = dict, limit: int = MAX_CHARACTERS) -> Any:
-    """The JSON of a file; see `read_text` and `parse_json`."""
-    return parse_json(read_text(path, limit), str(path), kind)
+def read_json(path: str | Path, limit: int = MAX_CHARACTERS) -> dict[str, Any]:
+    """The JSON object of a file; see `read_text` and `parse_json`."""
+    return parse_json(read_text(path, limit), str(path))
 
 
 def check_kind(value: Any, kind: type, where: str) -> Any:

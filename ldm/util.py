@@ -179,21 +179,17 @@ _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 @contextmanager
-def written_whole(
-    path: str | os.PathLike[str], mode: str = "wb", exclusive: bool = False
-) -> Iterator[IO[Any]]:
+def written_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """A file to write to, which gets its name once the block has ended without an error.
 
     Args:
         path: the file to be. What was there before stays until the new one is complete.
         mode: ``wb``, or ``w`` for UTF-8 text.
-        exclusive: never replace a file, also where two programs choose one name at one time.
 
     Raises:
-        FileExistsError: with ``exclusive``, the name is taken; nothing has been written then.
         InputError: the folder cannot be written to, or the disk is full.
     """
-    with part_of(path, exclusive) as part:
+    with part_of(path) as part:
         text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
         with part.open(mode, **text) as file:  # type: ignore[call-overload]
             yield file
@@ -205,6 +201,14 @@ def part_of(path: str | os.PathLike[str], exclusive: bool = False) -> Iterator[P
 
     It is that of an empty file in a temporary folder of its own, so that writers may also replace
     it, or leave things beside it.
+
+    Args:
+        path: the file to be.
+        exclusive: never replace a file, also where two programs choose one name at one time.
+
+    Raises:
+        FileExistsError: with ``exclusive``, the name is taken; nothing has been written then.
+        InputError: as for `written_whole`.
     """
     target = Path(path) if exclusive else Path(os.path.realpath(path))
     with _folder_beside(target) as folder:

@@ -237,10 +237,10 @@ def test_an_exclusive_name_is_taken_once(tmp_path, monkeypatch, has_links):
     target = tmp_path / "file"
 
     def race():
-        with written_whole(target, exclusive=True) as slow:
-            slow.write(b"slow")
-            with written_whole(target, exclusive=True) as fast:
-                fast.write(b"fast")
+        with part_of(target, exclusive=True) as slow:
+            slow.write_bytes(b"slow")
+            with part_of(target, exclusive=True) as fast:
+                fast.write_bytes(b"fast")
 
     with pytest.raises(FileExistsError):
         race()

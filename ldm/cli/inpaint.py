@@ -69,9 +69,9 @@ def pairs(args: Arguments) -> list[tuple[Path, Path]]:
     return [(mask.with_name(mask.name.removesuffix("_mask.png") + ".png"), mask) for mask in masks]
 
 
-def load(init: Path, mask: Path) -> tuple[Pixels, Mask]:
-    """A picture and its mask, of one size."""
-    pixels, hole = load_rgb(init), load_mask(mask)
+def load(init: Path, mask: Path, tell: bool = False) -> tuple[Pixels, Mask]:
+    """A picture and its mask, of one size; log how much is painted, if it is to be told."""
+    pixels, hole = load_rgb(init), load_mask(mask, tell)
     if pixels.shape[:2] != hole.shape:
         sizes = [f"{shape[1]}x{shape[0]}" for shape in (hole.shape, pixels.shape)]
         raise InputError(f"{mask} is {sizes[0]}, but {init} is {sizes[1]}: make them one size")
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     gallery = options.gallery(args)
     jobs = pairs(args)
     for job in jobs:
-        load(*job)
+        load(*job, tell=True)
 
     with leaving_at_once():
         from ldm.pipeline import Pipeline

@@ -17,6 +17,7 @@ from ldm.evaluation.page import data_url, filled
 from ldm.images import encode_webp
 
 TEMPLATE = Path(__file__).with_suffix(".html")
+N_SHOWN = 6  # prompts whose pictures the page carries, for each size
 NOTES = (
     "Every setting draws the same prompts from the same noise; distances are to the picture "
     "without merging.",
@@ -38,7 +39,6 @@ def report_page(
     table: Sequence[Mapping[str, Any]],
     speed: Mapping[str, Any],
     about: str,
-    n_shown: int = 6,
 ) -> str:
     """The page's HTML.
 
@@ -49,7 +49,6 @@ def report_page(
         table: its rows, in plain values.
         speed: see `ldm.evaluation.appendix_f.speed`.
         about: how the pictures were made, in a line.
-        n_shown: prompts whose pictures the page carries, for each size.
     """
     measures = {name: asdict(measure) for name, measure in MEASURES.items()}
     judge = next((one for one in judges if one.name == FRECHET), None)
@@ -67,7 +66,7 @@ def report_page(
         "sizes": list(plan.sizes),
         "model": about.split(" ")[0],
         "entries": list(table),
-        "pictures": _pictures(plan, store, judges, n_shown),
+        "pictures": _pictures(plan, store, judges),
         "machine": speed.get("machine", ""),
         "speedAbout": speed.get("about", ""),
         "speed": speed.get("rows", []),
@@ -76,13 +75,11 @@ def report_page(
     return filled(TEMPLATE, data)
 
 
-def _pictures(
-    plan: Plan, store: Store, judges: Sequence[Judge], n_shown: int
-) -> list[dict[str, Any]]:
+def _pictures(plan: Plan, store: Store, judges: Sequence[Judge]) -> list[dict[str, Any]]:
     """Pictures of the first seed of some prompts, in all settings that have them."""
     found = []
-    step = max(1, len(plan.prompts) // n_shown)
-    chosen = set(range(0, len(plan.prompts), step)[:n_shown])
+    step = max(1, len(plan.prompts) // N_SHOWN)
+    chosen = set(range(0, len(plan.prompts), step)[:N_SHOWN])
     for batch in plan.batches():
         shown = [i for i in batch.numbers if i % plan.n_seeds == 0 and i // plan.n_seeds in chosen]
         if not shown:
