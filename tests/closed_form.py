@@ -111,3 +111,18 @@ def sample_table_row(sampler_class, n_steps: int, eta: float = 0.0):
         verbose=False,
     )
     return model, latents, torch.randn(1).item()
+
+
+def sample_golden(sampler_class, golden, n_steps: int, parameterization: str = "eps"):
+    """The latents that a golden file's inputs give, with guidance."""
+    latents, _ = sampler_class(golden_model(parameterization)).sample(
+        S=n_steps,
+        batch_size=2,
+        shape=(4, 8, 8),
+        conditioning=golden["cond"],
+        x_T=golden["x_T"],
+        unconditional_guidance_scale=7.5,
+        unconditional_conditioning=golden["uncond"],
+        verbose=False,
+    )
+    return latents

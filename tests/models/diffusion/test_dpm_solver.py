@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from closed_form import GaussianModel, golden_model, sample_table_row
+from closed_form import GaussianModel, golden_model, sample_golden, sample_table_row
 from golden_util import load_golden
 
 from ldm.models.diffusion.dpm_solver import (
@@ -18,16 +18,7 @@ from ldm.models.diffusion.schedule import dpm_coefficients
 @pytest.mark.parametrize("n_steps", [10, 20])
 def test_latents_equal_upstreams(parameterization, n_steps):
     golden, _ = load_golden("samplers_dpm")
-    latents, _ = DPMSolverSampler(golden_model(parameterization)).sample(
-        S=n_steps,
-        batch_size=2,
-        shape=(4, 8, 8),
-        conditioning=golden["cond"],
-        x_T=golden["x_T"],
-        unconditional_guidance_scale=7.5,
-        unconditional_conditioning=golden["uncond"],
-        verbose=False,
-    )
+    latents = sample_golden(DPMSolverSampler, golden, n_steps, parameterization)
     expected = golden[f"dpm_{parameterization}_{n_steps}"]
     torch.testing.assert_close(latents, expected, atol=4e-5, rtol=1e-6)
 

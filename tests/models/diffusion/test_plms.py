@@ -1,6 +1,6 @@
 import pytest
 import torch
-from closed_form import golden_model, sample_table_row
+from closed_form import sample_golden, sample_table_row
 from golden_util import load_golden
 
 from ldm.models.diffusion.plms import ADAMS_BASHFORTH, PLMSSampler
@@ -9,16 +9,7 @@ from ldm.models.diffusion.plms import ADAMS_BASHFORTH, PLMSSampler
 @pytest.mark.parametrize("n_steps", [10, 50])
 def test_latents_equal_upstreams(n_steps):
     golden, _ = load_golden("samplers")
-    latents, _ = PLMSSampler(golden_model()).sample(
-        S=n_steps,
-        batch_size=2,
-        shape=(4, 8, 8),
-        conditioning=golden["cond"],
-        x_T=golden["x_T"],
-        unconditional_guidance_scale=7.5,
-        unconditional_conditioning=golden["uncond"],
-        verbose=False,
-    )
+    latents = sample_golden(PLMSSampler, golden, n_steps)
     torch.testing.assert_close(latents, golden[f"plms_{n_steps}"], atol=3e-5, rtol=1e-6)
 
 
