@@ -85,7 +85,9 @@ class Fields:
             self._check("long_prompt", "Long prompts: read all of it, not only 75 tokens")
             with gr.Row():
                 self._number("clip_skip", info="1: all layers; 2: without the last")
-                self._number("reuse_deep", info="1: off; 2: in every second step (DeepCache)")
+                self._number(
+                    "reuse_deep", info="2: in every second step (DeepCache); 0: as the model"
+                )
             self._text(
                 "more",
                 label="Any other setting, a name and its value on each line",

@@ -28,6 +28,7 @@ SETTINGS = (
     *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler", "reuse_deep"),
 )
 OTHERS: Form = {"vae": "", "controlnet": "", "control_strength": 1.0, "control_canny": False}
+OPEN = ("hires_steps", "reuse_deep")  # 0 in their fields leaves the choice to others
 MODEL_SETTINGS = ("W", "H", "sampler", "steps", "scale")  # which have defaults of the model
 NO_PRESET = "none"
 OURS = ("quality", "balanced", "fast")  # presets that come first
@@ -77,7 +78,8 @@ class Base:
         form["ratio"] = self.preset_ratio(form["preset"]) or 0.0
         again = self.wishes.hires_ratio
         form |= {"hires_ratio": "" if again is None else str(again), "more": "", **OTHERS}
-        form["hires_steps"] = form["hires_steps"] or 0  # a field without a number shows 0
+        for name in OPEN:
+            form[name] = form[name] or 0  # a field without a number shows 0
         ratio = self.wishes.keys.get("ratio")
         if isinstance(ratio, float | int):
             form["ratio"] = float(ratio)
@@ -98,7 +100,7 @@ def read_form(base: Base, form: Mapping[str, Any]) -> Draw:
     """
     changes: Form = {name: form[name] for name in SETTINGS}
     changes["seed"] = -1 if form["seed"] is None else form["seed"]
-    changes["hires_steps"] = form["hires_steps"] or None
+    changes |= {name: form[name] or None for name in OPEN}
     preset, ratio = form["preset"], form["ratio"] or 0.0
     usual = base.preset_ratio(preset)
     if preset != base.wishes.preset_name:

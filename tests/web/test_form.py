@@ -170,3 +170,12 @@ def test_nothing_of_a_picture_is_believed(about):
     assert all("\n" not in note for note in notes)
     draw = read_form(base, found)
     assert draw.settings.steps == 2
+
+
+def test_open_fields_show_0_and_leave_the_choice_to_the_model(base):
+    form = base.first_form({"prompt": "x"})
+    assert (form["reuse_deep"], form["hires_steps"]) == (0, 0)
+    for empty in (0, None):
+        settings = read_form(base, {**form, "reuse_deep": empty, "hires_steps": empty}).settings
+        assert (settings.reuse_deep, settings.hires_steps) == (None, None)
+    assert read_form(base, {**form, "reuse_deep": 3}).settings.reuse_deep == 3
