@@ -131,7 +131,11 @@ class MergePlan:
             return self._weighted_in_order(weights)
         assert self.counts is not None
         weights = weights.float().nan_to_num(0.0, 0.0, 0.0).clamp(min=1e-6).flatten()
-        total = weights.new_zeros(self.counts.numel()).index_add_(0, self.groups, weights)
+        if self.members is None or weights.device.type == "cpu":
+            total = weights.new_zeros(self.counts.numel()).index_add_(0, self.groups, weights)
+        else:  # index_add_ has no fixed order there
+            column = weights[:, None]
+            total = F.embedding_bag(self.members, column, self.starts, mode="sum")[:, 0]
         return replace(self, shares=weights / total.index_select(0, self.groups))
 
     def _weighted_in_order(self, weights: Tensor) -> MergePlan:

@@ -183,6 +183,23 @@ def test_few_operators(
     assert counts[1] - counts[0] <= limit
 
 
+def test_weights_are_added_in_a_fixed_order_on_accelerators() -> None:
+    """Whatever made the plan; the processor's index_add_ goes through the tokens in order."""
+    groups = torch.tensor([[0, 1, 0, 2, 1, 1], [2, 2, 1, 0, 0, 1]])
+    weights = torch.rand(2, 6)
+    plan = MergePlan.from_groups(groups, 3)
+    with Operators() as operators:
+        MergePlan.from_groups(groups.to("meta"), 3).weighted(weights.to("meta"))
+    n_added = sum("index_add" in name for name in operators.names)
+    assert n_added == 1  # the counts: whole numbers
+    total = torch.nn.functional.embedding_bag(
+        plan.members, weights.view(-1, 1), plan.starts, mode="sum"
+    )
+    torch.testing.assert_close(
+        weights.flatten() / total[plan.groups, 0], plan.weighted(weights).shares
+    )
+
+
 # --- no host in the loop -------------------------------------------------------------------------
 
 
