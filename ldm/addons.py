@@ -18,7 +18,6 @@ from ldm.errors import InputError, shown
 SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 KINDS = ("lora", "embeddings", "vae", "controlnet")  # folders below models/
 MOST_WEIGHT = 10.0  # of a LoRA in a prompt, either way
-_PICTURES = (".png", ".webp")  # which may hold an embedding
 _TAG = re.compile(r"<(\w+):([^<>]*)>")
 
 Tags: TypeAlias = tuple[tuple[str, float], ...]
@@ -58,9 +57,10 @@ def find_addons(kind: str) -> dict[str, Path]:
     Args:
         kind: ``lora``, ``embeddings``, ``vae`` or ``controlnet``.
     """
-    suffixes = (*SUFFIXES, *_PICTURES) if kind == "embeddings" else SUFFIXES
     below = [folder / kind for folder in folders()]
-    files = [path for folder in below for path in files_below(folder, suffixes)]
+    files = [path for folder in below for path in files_below(folder)]
+    if kind == "embeddings":  # pictures may hold some, or be the preview of the file of their name
+        files = [path for folder in below for path in files_below(folder, (".png",))] + files
     return {name.removesuffix(path.suffix): path for name, path in named(files, below).items()}
 
 

@@ -48,3 +48,8 @@ def test_embeddings_are_words(folder):
     assert list(find_addons("embeddings")) == ["dog", "sub/cat-toy"]
     assert list(embeddings_in(["x", "a Cat-Toy, please"])) == ["cat-toy"]
     assert embeddings_in(["a cat-toys dogs"]) == {}
+
+
+def test_a_file_wins_over_the_picture_of_its_name(folder):
+    (folder / "embeddings" / "dog.bin").touch()
+    assert embeddings_in(["a dog"]) == {"dog": folder / "embeddings" / "dog.bin"}

@@ -167,7 +167,10 @@ def _picture_content(path: Path) -> Mapping[str, Any] | None:
         if kind == b"tEXt" and body.startswith(_CHUNK):
             return _decoded(body[len(_CHUNK) :], f"{path}: sd-ti-embedding")
         position += size + 12
-    raise InputError(f"{path} is a picture without an embedding in it (no sd-ti-embedding chunk)")
+    raise InputError(
+        f"{path} is a picture without an embedding in it (no sd-ti-embedding chunk); one that is "
+        "hidden in the pixels alone is not read: take the .pt that it was made of"
+    )
 
 
 def _decoded(text: bytes, where: str) -> Mapping[str, Any]:

@@ -20,6 +20,10 @@ _PARTS = re.compile(
     r"\\[()\[\]\\]|[(\[]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[)\]]|[^\\()\[\]:]+|[\\:]"
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
+# A pair of brackets with none inside; a backslash makes a bracket a character.
+_INSIDE = r"(?:\\.|[^\[\]\\])*"
+_OPEN = rf"(?<!\\)(?:\\\\)*\[(?={_INSIDE}\])"
+_NUMBER = r"\s*\+?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?\s*"
 # What the web UIs read as more than words, and what it is called.
 _EMPHASIS = (
     (re.compile(r"\([^()]*:\s*[+-]?[\d.]+\s*\)"), "emphasis"),
@@ -27,8 +31,8 @@ _EMPHASIS = (
     (_BREAK, "BREAK"),
 )
 _OTHERS = (
-    (re.compile(r"(?<!\\)\[[^\[\]]*:[^\[\]:]*:?\s*[\d.]+\s*\]"), "prompt editing"),
-    (re.compile(r"(?<!\\)\[[^\[\]]*\|[^\[\]]*\]"), "alternating words"),
+    (re.compile(rf"{_OPEN}{_INSIDE}:{_NUMBER}\]"), "prompt editing"),
+    (re.compile(rf"{_OPEN}(?:\\.|[^\[\]\\|])*\|{_INSIDE}\]"), "alternating words"),
     (re.compile(r"\bAND\b"), "AND"),
     (re.compile(r"<\w+:[^<>]*>"), "LoRA in a negative prompt"),
 )

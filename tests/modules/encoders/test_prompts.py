@@ -12,6 +12,7 @@ from ldm.modules.encoders.prompts import (
     length_in_use,
     parse_emphasis,
     plain_text,
+    syntax_remarks,
 )
 from tests.golden_util import fill_parameters
 from tests.tiny_models import CLIP, OPEN_CLIP
@@ -162,3 +163,30 @@ def test_clip_skip_is_the_layer_before_with_the_final_norm(encoder):
     found = embed_prompt(encoder, "a house", clip_skip=2)
     assert torch.equal(found, tower(ids, encoder.n_skipped + 1))
     assert torch.equal(embed_prompt(encoder, "a house"), encoder(["a house"]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [
+        ("a [cat:dog:0.5] b", "prompt editing"),
+        ("a [cat:0.5]", "prompt editing"),
+        ("a [cat::0.5]", "prompt editing"),
+        ("a [:cat: 10 ]", "prompt editing"),
+        ("a [cat:dog:.25]", "prompt editing"),
+        ("a [cat:dog:1e-1]", "prompt editing"),
+        ("a [[cat:dog:0.2]:hen:0.7]", "prompt editing"),
+        (r"a [c\]at:dog:0.5]", "prompt editing"),
+        ("a [(red:1.2):blue:0.3]", "prompt editing"),
+        ("a [cat|dog|hen]", "alternating words"),
+        ("a [|cat]", "alternating words"),
+        ("a cat AND a dog :1.2", "AND"),
+        (r"a \[cat:dog:0.5\]", ""),
+        (r"a \[cat|dog\]", ""),
+        ("a [cat] at 5:30, sand|sea", ""),
+    ],
+)
+def test_what_is_not_included_is_named(prompt, kind):
+    for has_emphasis in (True, False):
+        said = " ".join(syntax_remarks(prompt, True, has_emphasis))
+        assert (f"the web UIs' {kind} is not included" in said) == bool(kind)
+        assert kind or "not included" not in said
