@@ -84,6 +84,8 @@ def columns(args: Arguments) -> dict[str, dict[str, Any]]:
             assert isinstance(tome, dict)
             if tome.get("ratio") != 0:  # the picture without merging is there anyhow
                 title = f"ratio {value}" if name == "tome_ratio" else Path(value).stem
+                if title in found:
+                    raise InputError(f"--presets {value}: another one is called {title}, too")
                 found[title] = tome
     if not found:
         raise InputError(f"--ratios {args.ratios}: there would be nothing to compare")

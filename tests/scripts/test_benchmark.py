@@ -12,6 +12,7 @@ from ldm.evaluation.benchmark import program
 from tests.tiny_models import tiny_config
 
 ROOT = Path(__file__).parents[2]
+V1 = "configs/stable-diffusion/v1-inference.yaml"
 SCRIPT = ROOT / "scripts" / "benchmark.py"
 
 
@@ -80,6 +81,7 @@ def test_einsum_and_nothing_but_ratios(tiny, tmp_path):
         (["--models", "none.yaml"], "there is no configuration 'none.yaml'"),
         (["--models", "configs/tome/fast.yaml"], "the configuration is no latent-diffusion model"),
         (["--models", ","], "--models: the list is empty"),
+        (["--models", f"{V1},./{V1}"], "another model is called v1-inference, too"),
         (["--sizes", "512,100"], "--sizes 100: allowed are multiples of 8"),
         (["--sizes", "512,8200"], "--sizes 8200: allowed are multiples of 8 from 8 to 8192"),
         (["--batch", "0"], "--batch 0: allowed are whole numbers from 1"),

@@ -62,6 +62,7 @@ def test_a_flag_holds_for_all_columns(run, tiny_checkpoint, tmp_path):
         (["--ratios", "0.5,1.5"], "--tome-ratio 1.5: must be auto or a number"),
         (["--ratios", "0.5,0.9"], "ToMe ratio=0.9: method grid"),
         (["--n_iter", "400"], "--n_samples 1, --n_iter 400: with 4 columns there would be more"),
+        (["--presets", "fast,configs/tome/fast.yaml"], "--presets configs/tome/fast.yaml: another"),
         (["--presets", "nonsense"], "there is no ToMe preset 'nonsense'"),
     ],
 )

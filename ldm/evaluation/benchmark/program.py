@@ -186,7 +186,12 @@ def _run(args: Arguments, command: str) -> None:
     """Measure, or count, what the arguments say."""
     at_least(1, args, "rounds", most=MOST_ROUNDS)
     check_device(args.device)
-    models = dict(map(read_model, words(args.models, "--models")))
+    models: dict[str, dict[str, Any]] = {}
+    for name in words(args.models, "--models"):
+        title, config = read_model(name)
+        if title in models:
+            raise InputError(f"--models {name}: another model is called {title}, too; rename it")
+        models[title] = config
     sizes = (
         numbers(args.sizes, "--sizes", SIZE_STEP, most=MOST_PIXELS)
         if args.sizes != "auto"
