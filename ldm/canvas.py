@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm import images
-from ldm.device import finite
+from ldm.device import Attempt
 from ldm.images import Mask, Pixels
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.settings import Settings
@@ -105,16 +105,17 @@ def _fixed_start(model: LatentDiffusion, settings: Settings) -> Tensor:
 def encode(model: LatentDiffusion, settings: Settings, picture: NDArray[np.float32]) -> Tensor:
     """Scaled latents of a picture (3, H, W), (1, C, h, w); with upstream's draw, n_samples."""
     stage = model.first_stage_model
-
-    def compute() -> Tensor:
+    attempt = Attempt("the first stage", stage)
+    while True:
         weight = next(stage.parameters())
         posterior = model.encode_first_stage(torch.from_numpy(picture[None]).to(weight))
-        if settings.rng != "upstream":
-            return model.get_first_stage_encoding(posterior.mode()).float()
-        noise = torch.randn((settings.n_samples, *latent_shape(model, settings)))
-        return model.get_first_stage_encoding(posterior, noise).float()
-
-    return finite("the first stage", stage, compute)
+        if settings.rng == "upstream":
+            noise = torch.randn((settings.n_samples, *latent_shape(model, settings)))
+            latents = model.get_first_stage_encoding(posterior, noise).float()
+        else:
+            latents = model.get_first_stage_encoding(posterior.mode()).float()
+        if attempt.succeeds(latents):
+            return latents
 
 
 def rows(tensor: Tensor, n: int) -> Tensor:

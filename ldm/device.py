@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -185,24 +185,42 @@ def _has_glibc() -> bool:
     return sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"
 
 
-def finite(stage: str, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
-    """Compute; where the result has NaN or infinities, once more in float32.
+class Attempt:
+    """An attempt to compute, and where the result has NaN or infinities, another one in float32.
 
-    Raises:
-        NotFinite: it has them in float32 too.
+        attempt = Attempt("the U-Net", unet)
+        while True:
+            result = ...
+            if attempt.succeeds(result):
+                return result
+
+    Args:
+        stage: what the user is told of.
+        module: what computes; becomes float32.
     """
-    device = next(module.parameters()).device
-    states = random_states(device)
-    result = compute()
-    if torch.isfinite(result).all():
-        return result
-    kind = next(module.parameters()).dtype
-    if kind == torch.float32:
-        raise NotFinite(stage)
-    logger.warning("%s gives values that are not numbers in %s; using float32", stage, kind)
-    module.float()
-    restore_random_states(device, states)
-    return finite(stage, module, compute)
+
+    def __init__(self, stage: str, module: nn.Module) -> None:
+        self.stage, self.module = stage, module
+        self.device = next(module.parameters()).device
+        self.states = random_states(self.device)
+
+    def succeeds(self, result: Tensor) -> bool:
+        """Whether all is finite; else the module is float32 now, and random numbers begin anew.
+
+        Raises:
+            NotFinite: it was float32 already.
+        """
+        if torch.isfinite(result).all():
+            return True
+        kind = next(self.module.parameters()).dtype
+        if kind == torch.float32:
+            raise NotFinite(self.stage)
+        logger.warning(
+            "%s gives values that are not numbers in %s; using float32", self.stage, kind
+        )
+        self.module.float()
+        restore_random_states(self.device, self.states)
+        return False
 
 
 RandomStates: TypeAlias = "tuple[Tensor, Tensor | None]"

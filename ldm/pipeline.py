@@ -18,18 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ldm import images
 from ldm.addons import Tags, taken_loras
-from ldm.canvas import Canvas, latent_shape, prepare
+from ldm.canvas import latent_shape, prepare
 from ldm.device import NoiseStream
 from ldm.distributed import ALONE, Process
 from ldm.errors import InputError, NotFinite, memory_advice
 from ldm.images import Mask, Picture, Pixels
 from ldm.loaded import Added, LoadedModel, pixels_of
 from ldm.remarks import model_notes, prompt_remarks, report_tome, suspects
-from ldm.sampling import Batch, OnStep, Pass, Texts, decode, draw, enlarge
+from ldm.sampling import Batch, OnStep, Pass, Texts, decode, enlarge, sample
 from ldm.settings import SIZE_STEP, Settings
 from ldm.util import word_list
 
@@ -155,11 +154,14 @@ class Pipeline(LoadedModel):
         for added, batch in pieces:
             untagged = [(taken_loras(prompt)[0], seed) for prompt, seed in batch]
             with self._turn(settings, added), stream:
-                latents = self._latents(first, untagged, first.canvas, watch)
+                with self._as_asked(first):
+                    ground = first.texts, first.canvas
+                    latents = sample(self.model, first.settings, untagged, *ground, **watch)
                 if second is not None:
-                    large = enlarge(self.model, second.settings, latents)
-                    canvas = dataclasses.replace(second.canvas, known=large)
-                    latents = self._latents(second, untagged, canvas, watch)
+                    known = enlarge(self.model, second.settings, latents)
+                    ground = second.texts, dataclasses.replace(second.canvas, known=known)
+                    with self._as_asked(second):
+                        latents = sample(self.model, second.settings, untagged, *ground, **watch)
             for (prompt, seed), one in zip(batch, latents.split(1), strict=True):
                 with self._turn(settings, added), stream:
                     about = self.about(settings, prompt, seed, first)
@@ -169,31 +171,25 @@ class Pipeline(LoadedModel):
         if second is not None:
             report_tome(second.tally, second.tome, "second pass: ")
 
-    def _latents(
-        self, one: Pass, batch: Batch, canvas: Canvas, watch: Mapping[str, Any]
-    ) -> torch.Tensor:
-        """Latents of a batch, merged as the pass says; what was merged is counted."""
-        merger = self._merger
+    @contextmanager
+    def _as_asked(self, one: Pass) -> Iterator[None]:
+        """Let the model merge as a pass says, and its ControlNet guide; count what was merged."""
+        merger, control = self._merger, self._applied.control
         one.texts.added = self._applied
         others = merger.config
         if one.tome is not others:
             merger.configure(one.tome)
         try:
-            with self._guided(one.settings):
-                latents = draw(self.model, one.settings, batch, one.texts, canvas, **watch)
+            if control is None:
+                yield
+            else:
+                _, h, w = latent_shape(self.model, one.settings)
+                with control.over(self.model.model.diffusion_model, h, w):
+                    yield
             one.tally.add(merger.tally)
         finally:
             if one.tome is not others:
                 merger.configure(others)
-        return latents
-
-    def _guided(self, settings: Settings) -> AbstractContextManager[None]:
-        """Let the ControlNet, if there is one, guide what is drawn."""
-        control = self._applied.control
-        if control is None:
-            return nullcontext()
-        _, h, w = latent_shape(self.model, settings)
-        return control.over(self.model.model.diffusion_model, h, w)
 
     @contextmanager
     def _turn(self, settings: Settings, added: Added) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """From prompts and seeds to pixels, in four plain functions: noise, conditioning, sample, decode.
 
-`draw` puts the first three together; `canvas.prepare` encodes what all batches of a run share.
+`canvas.prepare` encodes what all batches of a run share.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ldm import images
 from ldm.canvas import Canvas, PictureNoise, encode, latent_shape, rows
-from ldm.device import finite, reused_memory
+from ldm.device import Attempt, reused_memory
 from ldm.images import Mask, Pixels
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMpp2MSampler, DPMSolverSampler
 from ldm.models.diffusion.dpmpp_sde import DPMppSDESampler
 from ldm.models.diffusion.euler import EulerAncestralSampler, EulerSampler
-from ldm.models.diffusion.guidance import Conditioning
+from ldm.models.diffusion.guidance import Conditioning, sampling_run
 from ldm.models.diffusion.heun import HeunSampler
 from ldm.models.diffusion.lcm import LCMSampler
 from ldm.models.diffusion.plms import PLMSSampler
@@ -111,12 +111,12 @@ class Texts:
     def _read(self, prompt: str, added: object) -> Tensor:
         """The embedding of a prompt, (1, L, width); a long one's L is a multiple of the model's."""
         encoder, settings = self.model.cond_stage_model, self.settings
-
-        def encode() -> Tensor:
-            ways = settings.long_prompt, settings.emphasis, settings.clip_skip
-            return embed_prompt(encoder, prompt, *ways)
-
-        return finite("the text encoder", encoder, encode)
+        ways = settings.long_prompt, settings.emphasis, settings.clip_skip
+        attempt = Attempt("the text encoder", encoder)
+        while True:
+            embedding = embed_prompt(encoder, prompt, *ways)
+            if attempt.succeeds(embedding):
+                return embedding
 
 
 def noise(
@@ -143,14 +143,13 @@ def conditioning(texts: Texts, prompts: Sequence[str], canvas: Canvas) -> Condit
     return {"c_crossattn": [text], "c_concat": [rows(canvas.beside, len(prompts))]}
 
 
+@torch.inference_mode()
 def sample(
     model: LatentDiffusion,
     settings: Settings,
-    x: Tensor,
-    source: NoiseSource | None,
-    positive: Conditioning,
-    negative: Conditioning,
-    canvas: Canvas,
+    batch: Batch,
+    texts: Texts,
+    canvas: Canvas | None = None,
     progress: bool = False,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -159,35 +158,46 @@ def sample(
     Args:
         model: what draws.
         settings: without None.
-        x: noise, (B, C, h, w).
-        source: of the steps' noise; see `noise`.
-        positive: what to draw.
-        negative: what guidance steers away from; without effect at scale 1.
-        canvas: what it is drawn on.
+        batch: what to draw, with which seeds.
+        texts: the embeddings of its prompts, and of what guidance steers away from.
+        canvas: what it is drawn on; None: nothing.
         progress: show a bar.
         on_step: called after each step.
     """
     assert settings.sampler is not None
     assert settings.steps is not None
+    ground, scale = canvas or Canvas(), settings.scale
+    assert scale is not None
     sampler = SAMPLERS[settings.sampler](model)
     sampler.make_schedule(settings.steps, settings.schedule, settings.eta)
     sampler.encodes_as_upstream = settings.rng == "upstream"
-    n_steps = len(sampler.steps)
-    options: dict[str, Any] = {"noise_source": source, "verbose": progress}
-    if canvas.known is not None:
-        known = rows(canvas.known, len(x))
-        if canvas.kept is None:
-            n_steps = n_steps_back(n_steps, settings)
-            x = sampler.stochastic_encode(known, n_steps, noise=x)
-        else:
-            options |= {"mask": canvas.kept, "x0": known}
-    if settings.scale != 1:
-        options["unconditional_guidance_scale"] = settings.scale
-        options["unconditional_conditioning"] = negative
-    if on_step is not None:
-        options["img_callback"] = lambda predicted, i: on_step(i, n_steps, predicted)
-    with reused_memory(model.device), _deep_reuse(model, settings.reuse_deep):
-        return sampler.decode(x, positive, n_steps, **options)
+    attempt = Attempt("the U-Net", model.model)
+    while True:
+        x, source = noise(model, settings, [seed for _, seed in batch], ground)
+        negative = None
+        if scale != 1:
+            negative = conditioning(texts, [settings.negative_prompt] * len(batch), ground)
+        positive = conditioning(texts, [prompt for prompt, _ in batch], ground)
+        known, n = None, len(sampler.steps)
+        if ground.known is not None:
+            known = rows(ground.known, len(x))
+            if ground.kept is None:
+                n = n_steps_back(n, settings)
+                x = sampler.stochastic_encode(known, n, noise=x)
+        steps = sampler.steps_back(
+            x, positive, n, scale, negative, mask=ground.kept, x0=known, noise_source=source
+        )
+        with (
+            reused_memory(model.device),
+            _deep_reuse(model, settings.reuse_deep),
+            sampling_run(model, scale != 1),
+        ):
+            for i, result in enumerate(sampler.shown(steps, n, progress)):
+                x, predicted = result
+                if on_step is not None:
+                    on_step(i, n, predicted)
+        if attempt.succeeds(x):
+            return x
 
 
 @contextmanager
@@ -219,39 +229,12 @@ def n_steps_back(n_steps: int, settings: Settings) -> int:
 def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
     """What the first stage makes of latents (B, C, h, w): float32 (B, 3, H, W) on the CPU."""
     stage = model.first_stage_model
-
-    def compute() -> Tensor:
+    attempt = Attempt("the first stage", stage)
+    while True:
         weight = next(stage.parameters())
-        return model.decode_first_stage(latents.to(weight.dtype)).float()
-
-    return finite("the first stage", stage, compute).cpu()
-
-
-# --- together -----------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def draw(
-    model: LatentDiffusion,
-    settings: Settings,
-    batch: Batch,
-    texts: Texts,
-    canvas: Canvas | None = None,
-    progress: bool = False,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Latents of a batch, (B, C, h, w): noise, conditioning and sample; see those."""
-    ground = canvas or Canvas()
-
-    def compute() -> Tensor:
-        x, source = noise(model, settings, [seed for _, seed in batch], ground)
-        negative = None
-        if settings.scale != 1:
-            negative = conditioning(texts, [settings.negative_prompt] * len(batch), ground)
-        positive = conditioning(texts, [prompt for prompt, _ in batch], ground)
-        return sample(model, settings, x, source, positive, negative, ground, progress, on_step)
-
-    return finite("the U-Net", model.model, compute)
+        pictures = model.decode_first_stage(latents.to(weight.dtype)).float()
+        if attempt.succeeds(pictures):
+            return pictures.cpu()
 
 
 @torch.inference_mode()

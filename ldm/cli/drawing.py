@@ -1,7 +1,14 @@
-"""What the drawing programs do alike: draw jobs, save pictures, and tell how far they are."""
+"""What the drawing programs do alike: draw jobs, save pictures, and tell how far they are.
+
+canvas = Canvas(pipeline, gallery, args)
+with canvas.pictures(jobs) as pictures:
+    for picture in pictures:
+        canvas.save(picture)
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import time
@@ -92,14 +99,15 @@ class Canvas:
     args: Arguments
     process: Process = ALONE
 
-    def draw(
+    @contextmanager
+    def pictures(
         self,
         jobs: Sequence[Job],
         init: Pixels | None = None,
         mask: Mask | None = None,
         notes: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Draw all jobs and save their pictures and the grid.
+    ) -> Iterator[Iterator[Picture]]:
+        """All pictures of the jobs, each drawn when it is asked for; in the end the grid is saved.
 
         Raises:
             InputError: a setting cannot be used with this model; nothing has been drawn then.
@@ -119,16 +127,16 @@ class Canvas:
             self.gallery.expect(numbers)
             n_pictures = len(numbers)
             process.wait()  # until all have looked which numbers are free
-        progress = Progress(n_pictures)
+        progress = self._progress = Progress(n_pictures)
 
         def finished() -> str:
             return how_to_go_on(progress, first, self.args, process.n_processes > 1)
 
-        with said_when_stopped(finished), self._profile() as on_step:
+        def runs(on_step: Any) -> Iterator[Iterator[Picture]]:
             n_before = 0
             for job, config in zip(jobs, merging, strict=True):
                 pipeline.set_tome(config)
-                for picture in pipeline.generate(
+                yield pipeline.generate(
                     job.settings,
                     init,
                     mask,
@@ -136,16 +144,18 @@ class Canvas:
                     notes=notes,
                     process=process.after(n_before),
                     on_step=on_step,
-                ):
-                    self.save(picture)
-                    progress.step()
+                )
                 n_before += len(job.settings.batches())
+
+        with said_when_stopped(finished), self._profile() as on_step:
+            yield itertools.chain.from_iterable(runs(on_step))
         self.gallery.close()
         print(f"Pictures are in {self.args.outdir}")
 
-    def save(self, picture: Picture) -> Path | None:
-        """Save one picture; returns where."""
-        return self.gallery.add(picture)
+    def save(self, picture: Picture) -> None:
+        """Save one of the pictures."""
+        self.gallery.add(picture)
+        self._progress.step()
 
     @contextmanager
     def _profile(self) -> Iterator[Any]:

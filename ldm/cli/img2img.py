@@ -56,4 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     canvas = drawing.Canvas(
         Pipeline.from_checkpoint(**model, prompts=prompts_of(jobs)), gallery, args
     )
-    canvas.draw(jobs, init, notes={"init_img": escaped(args.init_img, 1000)})
+    notes = {"init_img": escaped(args.init_img, 1000)}
+    with canvas.pictures(jobs, init, notes=notes) as pictures:
+        for picture in pictures:
+            canvas.save(picture)

@@ -96,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.indir is None:
         ((init, mask),) = jobs
         canvas = drawing.Canvas(pipeline, gallery, args)
-        canvas.draw([Job(settings, model["tome"])], *load(init, mask), notes=_notes(init, mask))
+        todo, notes = [Job(settings, model["tome"])], _notes(init, mask)
+        with canvas.pictures(todo, *load(init, mask), notes=notes) as pictures:
+            for picture in pictures:
+                canvas.save(picture)
         return
     progress = drawing.Progress(len(jobs))
 

@@ -6,6 +6,7 @@ This module imports next to nothing, so that a program can be stopped while it i
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -31,15 +32,10 @@ def run_program(module: str) -> None:
         module: such as ``ldm.cli.txt2img``.
     """
     bound_caches()
-
-    def main() -> None:
+    with running():
         with leaving_at_once():
-            import importlib
-
             program = importlib.import_module(module)
         program.main()
-
-    run(main)
 
 
 def bound_caches() -> None:
@@ -53,10 +49,16 @@ def bound_caches() -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program: show what it logs, and end it with one clear line and its exit code.
+    """Run a program as `running` says."""
+    with running():
+        main()
 
-    Args:
-        main: the program; a KeyboardInterrupt's argument, if any, says what is finished.
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Show what a program logs, and end it with one clear line and its exit code.
+
+    The argument of a KeyboardInterrupt, if it has one, says what is finished.
     """
     signal_is_ours = _listen(signal.SIGTERM, _terminate)
     with _lasting_streams():
@@ -65,7 +67,7 @@ def run(main: Callable[[], None]) -> None:
         if not any(isinstance(handler, Messages) for handler in logger.handlers):
             logger.addHandler(Messages())
         try:
-            main()
+            yield
         except InputError as error:
             _end(f"error: {error}", error.exit_code)
         except KeyboardInterrupt as stop:

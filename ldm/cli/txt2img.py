@@ -90,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if process.n_processes > 1 or args.interactive:
             gallery.has_grid = False
         if not args.interactive:
-            drawing.Canvas(pipeline, gallery, args, process).draw(jobs)
+            canvas = drawing.Canvas(pipeline, gallery, args, process)
+            with canvas.pictures(jobs) as pictures:
+                for picture in pictures:
+                    canvas.save(picture)
             return
 
         def draw(settings: Settings) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import InputError
-from ldm.modules.tome import whole
-from ldm.modules.tome.match import metrics_of
 from ldm.modules.tome.merge import plan_block
 from ldm.modules.tome.merger import Decision, TokenMerger
 from ldm.modules.tome.plan import NOTHING, BlockPlans, MergePlan
@@ -280,40 +279,38 @@ class BasicTransformerBlock(nn.Module):
             context: (B, L, D); None: attn2 attends to the tokens themselves.
             merging: what is merged here.
         """
+        recomputes = self.checkpoint and torch.is_grad_enabled()
         # Others' code may replace _forward by a function of upstream's two arguments.
-        inputs = (x, context) if merging is None or not merging.removed else (x, context, merging)
-        if not (self.checkpoint and torch.is_grad_enabled()):
-            return self._forward(*inputs)
-        if merging is not None:
-            # Made outside, so that the recomputation in the backward pass meets the same plan; and
-            # detached, or the compiler takes this norm and the recomputed one for the same.
-            self._plans(x.detach(), None, merging)
-        return checkpoint(self._forward, *inputs, use_reentrant=False)
+        inputs: tuple[Any, ...] = (x, context)
+        if merging is not None and merging.removed:
+            normed = None if recomputes or merging.is_whole_block else self.norm1(x)
+            if merging.plan is None:
+                with torch.no_grad():
+                    # Made here, so that the recomputation in the backward pass meets the same plan;
+                    # detached, or the compiler takes this norm and the recomputed one for the same.
+                    tokens = x.detach() if recomputes else x
+                    metrics = merging.metrics_of(self.attn1, self.norm1, tokens, normed)
+                    planner = merging.planner or plan_block
+                    merging.plan, merging.query_plan = planner(merging, metrics)
+            inputs = (x, context, merging.places, normed)
+        if recomputes:
+            return checkpoint(self._forward, *inputs, use_reentrant=False)
+        return self._forward(*inputs)
 
     def _forward(
-        self, x: Tensor, context: Tensor | None = None, merging: Decision | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        plans: BlockPlans = NOTHING,
+        normed: Tensor | None = None,
     ) -> Tensor:
-        if merging is None:
-            return self._sublayers(x, self.norm1(x), context, NOTHING)
-        if not merging.is_whole_block:
-            normed = self.norm1(x)
-            return self._sublayers(x, normed, context, self._plans(x, normed, merging))
-        plans = self._plans(x, None, merging)
+        """`forward`, with plans that are made, and norm1 of x, if it is known."""
+        if plans.block.is_identity:
+            normed = self.norm1(x) if normed is None else normed
+            return self._sublayers(x, normed, context, plans)
         merged = plans.block.merge(x)
         out = self._sublayers(merged, self.norm1(merged), context, plans)
         return x + plans.block.unmerge(out - merged)
-
-    @torch.no_grad()
-    def _plans(self, x: Tensor, normed: Tensor | None, merging: Decision) -> BlockPlans:
-        """The plans for the places of the block; those that are there already, or else new ones."""
-        if merging.removed and merging.plan is None:
-            if normed is None:
-                normed = x if merging.metrics == ("hidden",) else self.norm1(x)
-            find = whole.metrics_of if merging.is_whole else metrics_of
-            metrics = find(self.attn1, merging.metrics, x, normed, merging.size)
-            planner = merging.planner or plan_block
-            merging.plan, merging.query_plan = planner(merging, metrics)
-        return merging.places
 
     def _sublayers(
         self, x: Tensor, normed: Tensor, context: Tensor | None, plans: BlockPlans

@@ -1,10 +1,12 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from PIL import Image
 from ldm import __version__
 from ldm.cli import txt2img
 from ldm.images import load_rgb, read_settings
+from ldm.modules.tome.match import nearest_in_window
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "txt2img.py"
 FAST = ["--steps", "2", "--device", "cpu", "--dtype", "float32"]
@@ -46,6 +49,25 @@ def test_a_process_draws_a_picture_from_any_folder(tiny_checkpoint, tmp_path):
     settings = read_settings(folder / "samples" / "00000.png")
     assert (settings["prompt"], settings["seed"], settings["steps"]) == ("a house", 7, 2)
     assert settings["tome"]["ratio"] == 0.5
+
+
+def test_between_the_script_and_the_match_there_is_little(tiny_checkpoint, tmp_path, monkeypatch):
+    """At most 15 frames of ours are on the stack when tokens are matched."""
+    depths = []
+
+    def counted(*args, **kwargs):
+        files = [frame.filename for frame in traceback.extract_stack()]
+        ours = (str(SCRIPT), str(SCRIPT.parents[1] / "ldm"))
+        depths.append(sum(file.startswith(ours) for file in files))
+        return nearest_in_window(*args, **kwargs)
+
+    monkeypatch.setattr("ldm.modules.tome.merge.nearest_in_window", counted)
+    flags = ["--ckpt", str(tiny_checkpoint), *FAST, "--prompt", "hills", "--tome-ratio", "0.5"]
+    flags += ["--outdir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert depths
+    assert max(depths) <= 15
 
 
 def test_a_process_ends_with_one_line_where_the_input_is_bad(tmp_path):

@@ -30,7 +30,7 @@ from ldm.images import to_pixels, to_unit
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.tome.config import ToMeConfig
 from ldm.pipeline import Pipeline
-from ldm.sampling import Texts, decode, draw
+from ldm.sampling import Texts, decode, sample
 
 OTHER_BACKEND = {"sdpa": "einsum", "einsum": "sdpa"}
 
@@ -145,7 +145,7 @@ class Experiment:
         start = time.perf_counter()
         with peak_memory(model.device) as peak, self._in_force(setting, batch.first):
             self._texts.trims = unet.tome.config.context == "trim"
-            latents = draw(model, settings, batch.pictures, self._texts)
+            latents = sample(model, settings, batch.pictures, self._texts)
             saved = None if setting.control else unet.tome.saved_work()
             pictures = torch.cat([decode(model, one) for one in latents.split(1)]).clamp(-1, 1)
         seconds = time.perf_counter() - start

@@ -16,7 +16,7 @@ from ldm.modules.tome.merge import plan_block
 from ldm.modules.tome.merger import Decision
 from ldm.modules.tome.plan import MergePlan
 from ldm.pipeline import Pipeline
-from ldm.sampling import Texts, draw
+from ldm.sampling import Texts, sample
 from ldm.settings import Settings
 
 PUBLISHED = 0.86  # ToMe on Stable Diffusion at ratio 0.5; Fourier-TM (NeurIPS 2025), table 1
@@ -55,7 +55,7 @@ def mean_cosines(
     merger.configure(ToMeConfig.from_mapping({**TOMESD, "max_downsample": 8}))
     merger.planner = planner
     try:
-        draw(pipeline.model, settings, batch, Texts(pipeline.model, settings))
+        sample(pipeline.model, settings, batch, Texts(pipeline.model, settings))
     finally:
         merger.planner = None
         merger.configure(before)

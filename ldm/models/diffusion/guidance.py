@@ -141,22 +141,20 @@ def noise_predictor(
 
     Source: Ho and Salimans 2022 (arXiv 2207.12598).
     """
-    if not uses_guidance(unconditional_conditioning, scale):
-
-        def model_output(x: Tensor, t: Tensor) -> Tensor:
-            return model.apply_model(x, t, conditioning).to(x.dtype)
-    else:
-        both = concat_conditioning(unconditional_conditioning, conditioning)
-
-        def model_output(x: Tensor, t: Tensor) -> Tensor:
-            output = model.apply_model(torch.cat([x] * 2), torch.cat([t] * 2), both)
-            unconditional, conditional = output.to(x.dtype).chunk(2)
-            return unconditional + scale * (conditional - unconditional)
+    is_guided = uses_guidance(unconditional_conditioning, scale)
+    if is_guided:
+        conditioning = concat_conditioning(unconditional_conditioning, conditioning)
 
     def predict_noise(x: Tensor, t: int | float, alpha_bar: float) -> Tensor:
         dtype = torch.float32 if isinstance(t, float) else torch.long
         steps = torch.full((x.shape[0],), t, dtype=dtype, device=x.device)
         getattr(model, "at_step", _nothing)(t)
-        return eps_from_output(model_output(x, steps), x, alpha_bar, model.parameterization)
+        if is_guided:
+            output = model.apply_model(torch.cat([x] * 2), torch.cat([steps] * 2), conditioning)
+            unconditional, conditional = output.to(x.dtype).chunk(2)
+            output = unconditional + scale * (conditional - unconditional)
+        else:
+            output = model.apply_model(x, steps, conditioning).to(x.dtype)
+        return eps_from_output(output, x, alpha_bar, model.parameterization)
 
     return predict_noise

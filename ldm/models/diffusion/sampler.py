@@ -232,22 +232,21 @@ class Sampler:
             denoise = _corrected(
                 denoise, score_corrector, self.model, conditioning, corrector_kwargs or {}
             )
-        return self._run(
-            denoise,
-            x_T,
-            self.steps,
-            is_guided=uses_guidance(unconditional_conditioning, unconditional_guidance_scale),
-            noise_source=noise_source,
-            mask=mask,
-            x0=x0,
-            temperature=temperature,
-            noise_dropout=noise_dropout,
-            quantize_x0=quantize_x0,
-            callback=callback,
-            img_callback=img_callback,
-            log_every_t=log_every_t,
-            verbose=verbose,
-        )
+        changes = temperature, noise_dropout, quantize_x0
+        taken = self._begun(denoise, x_T, self.steps, noise_source, mask, x0, *changes)
+        n, x = len(self.steps), x_T
+        kept: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
+        is_guided = uses_guidance(unconditional_conditioning, unconditional_guidance_scale)
+        with sampling_run(self.model, is_guided):
+            for i, (x, predicted) in enumerate(self.shown(taken, n, verbose)):
+                if callback is not None:
+                    callback(i)
+                if img_callback is not None:
+                    img_callback(predicted, i)
+                if (n - 1 - i) % log_every_t == 0 or i == 0:
+                    kept["x_inter"].append(x)
+                    kept["pred_x0"].append(predicted)
+        return x, kept
 
     @torch.no_grad()
     def stochastic_encode(
@@ -316,6 +315,37 @@ class Sampler:
 
         Returns: latents, (B, C, h, w).
         """
+        guidance = unconditional_guidance_scale, unconditional_conditioning
+        taken = self.steps_back(
+            x_latent, cond, t_start, *guidance, use_original_steps, mask, x0, noise_source
+        )
+        with sampling_run(self.model, uses_guidance(*guidance[::-1])):
+            for i, result in enumerate(self.shown(taken, t_start, verbose)):
+                x_latent, predicted = result
+                if callback is not None:
+                    callback(i)
+                if img_callback is not None:
+                    img_callback(predicted, i)
+        return x_latent
+
+    def steps_back(
+        self,
+        x_latent: Tensor,
+        cond: Conditioning,
+        t_start: int,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Conditioning = None,
+        use_original_steps: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        noise_source: NoiseSource | None = None,
+    ) -> Steps:
+        """The steps of ``decode``, one by one, to be taken within a `sampling_run`.
+
+        Raises:
+            ValueError: the conditioning has not B rows, there are not so many steps, or there is a
+                mask without x0.
+        """
         check_batch_size(cond, x_latent.shape[0])
         steps = self._steps(use_original_steps)
         if not 0 <= t_start <= len(steps):
@@ -323,38 +353,25 @@ class Sampler:
         denoise = noise_predictor(
             self.model, cond, unconditional_conditioning, unconditional_guidance_scale
         )
-        latents, _ = self._run(
-            denoise,
-            x_latent,
-            steps[:t_start],
-            is_guided=uses_guidance(unconditional_conditioning, unconditional_guidance_scale),
-            noise_source=noise_source,
-            mask=mask,
-            x0=x0,
-            callback=callback,
-            img_callback=img_callback,
-            verbose=verbose,
-        )
-        return latents
+        return self._begun(denoise, x_latent, steps[:t_start], noise_source, mask, x0)
 
-    def _run(
+    def shown(self, steps: Steps, n: int, is_shown: bool = True) -> Steps:
+        """The steps behind a progress bar."""
+        return iter(tqdm(steps, desc=self.name, total=n, disable=not is_shown))
+
+    def _begun(
         self,
         denoise: Denoiser,
         x: Tensor,
         steps: Sequence[StepCoefficients],
-        *,
-        is_guided: bool,
         noise_source: NoiseSource | None,
         mask: Tensor | None,
         x0: Tensor | None,
         temperature: float = 1.0,
         noise_dropout: float = 0.0,
         quantize_x0: bool = False,
-        callback: Callable[[int], Any] | None = None,
-        img_callback: Callable[[Tensor, int], Any] | None = None,
-        log_every_t: int = 100,
-        verbose: bool = True,
-    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    ) -> Steps:
+        """`iterate`, with what the arguments of ``sample`` say of noise and mask."""
         if mask is not None and x0 is None:
             raise ValueError("a mask needs x0, the latents to keep")
 
@@ -376,21 +393,7 @@ class Sampler:
             return known * mask + (1 - mask) * x_t
 
         quantize = _quantizer(self.model) if quantize_x0 else None
-        descending = steps[::-1]
-        kept: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
-        iteration = self.iterate(x, descending, Run(denoise, draw, blend, quantize))
-        progress = tqdm(iteration, desc=self.name, total=len(steps), disable=not verbose)
-        with sampling_run(self.model, is_guided):
-            for i, (x, predicted) in enumerate(progress):
-                if callback is not None:
-                    callback(i)
-                if img_callback is not None:
-                    img_callback(predicted, i)
-                n_left = len(steps) - 1 - i
-                if n_left % log_every_t == 0 or i == 0:
-                    kept["x_inter"].append(x)
-                    kept["pred_x0"].append(predicted)
-        return x, kept
+        return self.iterate(x, steps[::-1], Run(denoise, draw, blend, quantize))
 
     def _noise(self, shape: torch.Size, source: NoiseSource | None) -> Tensor:
         if source is None:

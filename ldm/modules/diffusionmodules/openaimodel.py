@@ -390,39 +390,44 @@ class UNetModel(nn.Module):
         if context is not None:
             context = context.to(dtype)
 
+        # What is deep comes from the last call, where that is reused.
         skips: list[Tensor] = []
-
-        def down(h: Tensor, blocks: nn.ModuleList) -> Tensor:
-            for block in blocks:
-                h = block(h, emb, context)
-                skips.append(h)
-            return h
-
-        def up(h: Tensor, blocks: nn.ModuleList) -> Tensor:
-            for block in blocks:
-                h = torch.cat([h, skips.pop()], dim=1)
-                h = block(h, emb, context, size=skips[-1].shape[-2:] if skips else None)
-            return h
-
-        h = down(x.to(dtype), self.input_blocks[:N_SHALLOW])
+        h = x.to(dtype)
+        for block in self.input_blocks[:N_SHALLOW]:
+            h = block(h, emb, context)
+            skips.append(h)
         deep = self.reuse.begin_call(x)
         added = [] if self.control is None else self.control(x, timesteps, context)
         if deep is None:
-            h = self.middle_block(down(h, self.input_blocks[N_SHALLOW:]), emb, context)
+            for block in self.input_blocks[N_SHALLOW:]:
+                h = block(h, emb, context)
+                skips.append(h)
+            h = self.middle_block(h, emb, context)
             if added:
                 h = h + added[-1].to(dtype)
         for i, residual in zip(range(len(skips)), added, strict=False):
             skips[i] = skips[i] + residual.to(dtype)
         if deep is None:
-            deep = up(h, self.output_blocks[:-N_SHALLOW])
-            self.reuse.keep(x, deep)
+            for block in self.output_blocks[:-N_SHALLOW]:
+                h, size = _joined(h, skips)
+                h = block(h, emb, context, size)
+            self.reuse.keep(x, h)
         else:
+            h = deep
             self.tome.skip(self._n_deep_transformers)
-        h = up(deep, self.output_blocks[-N_SHALLOW:])
+        for block in self.output_blocks[-N_SHALLOW:]:
+            h, size = _joined(h, skips)
+            h = block(h, emb, context, size)
         self.tome.end_call()
         out = self.out(h).to(x.dtype)
         self.tome.note_guidance(out)
         return out
+
+
+def _joined(h: Tensor, skips: list[Tensor]) -> tuple[Tensor, torch.Size | None]:
+    """Features with the last skip taken from the list, and the next one's size, if there is one."""
+    h = torch.cat([h, skips.pop()], dim=1)
+    return h, skips[-1].shape[-2:] if skips else None
 
 
 def _require(name: str, value: object, supported: object) -> None:

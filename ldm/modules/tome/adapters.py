@@ -23,9 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import InputError
-from ldm.modules.tome import whole
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.match import metrics_of
 from ldm.modules.tome.merge import plan_block
 from ldm.modules.tome.merger import Decision, TokenMerger
 from ldm.modules.tome.plan import BlockPlans, MergePlan
@@ -321,11 +319,7 @@ class _Block:
         merging = self.merging
         assert merging is not None
         if merging.removed and merging.plan is None:
-            if normed is None:
-                normed = x if merging.metrics == ("hidden",) else self.block.norm1(x)
-            attention, size = self.block.attn1, merging.size
-            find = whole.metrics_of if merging.is_whole else metrics_of
-            metrics = find(attention, merging.metrics, x, normed, size)
+            metrics = merging.metrics_of(self.block.attn1, self.block.norm1, x, normed)
             merging.plan, merging.query_plan = (merging.planner or plan_block)(merging, metrics)
         return merging.places
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,9 @@ Merge = Callable[..., Tensor]
 def plan_block(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan, MergePlan]:
     """Make the plan that was decided on for a block, and the one for its queries.
 
-    They differ only where tokens are compared by logits.
+    They differ only where tokens are compared by logits. In guidance both halves get the same
+    groups of queries: what these get wrong is then alike in both, and guidance, which enlarges
+    their difference, does not enlarge it.
 
     Args:
         decision: what to merge, and how.
@@ -44,19 +47,17 @@ def plan_block(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan
             (B, N, heads, R).
     """
     whole.say_what_is_left(decision.config)
-    if decision.config.metric != "logits" or decision.metrics == ("hidden",):
-        plan = _plan(decision, metrics[0])
-        if decision.config.mean == "norm":
-            plan = since.NormPlan.of(plan)
-        return plan, plan
+    plan_of, config = _method(decision), decision.config
     logits = dict(zip(decision.metrics, metrics, strict=True))
-    queries: MergePlan | None = None
-    keys: MergePlan | None = None
-    if len(logits) == 2 and decision.is_whole_grid:
-        config = decision.config
-        keys, queries = whole.plan_attention(
-            logits["key_logits"],
-            logits["query_logits"],
+    keys, queries = logits.get("key_logits"), logits.get("query_logits")
+    plan: MergePlan | None = None
+    query_plan: MergePlan | None = None
+    if keys is None and queries is None:
+        plan = plan_of(metrics[0])
+    elif keys is not None and queries is not None and decision.is_whole_grid:
+        plan, query_plan = whole.plan_attention(
+            keys,
+            queries,
             decision.size,
             config.stride,
             decision.removed,
@@ -64,64 +65,57 @@ def plan_block(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan
             config.window,
             decision.is_guided,
         )
-    elif "query_logits" in logits:
-        queries = _plan_queries(decision, logits["query_logits"])
-    if "key_logits" in logits:
-        keys = keys or _plan(decision, logits["key_logits"].flatten(2), by_distance=True)
-        if decision.config.weighted:
+    elif queries is not None:
+        if not decision.is_guided:
+            query_plan = plan_of(queries.flatten(2), by_distance=True)
+        elif decision.is_whole_grid:
+            query_plan = plan_of(queries.flatten(2), by_distance=True, is_tied=True)
+        else:
+            both = torch.cat(queries.chunk(2), 3).flatten(2)
+            query_plan = plan_of(both, by_distance=True).repeated(2)
+    if keys is not None:
+        plan = plan or plan_of(keys.flatten(2), by_distance=True)
+        if config.weighted:
             received = whole.attention_received if decision.is_whole else attention_received
-            keys = keys.weighted(received(logits["key_logits"]))
-    found = keys or queries
-    assert found is not None
-    plans = found, queries or found
-    if decision.config.mean == "norm":
-        return since.NormPlan.of(plans[0]), since.NormPlan.of(plans[1])
-    return plans
+            plan = plan.weighted(received(keys))
+    plan = plan or query_plan
+    assert plan is not None
+    if config.mean == "norm":
+        plan = since.NormPlan.of(plan)
+        query_plan = query_plan and since.NormPlan.of(query_plan)
+    return plan, query_plan or plan
 
 
-def _plan_queries(decision: Decision, logits: Tensor) -> MergePlan:
-    """Plan by logits (B, N, heads, R); in guidance both halves get the same groups.
-
-    What merged queries get wrong is then alike in both, and guidance, which enlarges their
-    difference, does not enlarge it.
-    """
-    if not decision.is_guided:
-        return _plan(decision, logits.flatten(2), by_distance=True)
-    if decision.is_whole_grid:
-        return _plan(decision, logits.flatten(2), by_distance=True, is_tied=True)
-    both = torch.cat(logits.chunk(2), 3)
-    return _plan(decision, both.flatten(2), by_distance=True).repeated(2)
-
-
-def _plan(
-    decision: Decision, metric: Tensor, by_distance: bool = False, is_tied: bool = False
-) -> MergePlan:
-    config, size, r = decision.config, decision.size, decision.removed
-    threshold = config.similarity
+def _method(decision: Decision) -> Callable[..., MergePlan]:
+    """What makes the plan of a metric, and takes ``by_distance`` where the metric may be logits."""
+    config, size, r, draw = decision.config, decision.size, decision.removed, decision.draw
+    stride, window, threshold = config.stride, config.window, config.similarity
     if config.method == "bipartite":
-        has_class, has_distill = config.protect > 0, config.protect > 1
-        return plan_bipartite(metric, r, has_class, has_distill, threshold, by_distance)
+        first, second = config.protect > 0, config.protect > 1
+        return partial(
+            plan_bipartite, r=r, class_token=first, distill_token=second, threshold=threshold
+        )
     if config.method == "kth":
-        return plan_kth(metric, config.group(decision.n_tokens), threshold, by_distance)
+        return partial(plan_kth, k=config.group(decision.n_tokens), threshold=threshold)
     if config.method == "random":
-        assert decision.draw is not None
-        return plan_random(metric, r, decision.draw, threshold, by_distance)
+        assert draw is not None
+        return partial(plan_random, r=r, draw=draw, threshold=threshold)
     if config.method == "downsample":
-        return _known_downsampling(len(metric), size, config.stride, metric.device)
-    stride, draw, window = config.stride, decision.draw, config.window
+        return lambda metric: _known_downsampling(len(metric), size, stride, metric.device)
     if config.method == "tiles":
-        return since.plan_tiles(size, stride, draw)
+        return lambda metric: since.plan_tiles(size, stride, draw)
     if config.method == "prune":
-        return since.plan_prune(metric, size, stride, r, draw)
+        return partial(since.plan_prune, size=size, stride=stride, r=r, noise=draw)
     if config.method == "guided":
         assert draw is not None
-        n_destinations = decision.n_tokens - config.removable(*size)
-        return since.plan_chosen(metric, r, draw, n_destinations, _rank)
+        n = decision.n_tokens - config.removable(*size)
+        return partial(since.plan_chosen, r=r, draw=draw, n_destinations=n, rank=_rank)
     if config.method == "cover":
-        return since.plan_cover(metric, size, stride, r)
+        return partial(since.plan_cover, size=size, stride=stride, r=r)
+    geometry: dict[str, Any] = {"size": size, "stride": stride, "draw": draw, "window": window}
     if decision.is_whole_grid:
-        return whole.plan_grid(metric, size, stride, r, draw, window, by_distance, is_tied)
-    return plan_grid(metric, size, stride, r, draw, window, threshold, by_distance)
+        return partial(whole.plan_grid, r=r, **geometry)
+    return partial(plan_grid, r=r, threshold=threshold, **geometry)
 
 
 # --- the methods ---------------------------------------------------------------------------------

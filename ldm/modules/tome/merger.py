@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm.modules.tome import since, whole
+from ldm.modules.tome import match, since, whole
 from ldm.modules.tome.config import ToMeConfig, auto_ratio, cells, pays_from
 from ldm.modules.tome.plan import NOTHING, BlockPlans, MergePlan
 
@@ -91,6 +92,23 @@ class Decision:
         places = {*self.config.apply_to}
         queries = ("query_logits",) if places & {"q", "attn"} else ()
         return (*queries, "key_logits") if places & {"kv", "attn"} else queries
+
+    @torch.no_grad()
+    def metrics_of(
+        self, attention: Any, norm: nn.Module, x: Tensor, normed: Tensor | None = None
+    ) -> list[Tensor]:
+        """What is compared in the block, one for each of ``metrics``.
+
+        Args:
+            attention: its attn1, with to_q, to_k and heads.
+            norm: its norm1.
+            x: (B, N, C) its input.
+            normed: norm1 of it, if it is known.
+        """
+        if normed is None:
+            normed = x if self.metrics == ("hidden",) else norm(x)
+        find = whole.metrics_of if self.is_whole else match.metrics_of
+        return find(attention, self.metrics, x, normed, self.size)
 
     @property
     def places(self) -> BlockPlans:

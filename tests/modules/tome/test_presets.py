@@ -154,14 +154,15 @@ import resource, torch
 from ldm.config import load_preset
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merge import plan_grid, plan_kth
+from ldm.modules.tome.merge import plan_block, plan_grid, plan_kth
 from ldm.modules.tome.merger import Decision
 
 block = BasicTransformerBlock(320, 8, 40, context_dim=768).bfloat16()
 
 def plans(h, w, **keys):
     x, config = metric[:, : h * w], ToMeConfig.from_mapping(keys)
-    return block._plans(x, x, Decision(config, (h, w), config.removed(h, w), 320))
+    decision = Decision(config, (h, w), config.removed(h, w), 320)
+    return plan_block(decision, decision.metrics_of(block.attn1, block.norm1, x, x))
 
 metric = torch.empty(2, 256 * 256, 320, dtype=torch.bfloat16).normal_(1)
 plans(64, 64, ratio=0.5)  # libraries are loaded
