@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ldm.errors import InputError, escaped, shown
-from ldm.modules.tome.config import ToMeConfig, overlay
+from ldm.modules.tome.config import ToMeConfig, ToMeWish
 from ldm.plain_yaml import parse_yaml, resolved
 from ldm.settings import Settings
 from ldm.text import read_text
@@ -19,8 +19,8 @@ MAX_YAML_BYTES = 2**20
 DEFAULT_PROMPT = "a painting of a virus monster playing guitar"
 TOME_PLACE = ("model", "params", "unet_config", "params", "tome_config")
 
-TomeKeys: TypeAlias = Mapping[str, Any] | Literal[False] | None
-"""Token Merging as a user asks for it: keys, None for nothing, False for no merging at all."""
+AskedTome: TypeAlias = ToMeConfig | ToMeWish | Mapping[str, Any] | str | Literal[False] | None
+"""Token Merging as somebody may ask for it in Python; see `model_tome`."""
 
 
 def shipped(path: str | os.PathLike[str]) -> Path:
@@ -146,8 +146,13 @@ def preset_file(name: str | os.PathLike[str], may_be_path: bool = False) -> Path
     raise InputError(f"there is no ToMe preset {shown(text)}; known presets: {known}")
 
 
-def model_tome(config: Mapping[str, Any], asked: TomeKeys) -> ToMeConfig:
+def model_tome(config: Mapping[str, Any], asked: AskedTome) -> ToMeConfig:
     """The Token Merging of a model: what is asked for, over its own ``tome_config``.
+
+    Args:
+        config: of the model.
+        asked: keys, or a shipped preset by its name; None: nothing; False: to merge nothing. Or a
+            configuration, which is complete.
 
     Raises:
         InputError: it cannot be used, or the configuration has a ``tome_config`` elsewhere.
@@ -160,7 +165,12 @@ def model_tome(config: Mapping[str, Any], asked: TomeKeys) -> ToMeConfig:
                 f"{'.'.join(TOME_PLACE)}"
             )
         own = value
-    return ToMeConfig() if asked is False else ToMeConfig.from_mapping(overlay(own, asked))
+    if isinstance(asked, ToMeConfig):
+        return asked
+    if not isinstance(asked, ToMeWish):
+        keys = load_preset(asked) if isinstance(asked, str) else asked or {}
+        asked = ToMeWish(keys, is_off=asked is False)
+    return asked.over(own)
 
 
 def _places(

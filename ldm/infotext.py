@@ -17,7 +17,8 @@ from typing import Any, Literal
 from ldm.addons import embeddings_in, find_addons, taken_loras, usable_tags
 from ldm.config import load_preset
 from ldm.errors import InputError, shown
-from ldm.modules.tome.config import KEYS, ToMeConfig, overlay
+from ldm.modules.tome.config import ToMeConfig, overlay
+from ldm.modules.tome.keys import KEYS
 from ldm.settings import SAMPLERS, SCHEDULES, Settings
 from ldm.text import MAX_CHARACTERS, check_text, parse_json
 from ldm.web_ui import WEB_UI_SAMPLERS, WEB_UI_UPSCALERS

@@ -26,7 +26,7 @@ from ldm.checkpoint.load import (
     stored_shapes,
 )
 from ldm.checkpoint.lora import Lora, WeightChanges, read_lora
-from ldm.config import TomeKeys, model_tome
+from ldm.config import AskedTome, model_tome
 from ldm.control import Control
 from ldm.device import choose_device, choose_dtype
 from ldm.errors import InputError, memory_advice
@@ -111,7 +111,7 @@ class LoadedModel:
         self.attention = attention
         self.ema = ema
         self.defaults = info.defaults
-        self._tome: tuple[TomeKeys, ToMeConfig] | None = None  # the last that was settled
+        self._tome: tuple[AskedTome, ToMeConfig] | None = None  # the last that was settled
         self._hash = model_hash(info.path)
         self._weights = WeightChanges(model)
         self._added = Added()  # what the next run begins with
@@ -126,7 +126,7 @@ class LoadedModel:
         config: str | Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        tome: TomeKeys = None,
+        tome: AskedTome = None,
         attention: str = "sdpa",
         ema: bool = False,
         parameterization: str | None = None,
@@ -145,7 +145,8 @@ class LoadedModel:
             config: its YAML; None: recognised.
             device: auto, cpu, mps, cuda or cuda:N.
             dtype: of the weights: auto, float32, bfloat16 or float16.
-            tome: Token Merging settings, over those of the YAML; False: merge nothing.
+            tome: Token Merging settings, over those of the YAML, or a preset's name; False: merge
+                nothing.
             attention: sdpa or einsum.
             ema: use the averaged weights of a training checkpoint.
             parameterization: eps or v, where that cannot be recognised.
@@ -192,20 +193,17 @@ class LoadedModel:
         pipeline._use(added)
         return pipeline
 
-    def set_tome(self, tome: ToMeConfig | TomeKeys) -> None:
-        """Change the Token Merging settings.
-
-        Args:
-            tome: what `tome_config` gave, or what it takes.
+    def set_tome(self, tome: AskedTome) -> None:
+        """Change the Token Merging settings; see from_checkpoint.
 
         Raises:
             InputError: they cannot be used.
         """
-        config = tome if isinstance(tome, ToMeConfig) else self.tome_config(tome)
+        config = self.tome_config(tome)
         with self._lock:
             self._merger.configure(config)
 
-    def tome_config(self, tome: TomeKeys) -> ToMeConfig:
+    def tome_config(self, tome: AskedTome) -> ToMeConfig:
         """What Token Merging settings come to with this model; see from_checkpoint.
 
         Raises:

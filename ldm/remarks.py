@@ -15,7 +15,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import TextEncoder, truncated_words
 from ldm.modules.encoders.prompts import parse_emphasis, plain_text, syntax_remarks
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merger import Tally
+from ldm.modules.tome.tally import Tally
 from ldm.settings import Settings
 
 # Where the model gives no numbers, larger ones than these are named.

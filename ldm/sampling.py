@@ -34,7 +34,7 @@ from ldm.models.diffusion.sampler import NoiseSource, Sampler
 from ldm.models.diffusion.unipc import UniPCSampler
 from ldm.modules.encoders.prompts import embed_prompt, length_in_use
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merger import Tally
+from ldm.modules.tome.tally import Tally
 from ldm.settings import Settings
 
 SAMPLERS: dict[str, type[Sampler]] = {

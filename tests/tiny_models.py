@@ -12,8 +12,8 @@ import torch
 from pytorch_lightning import Trainer
 from safetensors.torch import save_file
 
+from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.merge import plan_block
-from ldm.modules.tome.merger import Decision
 from ldm.modules.tome.plan import BlockPlans
 from ldm.util import instantiate_from_config
 from tests.golden_util import fill_parameters

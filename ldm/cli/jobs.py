@@ -12,18 +12,18 @@ from ldm.cli import options
 from ldm.cli.options import MOST_PICTURES
 from ldm.cli.parser import Arguments
 from ldm.cli.values import Wishes
-from ldm.config import TomeKeys
 from ldm.errors import InputError
+from ldm.modules.tome.config import ToMeWish
 from ldm.settings import Settings
 from ldm.text import parse_json
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: the settings, and those of Token Merging (see Pipeline.from_checkpoint)."""
+    """One run: the settings, and what is asked of Token Merging."""
 
     settings: Settings
-    tome: TomeKeys
+    tome: ToMeWish
 
     def with_prompt(self, prompt: str) -> Job:
         """This run, of a prompt if it has none of its own."""

@@ -15,11 +15,11 @@ from typing import Any
 from ldm.addons import lora_files, taken_loras
 from ldm.cli.parser import Arguments, Parser
 from ldm.cli.values import Wishes
-from ldm.config import TomeKeys, find_config
+from ldm.config import find_config
 from ldm.errors import InputError, escaped, shown
 from ldm.images import Gallery, load_rgb, picture_texts
 from ldm.infotext import understood
-from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.config import ToMeConfig, ToMeWish
 from ldm.settings import Settings
 from ldm.text import MAX_BYTES, check_text, decode_text, read_text, split_lines
 
@@ -67,7 +67,7 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> Arguments:
             left_out.append(str(error))
     parser.set_defaults(**usable)
     args = parser.parse_args(argv)
-    has_flags = bool(Wishes.of_flags(vars(args)).tome)
+    has_flags = Wishes.of_flags(vars(args)).tome != ToMeWish()
     args.tome_below = tome or {}
     args.no_tome = args.no_tome or (tome is False and not has_flags)
     named = [*usable, *(["Token Merging"] if tome else [])]
@@ -110,8 +110,8 @@ def refuse_repeat(args: Arguments) -> None:
         raise InputError("--repeat goes with --from-file; --n_iter repeats a single prompt")
 
 
-def tome_arguments(args: Arguments) -> TomeKeys:
-    """Token Merging settings: flags over the preset; None without either, False for ``--no-tome``.
+def tome_arguments(args: Arguments) -> ToMeWish:
+    """What the flags ask of Token Merging: they lie over the preset.
 
     Raises:
         InputError: there is no such preset, a value is not one of those allowed, or ``--no-tome``
@@ -196,7 +196,7 @@ def model_arguments(args: Arguments) -> dict[str, Any]:
         "config": args.config,
         "device": args.device,
         "dtype": dtype,
-        "tome": tome_arguments(args) if hasattr(args, "no_tome") else None,
+        "tome": tome_arguments(args) if hasattr(args, "no_tome") else ToMeWish(),
         "attention": args.attention,
         "compile": args.compile,
         "ema": args.ema,

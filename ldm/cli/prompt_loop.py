@@ -9,8 +9,8 @@ from typing import Any
 
 from ldm.cli.program import LONGEST, Terminated
 from ldm.cli.values import Wishes, typed
-from ldm.config import TomeKeys
 from ldm.errors import InputError, escaped, memory_advice, shown
+from ldm.modules.tome.config import ToMeWish
 from ldm.settings import Settings
 
 HELP = """\
@@ -23,7 +23,7 @@ A line is a prompt, which is drawn; Ctrl+C stops a picture. Commands:
 
 
 def prompt_loop(
-    wishes: Wishes, set_tome: Callable[[TomeKeys], None], draw: Callable[[Settings], None]
+    wishes: Wishes, set_tome: Callable[[ToMeWish], None], draw: Callable[[Settings], None]
 ) -> None:
     """Ask for prompts and draw them, until the user has enough.
 
@@ -58,7 +58,7 @@ def prompt_loop(
             print("stopped", file=sys.stderr, flush=True)
 
 
-def _command(line: str, wishes: Wishes, set_tome: Callable[[TomeKeys], None]) -> Wishes:
+def _command(line: str, wishes: Wishes, set_tome: Callable[[ToMeWish], None]) -> Wishes:
     """Do what a command says; returns the wishes that hold from now on."""
     try:
         command, *words = shlex.split(line)

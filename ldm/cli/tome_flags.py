@@ -10,7 +10,7 @@ import yaml
 
 from ldm.cli.parser import Parser
 from ldm.errors import InputError, shown
-from ldm.modules.tome.config import KEYS
+from ldm.modules.tome.keys import KEYS
 
 LONGEST = 10_000  # characters of a value
 # keys whose flags take several words, and what these are called

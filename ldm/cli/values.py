@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ldm.cli.tome_flags import literal, parse_flag
-from ldm.config import TomeKeys, load_preset, preset_names
+from ldm.config import load_preset, preset_names
 from ldm.errors import InputError, shown
-from ldm.modules.tome.config import KEYS, overlay, refuse_contradictions
+from ldm.modules.tome.config import ToMeWish, overlay, refuse_contradictions
+from ldm.modules.tome.keys import KEYS
 from ldm.settings import Settings
 from ldm.text import check_kind, check_text
 
@@ -147,10 +148,10 @@ class Wishes:
         """
         seed = self.given.get("seed", 0)
         Settings(**{**self.given, "seed": 0 if seed == -1 else seed})
-        assert self.tome is not True
+        _ = self.tome
 
     @property
-    def tome(self) -> TomeKeys:
+    def tome(self) -> ToMeWish:
         """Token Merging settings: keys over the preset.
 
         Raises:
@@ -160,13 +161,13 @@ class Wishes:
         if self.no_tome:
             if self.keys or has_ratio or self.preset_name is not None:
                 raise InputError("--no-tome merges nothing: leave out the other --tome flags")
-            return False
+            return ToMeWish(is_off=True)
         keys = dict(self.keys)
         if has_ratio:
             keys["hires"] = overlay(keys.get("hires"), {"ratio": self.hires_ratio})
         keys = overlay(self.preset, keys)
         refuse_contradictions(keys)
-        return keys or None
+        return ToMeWish(keys)
 
     def shown(self) -> Iterator[tuple[str, Any]]:
         """What differs from the defaults, by the flags' names."""

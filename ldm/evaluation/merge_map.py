@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from ldm import images
 from ldm.images import Pixels
 from ldm.modules.tome.config import cells
-from ldm.modules.tome.merger import Decision, TokenMerger
+from ldm.modules.tome.decision import Decision
+from ldm.modules.tome.merger import TokenMerger
 
 MAP_SIDE = 512  # pixels that the longer side of a map has at least
 TOKEN_SIDE = 16  # likewise of a token of square ones

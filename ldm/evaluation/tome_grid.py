@@ -17,6 +17,7 @@ from ldm.cli.lists import words
 from ldm.cli.parser import Arguments, Parser
 from ldm.cli.tome_flags import add_tome_flags
 from ldm.errors import InputError
+from ldm.modules.tome.config import ToMeWish
 
 if TYPE_CHECKING:  # torch comes only after the flags are checked
     from ldm.images import Picture, Pixels
@@ -62,7 +63,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def columns(args: Arguments) -> dict[str, dict[str, Any]]:
+def columns(args: Arguments) -> dict[str, ToMeWish]:
     """Name and Token Merging settings of each column but the first.
 
     Raises:
@@ -77,12 +78,11 @@ def columns(args: Arguments) -> dict[str, dict[str, Any]]:
         if given is not None and single is not None:
             raise InputError(f"{flag} {given}: leave out --tome-{flag[2:-1]}, which says the same")
     ratios = RATIOS if args.ratios is None and args.presets is None else args.ratios
-    found = {}
+    found: dict[str, ToMeWish] = {}
     for text, name in ((ratios, "tome_ratio"), (args.presets, "tome_preset")):
         for value in words(text or "", f"--{name[5:]}s", may_be_empty=True):
             tome = options.tome_arguments(Arguments(**{**vars(args), name: value}))
-            assert isinstance(tome, dict)
-            if tome.get("ratio") != 0:  # the picture without merging is there anyhow
+            if tome.keys.get("ratio") != 0:  # the picture without merging is there anyhow
                 title = f"ratio {value}" if name == "tome_ratio" else Path(value).stem
                 if title in found:
                     raise InputError(f"--presets {value}: another one is called {title}, too")

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import InputError
+from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.merge import plan_block
-from ldm.modules.tome.merger import Decision, TokenMerger
+from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import NOTHING, BlockPlans, MergePlan
 
 BACKENDS = ("sdpa", "einsum")

@@ -9,6 +9,7 @@ import gradio as gr
 
 from ldm.cli.values import typed
 from ldm.errors import InputError, shown
+from ldm.modules.tome.config import ToMeWish
 from ldm.web.desk import Desk
 from ldm.web.fields import Fields
 from ldm.web.form import Base, Form, read_form
@@ -118,7 +119,8 @@ def cells(
             is_off = desk.runner.resolve(model, draw.tome).is_off
             if key not in plain:
                 plain[key] = len(draws)
-                draws.append(Draw(draw.settings, False, " | ".join(words), is_plain=True))
+                off = ToMeWish(is_off=True)
+                draws.append(Draw(draw.settings, off, " | ".join(words), is_plain=True))
             own.append(plain[key] if is_off else len(draws))
             compared.append(plain[key])
             if not is_off:

@@ -8,6 +8,7 @@ from pathlib import Path
 import gradio as gr
 
 from ldm.errors import InputError
+from ldm.modules.tome.config import ToMeWish
 from ldm.web.desk import Desk
 from ldm.web.fields import QUIET, Fields, picture_field, pixels_of
 from ldm.web.form import Form, read_form
@@ -157,4 +158,4 @@ def with_unmerged(desk: Desk, model: str, draw: Draw, compare: bool) -> tuple[Dr
     if desk.runner.resolve(model, draw.tome).is_off:
         raise InputError("there is no merging to compare with: choose a preset or a ratio")
     merged = dataclasses.replace(draw, label="merged")
-    return merged, dataclasses.replace(draw, tome=False, label="unmerged")
+    return merged, dataclasses.replace(draw, tome=ToMeWish(is_off=True), label="unmerged")

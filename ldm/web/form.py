@@ -14,10 +14,11 @@ from typing import Any
 from ldm.cli import options
 from ldm.cli.parser import Arguments
 from ldm.cli.values import Wishes, typed
-from ldm.config import TomeKeys, load_preset, preset_names
+from ldm.config import AskedTome, load_preset, preset_names
 from ldm.errors import InputError, escaped, shown
 from ldm.infotext import Found
-from ldm.modules.tome.config import KEYS, ToMeConfig
+from ldm.modules.tome.config import ToMeConfig, ToMeWish
+from ldm.modules.tome.keys import KEYS
 from ldm.web.task import Draw
 
 Form = dict[str, Any]
@@ -113,8 +114,8 @@ def read_form(base: Base, form: Mapping[str, Any]) -> Draw:
         again = typed("tome.hires_ratio", again.split()) if again.strip() else None
     # without a second pass it says nothing
     tome = wishes.changed({"tome.hires_ratio": again if settings.hires_scale > 1 else None}).tome
-    if tome is None and preset == NO_PRESET:
-        tome = False  # the fields say so, whatever the model's YAML does
+    if tome == ToMeWish() and preset == NO_PRESET:
+        tome = ToMeWish(is_off=True)  # the fields say so, whatever the model's YAML does
     return Draw(settings, tome)
 
 
@@ -136,7 +137,7 @@ def _more(text: Any) -> dict[str, Any]:
 
 
 def form_of(
-    base: Base, found: Found, resolve: Callable[[TomeKeys], ToMeConfig], usual: Form
+    base: Base, found: Found, resolve: Callable[[AskedTome], ToMeConfig], usual: Form
 ) -> tuple[Form, list[str]]:
     """The fields with which a picture was made, and what of it they cannot say, field by field.
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from ldm import images
 from ldm.addons import offered
 from ldm.checkpoint.load import CheckpointInfo, inspect_checkpoint
-from ldm.config import TomeKeys, model_tome
+from ldm.config import AskedTome, model_tome
 from ldm.errors import InputError, shown
 from ldm.images import Gallery, Picture, Pixels
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merger import describe
+from ldm.modules.tome.tally import describe
 from ldm.numbered import Numbers
 from ldm.pipeline import Pipeline
 from ldm.settings import Settings
@@ -78,7 +78,7 @@ class Runner:
             self._infos[model] = inspect_checkpoint(self.models[model], *given)
         return self._infos[model]
 
-    def resolve(self, model: str, tome: TomeKeys) -> ToMeConfig:
+    def resolve(self, model: str, tome: AskedTome) -> ToMeConfig:
         """Token Merging settings over those of a model's YAML.
 
         Raises:
@@ -86,7 +86,7 @@ class Runner:
         """
         return model_tome(self.info(model).config, tome)
 
-    def describe(self, model: str, tome: TomeKeys) -> str:
+    def describe(self, model: str, tome: AskedTome) -> str:
         """Token Merging settings in one line, as far as they are known before a run."""
         config = self.resolve(model, tome)
         return "ToMe: off" if config.is_off else f"ToMe: {describe(config)}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ldm.config import TomeKeys
 from ldm.images import Pixels
 from ldm.masks import Mask
+from ldm.modules.tome.config import ToMeWish
 from ldm.settings import Settings
 from ldm.web.queue import Job
 from ldm.web.report import Report
@@ -19,13 +19,13 @@ class Draw:
 
     Attributes:
         settings: what and how.
-        tome: see Pipeline.from_checkpoint.
+        tome: what is asked of Token Merging.
         label: what they are among a job's.
         is_plain: in a grid: the unmerged one that others are compared with.
     """
 
     settings: Settings
-    tome: TomeKeys
+    tome: ToMeWish
     label: str = ""
     is_plain: bool = False
 

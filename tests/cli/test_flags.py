@@ -7,6 +7,7 @@ import pytest
 from ldm.cli import img2img, inpaint, options, txt2img
 from ldm.cli.program import run
 from ldm.errors import InputError
+from ldm.modules.tome.config import ToMeWish
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,7 +188,7 @@ def test_tome_flags_become_the_keys_of_the_yaml():
         "--tome-apply-to kv mlp --tome-max-downsample 2 --tome-similarity -0.5 "
         "--tome-proportional false"
     )
-    assert options.tome_arguments(parse(*argv.split())) == {
+    assert options.tome_arguments(parse(*argv.split())).keys == {
         "method": "grid",
         "ratio": 0.5,
         "stride": [2, 4],
@@ -203,22 +204,22 @@ def test_flags_win_over_the_preset(tmp_path):
     preset = tmp_path / "mine.yaml"
     preset.write_text("method: kth\nk: 4\nmax_downsample: 2\n")
     loaded = options.tome_arguments(parse("--tome-preset", str(preset)))
-    assert loaded == {"method": "kth", "k": 4, "max_downsample": 2}
+    assert loaded.keys == {"method": "kth", "k": 4, "max_downsample": 2}
     changed = options.tome_arguments(parse("--tome-preset", str(preset), "--tome-k", "2"))
-    assert changed == {"method": "kth", "k": 2, "max_downsample": 2}
+    assert changed.keys == {"method": "kth", "k": 2, "max_downsample": 2}
 
 
 def test_the_second_pass_has_flags_of_its_own():
     argv = "--tome-hires window=5,ratio=0.2 --tome-hires-ratio 0.6 --tome-ratio 0.3"
     expected = {"ratio": 0.3, "hires": {"window": 5, "ratio": 0.6}}
-    assert options.tome_arguments(parse(*argv.split())) == expected
+    assert options.tome_arguments(parse(*argv.split())).keys == expected
     settings = options.settings(parse("--hires_scale", "2", "--hires_steps", "9"))
     assert (settings.hires_scale, settings.hires_steps) == (2, 9)
 
 
 def test_without_tome_flags_the_yaml_decides_and_no_tome_overrules_it():
-    assert options.tome_arguments(parse()) is None
-    assert options.tome_arguments(parse("--no-tome")) is False
+    assert options.tome_arguments(parse()) == ToMeWish()
+    assert options.tome_arguments(parse("--no-tome")) == ToMeWish(is_off=True)
 
 
 def test_precision_full_is_float32():

@@ -3,7 +3,6 @@ import pytest
 from ldm.cli import options, txt2img
 from ldm.cli.prompt_loop import prompt_loop
 from ldm.errors import InputError
-from ldm.modules.tome.config import ToMeConfig
 
 
 @pytest.fixture
@@ -21,8 +20,8 @@ def loop(monkeypatch):
             return line
 
         def set_tome(settings):
-            ToMeConfig.from_mapping(settings or {})
-            tome.append(settings)
+            settings.over(None)
+            tome.append(settings.keys)
 
         monkeypatch.setattr("builtins.input", read)
         args = txt2img.build_parser().parse_args(list(flags))

@@ -3,6 +3,7 @@ import pytest
 from ldm.cli import img2img, options, txt2img
 from ldm.cli.values import Wishes, typed
 from ldm.errors import InputError
+from ldm.modules.tome.config import ToMeWish
 
 
 def wishes(*argv, program=txt2img):
@@ -14,15 +15,15 @@ def test_values_are_laid_over_those_of_the_command_line():
     before = wishes("--steps", "9", "--tome-ratio", "0.5")
     after = before.changed({"ddim_steps": 20, "plms": True, "tome": {"ratio": 0.25, "window": 5}})
     settings = after.settings()
-    assert (settings.steps, settings.sampler, after.tome) == (
+    assert (settings.steps, settings.sampler, after.tome.keys) == (
         20,
         "plms",
         {"ratio": 0.25, "window": 5},
     )
-    assert (before.settings().steps, before.tome) == (9, {"ratio": 0.5})
+    assert (before.settings().steps, before.tome.keys) == (9, {"ratio": 0.5})
     back = after.changed({"steps": None, "tome.window": None, "dpm_solver": False})
     assert (back.settings().steps, back.settings().sampler) == (None, None)
-    assert back.tome == {"ratio": 0.25}
+    assert back.tome.keys == {"ratio": 0.25}
 
 
 def test_one_program_s_settings_are_not_another_s():
@@ -77,10 +78,10 @@ def test_text_that_looks_like_flags_is_text():
 
 
 def test_a_shipped_preset_has_a_name():
-    tome = wishes("--tome-window", "5").changed({"tome_preset": "tomesd"}).tome
+    tome = wishes("--tome-window", "5").changed({"tome_preset": "tomesd"}).tome.keys
     assert (tome["ratio"], tome["window"]) == (0.5, 5)
-    assert wishes("--tome-preset", "tomesd").changed({"tome_preset": None}).tome is None
-    assert wishes().changed({"no_tome": True}).tome is False
+    assert wishes("--tome-preset", "tomesd").changed({"tome_preset": None}).tome == ToMeWish()
+    assert wishes().changed({"no_tome": True}).tome == ToMeWish(is_off=True)
 
 
 @pytest.mark.parametrize(
@@ -110,4 +111,4 @@ def test_what_is_said_on_the_command_line_stays_said():
         **{"prompt": "x", "seed": 7},
         **{"tome-method": "kth", "tome-k": 4},
     }
-    assert Wishes(frozenset()).tome is None
+    assert Wishes(frozenset()).tome == ToMeWish()

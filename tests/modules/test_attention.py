@@ -29,8 +29,9 @@ from ldm.modules.attention import (
     takes_channel,
 )
 from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.match import metric_of
-from ldm.modules.tome.merger import Decision, TokenMerger
+from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import MergePlan
 from tests.golden_util import fill_parameters, load_golden_keys
 

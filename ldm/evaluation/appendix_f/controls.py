@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.evaluation.benchmark.unets import transformer_blocks
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merger import Decision
+from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.plan import MergePlan
 
 CONTROLS = ("none", "random", "drop")

@@ -12,8 +12,8 @@ from torch import Tensor
 from ldm.evaluation.benchmark.unets import transformer_blocks
 from ldm.evaluation.merge_map import destinations
 from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.merge import plan_block
-from ldm.modules.tome.merger import Decision
 from ldm.modules.tome.plan import MergePlan
 from ldm.pipeline import Pipeline
 from ldm.sampling import Texts, sample

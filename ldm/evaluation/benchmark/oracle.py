@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.merge import plan_block
-from ldm.modules.tome.merger import Decision
 from ldm.modules.tome.plan import MergePlan
 
 

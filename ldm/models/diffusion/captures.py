@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.modules.attention import compile_blocks
-from ldm.modules.tome.merger import Decision
+from ldm.modules.tome.decision import Decision
 
 WAYS = ("auto", "no", "blocks", "graph")
 

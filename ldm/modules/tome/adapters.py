@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from ldm.errors import InputError
 from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.merge import plan_block
-from ldm.modules.tome.merger import Decision, TokenMerger
+from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import BlockPlans, MergePlan
 
 HANDLES = "_tome_handles"  # of a U-Net: what takes the hooks off again

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from torch import Tensor
 from ldm.errors import InputError
 from ldm.modules.tome import since, whole
 from ldm.modules.tome.config import cells
+from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.match import attention_received, nearest, nearest_in_window, similarity, take
-from ldm.modules.tome.merger import Decision
 from ldm.modules.tome.plan import MergePlan
 
 Merge = Callable[..., Tensor]
@@ -101,7 +101,7 @@ def _method(decision: Decision) -> Callable[..., MergePlan]:
         assert draw is not None
         return partial(plan_random, r=r, draw=draw, threshold=threshold)
     if config.method == "downsample":
-        return lambda metric: _known_downsampling(len(metric), size, stride, metric.device)
+        return lambda metric: since.known_downsampling(len(metric), size, stride, metric.device)
     if config.method == "tiles":
         return lambda metric: since.plan_tiles(size, stride, draw)
     if config.method == "prune":
@@ -249,45 +249,6 @@ def plan_grid(
         best = nearest_in_window(metric, size, grid, (sy, sx), window, home, by_distance)
         best = best[:, src[0]]
     return _rank(metric, src, dst, best, r, threshold, by_distance)
-
-
-@torch.no_grad()
-def plan_downsample(
-    n_rows: int, size: tuple[int, int], stride: tuple[int, int], device: torch.device
-) -> MergePlan:
-    """Let one token of every cell speak for it, the middle one (of two, the second).
-
-    Source: Smith et al. 2024, ToDo (arXiv 2402.13573).
-
-    Args:
-        n_rows: batch rows.
-        size: h, w.
-        stride: by how much rows and columns shrink; of leftovers some cells grow larger.
-        device: where the plan is needed.
-    """
-    new_h, new_w = cells(*size, stride)
-    if (new_h, new_w) == size:
-        return MergePlan.identity()
-    y, cell_y = _resize(size[0], new_h, device)
-    x, cell_x = _resize(size[1], new_w, device)
-    groups = (cell_y[:, None] * new_w + cell_x).flatten()
-    chosen = (y[:, None] * size[1] + x).flatten()
-    return MergePlan.from_groups(groups.expand(n_rows, -1), new_h * new_w, chosen)
-
-
-@lru_cache(maxsize=16)
-def _known_downsampling(
-    n_rows: int, size: tuple[int, int], stride: tuple[int, int], device: torch.device
-) -> MergePlan:
-    """`plan_downsample`, kept from step to step: it does not depend on the tokens."""
-    with torch.inference_mode(False):  # such tensors would not do for gradients
-        return plan_downsample(n_rows, size, stride, device)
-
-
-def _resize(n: int, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of n stay, (new,), and the nearest of them for each, (n,); as ``nearest-exact``."""
-    chosen = (2 * torch.arange(new, device=device) + 1) * n // (2 * new)
-    return chosen, (2 * torch.arange(n, device=device) + 1) * new // (2 * n)
 
 
 def _rank(

@@ -1,4 +1,4 @@
-"""Methods published since, as plans: tiles, pruning, coverage, a mean that keeps norms.
+"""Methods published since, as plans: downsampling, tiles, pruning, coverage, means that keep norms.
 
 They stand here to be compared with; each takes a few dozen lines.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,45 @@ def plan_tiles(
         return MergePlan.identity()
     # groups without content: a plan that has none counts as the identity
     return TilePlan(n_tokens, n_kept, groups=torch.empty(0), size=size, tile=(tile[0], tile[1]))
+
+
+@torch.no_grad()
+def plan_downsample(
+    n_rows: int, size: tuple[int, int], stride: tuple[int, int], device: torch.device
+) -> MergePlan:
+    """Let one token of every cell speak for it, the middle one (of two, the second).
+
+    Source: Smith et al. 2024, ToDo (arXiv 2402.13573).
+
+    Args:
+        n_rows: batch rows.
+        size: h, w.
+        stride: by how much rows and columns shrink; of leftovers some cells grow larger.
+        device: where the plan is needed.
+    """
+    new_h, new_w = cells(*size, stride)
+    if (new_h, new_w) == size:
+        return MergePlan.identity()
+    y, cell_y = _resize(size[0], new_h, device)
+    x, cell_x = _resize(size[1], new_w, device)
+    groups = (cell_y[:, None] * new_w + cell_x).flatten()
+    chosen = (y[:, None] * size[1] + x).flatten()
+    return MergePlan.from_groups(groups.expand(n_rows, -1), new_h * new_w, chosen)
+
+
+@lru_cache(maxsize=16)
+def known_downsampling(
+    n_rows: int, size: tuple[int, int], stride: tuple[int, int], device: torch.device
+) -> MergePlan:
+    """`plan_downsample`, kept from step to step: it does not depend on the tokens."""
+    with torch.inference_mode(False):  # such tensors would not do for gradients
+        return plan_downsample(n_rows, size, stride, device)
+
+
+def _resize(n: int, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of n stay, (new,), and the nearest of them for each, (n,); as ``nearest-exact``."""
+    chosen = (2 * torch.arange(new, device=device) + 1) * n // (2 * new)
+    return chosen, (2 * torch.arange(n, device=device) + 1) * new // (2 * n)
 
 
 def plan_prune(

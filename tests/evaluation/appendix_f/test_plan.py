@@ -42,7 +42,7 @@ def test_flags_stand_for_the_configuration(mine):
     for setting in settings:
         if not setting.control:
             args = txt2img.build_parser().parse_args(list(setting.flags))
-            assert ToMeConfig.from_mapping(tome_arguments(args) or {}) == setting.config
+            assert ToMeConfig.from_mapping(tome_arguments(args).keys) == setting.config
 
 
 def test_a_ratio_is_given_where_the_method_can_have_it():

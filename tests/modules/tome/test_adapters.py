@@ -20,7 +20,7 @@ from ldm.errors import InputError
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome import adapters
 from ldm.modules.tome.config import ToMeConfig
-from ldm.modules.tome.merger import Decision
+from ldm.modules.tome.decision import Decision
 from tests.golden_util import fill_parameters
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install -e .[test]")

@@ -11,7 +11,8 @@ import yaml
 
 from ldm.cli.tome_flags import parse_flag
 from ldm.errors import InputError
-from ldm.modules.tome.config import KEYS, ToMeConfig, overlay, refuse_contradictions
+from ldm.modules.tome.config import ToMeConfig, overlay, refuse_contradictions
+from ldm.modules.tome.keys import KEYS
 
 PRESETS = Path(__file__).parents[3] / "configs" / "tome"
 SIZES = {512: 64, 768: 96, 1024: 128, 1536: 192, 2048: 256}  # pixels -> latents

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.match import pieces, similarity
 from ldm.modules.tome.merge import (
     bipartite_soft_matching,
@@ -26,7 +27,7 @@ from ldm.modules.tome.merge import (
     plan_grid,
     random_bipartite_soft_matching,
 )
-from ldm.modules.tome.merger import Decision, TokenMerger
+from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import MergePlan
 from tests.golden_util import load_golden
 from tests.tiny_models import planned

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ldm.modules.tome.config import PAYS_FROM, ToMeConfig
+from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.merge import plan_block
-from ldm.modules.tome.merger import Decision, Tally, TokenMerger
+from ldm.modules.tome.merger import TokenMerger
+from ldm.modules.tome.tally import Tally
 from tests.tiny_models import planned
 
 SIDE = 16

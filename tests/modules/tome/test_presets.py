@@ -155,7 +155,7 @@ from ldm.config import load_preset
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merge import plan_block, plan_grid, plan_kth
-from ldm.modules.tome.merger import Decision
+from ldm.modules.tome.decision import Decision
 
 block = BasicTransformerBlock(320, 8, 40, context_dim=768).bfloat16()
 

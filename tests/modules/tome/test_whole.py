@@ -15,8 +15,9 @@ from ldm.models.diffusion.guidance import noise_predictor
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.tome import whole
 from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.merge import plan_grid
-from ldm.modules.tome.merger import Decision, TokenMerger
+from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import MergePlan
 from tests.golden_util import fill_parameters
 from tests.tiny_models import tiny_config
