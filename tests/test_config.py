@@ -15,7 +15,7 @@ from ldm.config import (
     shipped,
 )
 from ldm.errors import InputError
-from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.config import ToMeConfig, ToMeWish, overlay
 from ldm.util import get_obj_from_str
 
 STABLE_DIFFUSION = {
@@ -347,3 +347,23 @@ def test_token_merging_of_a_model_stands_in_its_place():
     wrong = {"model": {"params": {"unet_config": {"params": {}, "tome_config": {"ratio": 0.5}}}}}
     with pytest.raises(InputError, match=r"model\.params\.unet_config\.tome_config.*its place is"):
         model_tome(wrong, None)
+
+
+def test_whatever_is_asked_in_python_comes_to_a_configuration():
+    own = {"ratio": 0.5}
+    config = {"model": {"params": {"unet_config": {"params": {"tome_config": own}}}}}
+    preset = ToMeConfig.from_mapping(overlay(own, load_preset("todo")))
+    narrow = ToMeConfig.from_mapping({**own, "window": 5})
+    for asked, expected in [
+        (None, ToMeConfig.from_mapping(own)),
+        (False, ToMeConfig()),
+        ("todo", preset),
+        ({"window": 5}, narrow),
+        (ToMeWish({"window": 5}), narrow),
+        (ToMeWish(is_off=True), ToMeConfig()),
+        (preset, preset),
+    ]:
+        assert model_tome(config, asked) == expected
+    for asked, message in [("nope", "there is no ToMe preset 'nope'"), (True, "a mapping of keys")]:
+        with pytest.raises(InputError, match=message):
+            model_tome(config, asked)

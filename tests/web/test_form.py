@@ -3,10 +3,9 @@ import json
 
 import pytest
 
-from ldm.config import preset_names
+from ldm.config import model_tome, preset_names
 from ldm.errors import InputError
 from ldm.infotext import understood
-from ldm.modules.tome.config import ToMeConfig
 from ldm.web.form import NO_PRESET, OURS, Base, form_of, read_form
 from ldm.web.limits import in_labels
 from ldm.web.program import build_parser
@@ -21,7 +20,7 @@ def start(*flags):
 
 
 def resolve(tome):
-    return ToMeConfig.from_mapping(tome or {})
+    return model_tome({}, tome)
 
 
 def test_flags_win_over_the_models_defaults():
