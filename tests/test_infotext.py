@@ -12,7 +12,7 @@ from ldm.config import load_preset, preset_names
 from ldm.errors import InputError
 from ldm.images import Picture, picture_texts, save_image
 from ldm.infotext import plain, tome_keys, understood
-from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.config import ToMeConfig, ToMeWish
 from ldm.settings import Settings
 
 A1111 = """\
@@ -127,12 +127,12 @@ def test_flags_win_over_the_picture_also_where_they_say_the_default(tmp_path, ca
     args = parse(txt2img, "--from_picture", path, "--seed", 42, "--tome-window", 5)
     settings = options.settings(args)
     assert (settings.seed, settings.steps, settings.schedule) == (42, 20, "karras")
-    assert options.tome_arguments(args) == {**load_preset("tomesd"), "ratio": 0.5, "window": 5}
+    assert options.tome_arguments(args).keys == {**load_preset("tomesd"), "ratio": 0.5, "window": 5}
     assert "From " in caplog.text
     assert "Token Merging" in caplog.text
     assert "Model hash '6ce0161689' (has no counterpart here)" in caplog.text
     plain_args = parse(txt2img, "--from_picture", path, "--tome-preset", "fast")
-    assert options.tome_arguments(plain_args) == load_preset("fast")
+    assert options.tome_arguments(plain_args).keys == load_preset("fast")
 
 
 def test_a_setting_of_another_program_is_named(tmp_path, caplog):
@@ -155,14 +155,15 @@ def test_our_own_pictures_come_back_whole(tmp_path):
     settings = options.settings(args)
     assert (settings.prompt, settings.seed, settings.steps, settings.H) == ("hills", 7, 9, 64)
     assert (settings.sampler, settings.n_iter) == ("euler", 1)
-    assert options.tome_arguments(args) == {"ratio": 0.5}
+    assert options.tome_arguments(args).keys == {"ratio": 0.5}
     grid = understood({"ldm": json.dumps({**made, "grid": 4})}, "x.png")
     assert "it is a grid; the settings are those of its first picture" in grid.left_out
     made["tome"] = plain(ToMeConfig())
     Picture(np.zeros((8, 8, 3), np.uint8), made).save(tmp_path / "x.png")
-    assert options.tome_arguments(parse(txt2img, "--from_picture", tmp_path / "x.png")) is False
+    args = parse(txt2img, "--from_picture", tmp_path / "x.png")
+    assert options.tome_arguments(args) == ToMeWish(is_off=True)
     args = parse(txt2img, "--from_picture", tmp_path / "x.png", "--tome-ratio", 0.25)
-    assert options.tome_arguments(args) == {"ratio": 0.25}
+    assert options.tome_arguments(args).keys == {"ratio": 0.25}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import InputError
+from ldm.modules.tome.config import ToMeWish
 from ldm.settings import Settings
 from ldm.web import limits
 from ldm.web.compare import cells
@@ -11,7 +12,9 @@ FORM = {"rows": "nothing", "of_rows": "", "columns": "nothing", "of_columns": ""
 
 
 def draw(**settings):
-    return [Draw(Settings(**{"prompt": "x", "seed": 1, "steps": 1, **settings}), False)]
+    return [
+        Draw(Settings(**{"prompt": "x", "seed": 1, "steps": 1, **settings}), ToMeWish(is_off=True))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_a_grid_draws_each_unmerged_picture_once(desk, base):
         "ToMe ratio 0 | Steps 3",
         "ToMe ratio 0.5 | Steps 2",
     ]
-    assert [draws[i].tome for i in found.unmerged] == [False] * 6
+    assert [draws[i].tome for i in found.unmerged] == [ToMeWish(is_off=True)] * 6
     for cell, plain in zip(found.cells, found.unmerged, strict=True):
         assert draws[cell].settings == draws[plain].settings
 

@@ -6,6 +6,7 @@ import pytest
 from ldm.config import model_tome, preset_names
 from ldm.errors import InputError
 from ldm.infotext import understood
+from ldm.modules.tome.config import ToMeWish
 from ldm.web.form import NO_PRESET, OURS, Base, form_of, read_form
 from ldm.web.limits import in_labels
 from ldm.web.program import build_parser
@@ -54,7 +55,7 @@ def test_fields_are_settings():
     settings = draw.settings
     assert (settings.prompt, settings.steps, settings.W) == ("the sea", 7, None)
     assert (settings.eta, settings.fixed_code, settings.scale) == (0.5, True, 3.0)
-    assert draw.tome == {
+    assert draw.tome.keys == {
         **{"ratio": 0.5, "window": 5, "stride": [2, 2]},
         "hires": {"ratio": 0.25},
     }
@@ -62,17 +63,17 @@ def test_fields_are_settings():
 
 def test_no_preset_and_no_ratio_is_no_merging():
     base, form = start("--tome-ratio", "0.5")
-    assert read_form(base, form).tome == {"ratio": 0.5}
-    assert read_form(base, {**form, "ratio": 0.0}).tome is False
+    assert read_form(base, form).tome.keys == {"ratio": 0.5}
+    assert read_form(base, {**form, "ratio": 0.0}).tome == ToMeWish(is_off=True)
 
 
 def test_a_preset_keeps_its_amount_until_the_ratio_is_moved():
     base, form = start("--tome-preset", "tomesd")
-    assert read_form(base, form).tome["ratio"] == 0.5
-    assert read_form(base, {**form, "ratio": 0.25}).tome["ratio"] == 0.25
+    assert read_form(base, form).tome.keys["ratio"] == 0.5
+    assert read_form(base, {**form, "ratio": 0.25}).tome.keys["ratio"] == 0.25
     assert base.preset_ratio("birch_kth") is None
     kth = {**form, "preset": "birch_kth", "ratio": 0.0}
-    assert read_form(base, kth).tome["k"] == 4
+    assert read_form(base, kth).tome.keys["k"] == 4
 
 
 @pytest.mark.parametrize(

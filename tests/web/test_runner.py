@@ -5,15 +5,17 @@ import pytest
 
 from ldm.errors import InputError
 from ldm.images import load_rgb, read_settings
+from ldm.modules.tome.config import ToMeWish
 from ldm.settings import Settings
 from ldm.web.queue import Job, State, Stopped
 from ldm.web.report import Report
 from ldm.web.task import Draw, Task
 
 
-def task(tome=False, model="tiny", **kwargs):
+def task(tome=None, model="tiny", **kwargs):
     settings = {"prompt": "a house", "steps": 3, "seed": 7, **kwargs.pop("settings", {})}
-    return Task(model, (Draw(Settings(**settings), tome),), **kwargs)
+    wish = ToMeWish(tome or {}, is_off=tome is None)
+    return Task(model, (Draw(Settings(**settings), wish),), **kwargs)
 
 
 def run(runner, one, tell=None):
@@ -148,7 +150,7 @@ def test_settings_are_described_before_they_are_used(runner):
 
 
 def test_the_queue_draws_in_order_without_the_page(desk):
-    draws = [Draw(Settings("x", steps=1, seed=seed), False) for seed in range(10)]
+    draws = [Draw(Settings("x", steps=1, seed=seed), ToMeWish(is_off=True)) for seed in range(10)]
     jobs = [desk.order("tiny", [draw]) for draw in draws]
     desk.queue.wait(jobs[-1], 120)
     assert [job.state for job in jobs] == [State.DONE] * 10
