@@ -62,7 +62,7 @@ class DDIMSampler(Sampler):
         """See Sampler.iterate."""
         for c in steps:
             x = run.blend(x, c)
-            eps = run.noise_in(x, c)
+            eps = run.denoise(x, c.t, c.alpha_bar)
             x, x0 = ddim_step(x, eps, c, run.draw(c.sigma), run.quantize)
             yield x, x0
 

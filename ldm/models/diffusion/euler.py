@@ -39,7 +39,7 @@ class EulerSampler(SigmaSampler):
         """See Sampler.iterate."""
         for c in steps:
             x = run.blend(x, c)
-            eps = run.noise_in(x, c)
+            eps = run.denoise(x, c.t, c.alpha_bar)
             noise = run.draw(c.sigma) if c.sigma > 0 else None
             x, x0 = ddim_step(x, eps, c, noise, run.quantize)
             yield x, x0

@@ -25,9 +25,9 @@ class HeunSampler(SigmaSampler):
         """See Sampler.iterate."""
         for c, after in zip_longest(steps, steps[1:]):
             x = run.blend(x, c)
-            eps = run.noise_in(x, c)
+            eps = run.denoise(x, c.t, c.alpha_bar)
             if after is not None:
                 end, _ = ddim_step(x, eps, c, None, run.quantize)
-                eps = (eps + run.noise_in(end, after)) / 2
+                eps = (eps + run.denoise(end, after.t, after.alpha_bar)) / 2
             x, x0 = ddim_step(x, eps, c, None, run.quantize)
             yield x, x0

@@ -35,12 +35,12 @@ class PLMSSampler(Sampler):
         history: list[Tensor] = []  # newest first
         for i, c in enumerate(steps):
             x = run.blend(x, c)
-            eps = run.noise_in(x, c)
+            eps = run.denoise(x, c.t, c.alpha_bar)
             history = [eps, *history[:3]]
             if i == 0:
                 end = steps[min(1, len(steps) - 1)]
                 x_end, _ = ddim_step(x, eps, c, run.draw(c.sigma), run.quantize)
-                combined = (eps + run.noise_in(x_end, end)) / 2
+                combined = (eps + run.denoise(x_end, end.t, end.alpha_bar)) / 2
             else:
                 weights = ADAMS_BASHFORTH[len(history)]
                 combined = sum(

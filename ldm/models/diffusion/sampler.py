@@ -61,13 +61,9 @@ class Run:
     blend: Blend
     quantize: Callable[[Tensor], Tensor] | None = None
 
-    def noise_in(self, x: Tensor, c: StepCoefficients) -> Tensor:
-        """The predicted noise at the start of a step, (B, C, h, w)."""
-        return self.denoise(x, c.t, c.alpha_bar)
-
     def predicted(self, x: Tensor, c: StepCoefficients) -> Tensor:
-        """The predicted x_0 there, likewise."""
-        x0 = (x - c.noise * self.noise_in(x, c)) / c.signal
+        """The predicted x_0 at the start of a step, (B, C, h, w)."""
+        x0 = (x - c.noise * self.denoise(x, c.t, c.alpha_bar)) / c.signal
         return x0 if self.quantize is None else self.quantize(x0)
 
 
