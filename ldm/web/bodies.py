@@ -135,7 +135,7 @@ def read_body(body: Any, base: Wishes, options: Options, models: Mapping[str, Pa
         InputError: a value cannot be used, or asks for what cannot be had.
     """
     body = dict(check_kind(body, dict, "the request"))
-    options = options.changed(body.pop("override_settings", None) or {}, models)
+    options = options.changed(_open(body.pop("override_settings", None), {}), models)
     if "tome" in body:
         options = options.changed({"tome": body.pop("tome")}, models)
     changes, not_used = options.changes(), list(options.not_used)
@@ -171,9 +171,9 @@ def in_their_words(text: str) -> str:
 
 def _sampler(body: Body) -> Body:
     """Sampler and schedule; in older clients one name has both."""
-    index = body.pop("sampler_index", None)
-    name = body.pop("sampler_name", None) or index
-    schedule = body.pop("scheduler", None)
+    index = _open(body.pop("sampler_index", None), None)
+    name = _open(body.pop("sampler_name", None), index)
+    schedule = _open(body.pop("scheduler", None), "")
     known = {theirs.lower(): ours for ours, theirs in WEB_UI_SAMPLERS.items()}
     changes: Body = {}
     if name is not None:
@@ -187,7 +187,7 @@ def _sampler(body: Body) -> Body:
             names = ", ".join(WEB_UI_SAMPLERS.values())
             raise InputError(f"sampler_name {shown(name)}: allowed is {names}")
         changes["sampler"] = known.get(words, words)
-    if schedule:
+    if schedule != "":
         words = check_kind(schedule, str, "scheduler").lower().replace(" ", "_")
         if words not in ("automatic", *SCHEDULES):
             raise InputError(f"scheduler {shown(schedule)}: allowed is {', '.join(SCHEDULES)}")
@@ -212,6 +212,11 @@ def _second_pass(body: Body) -> Body:
     changes = {"hires_scale": 2.0 if scale is None else scale, "hires_upscaler": names[upscaler]}
     changes |= {"hires_steps": _whole(steps) or None}
     return changes if strength is None else {**changes, "hires_strength": strength}
+
+
+def _open(value: Any, otherwise: Any) -> Any:
+    """A value, or what holds where there is none: null or an empty text."""
+    return otherwise if value is None or value == "" else value
 
 
 def _whole(value: Any) -> Any:
