@@ -88,7 +88,12 @@ def taken_loras(prompt: str) -> tuple[str, Tags]:
     """
     if "<" not in prompt:
         return prompt, ()
-    return _TAG.sub("", prompt), tuple(_read(*match.groups()) for match in _TAG.finditer(prompt))
+    return without_tags(prompt), tuple(_read(*match.groups()) for match in _TAG.finditer(prompt))
+
+
+def without_tags(prompt: str) -> str:
+    """A prompt without anything in the form of a tag."""
+    return _TAG.sub("", prompt)
 
 
 def _read(kind: str, text: str) -> tuple[str, float]:

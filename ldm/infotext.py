@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ldm.addons import embeddings_in, find_addons, taken_loras, usable_tags
+from ldm.addons import embeddings_in, find_addons, taken_loras, usable_tags, without_tags
 from ldm.config import load_preset
 from ldm.errors import InputError, shown
+from ldm.modules.encoders.emphasis import syntax_remarks
 from ldm.modules.tome.config import ToMeConfig, overlay
 from ldm.modules.tome.keys import KEYS
 from ldm.settings import SAMPLERS, SCHEDULES, Settings
@@ -194,6 +195,8 @@ def _web_ui(text: str, where: str) -> Found:
     found = Found({"prompt": prompt.strip(), "negative_prompt": negative.strip()})
     # the web UIs always read weights and the whole of a prompt
     found.settings |= {"emphasis": True, "long_prompt": True}
+    for text in (without_tags(prompt), negative):
+        found.left_out += syntax_remarks(text, is_long=True, has_emphasis=True)
     tome: dict[str, Any] = {}
     is_hires = "Hires upscale" in pairs
     for name, value in pairs.items():

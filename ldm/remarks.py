@@ -12,8 +12,8 @@ import torch
 from ldm import __version__
 from ldm.checkpoint.load import CheckpointInfo
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.encoders.emphasis import parse_emphasis, plain_text, syntax_remarks
 from ldm.modules.encoders.modules import TextEncoder, truncated_words
-from ldm.modules.encoders.prompts import parse_emphasis, plain_text, syntax_remarks
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.tally import Tally
 from ldm.settings import Settings

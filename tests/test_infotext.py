@@ -44,6 +44,21 @@ def test_the_web_ui_s_settings_are_understood_or_named():
 
 
 @pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [
+        ("a [cat:dog:0.5] <lora:ink:0.8>", "prompt editing"),
+        ("a cat AND a dog", "AND"),
+        ("a cat\nNegative prompt: [fog|rain]", "alternating words"),
+        ("a cat\nNegative prompt: <lora:ink:0.8>", "LoRA in a negative prompt"),
+    ],
+)
+def test_syntax_that_is_not_included_is_named_before_anything_is_drawn(prompt, kind):
+    found = understood({"parameters": f"{prompt}\nSteps: 20, Sampler: Euler a, Seed: 1"}, "x.png")
+    (one,) = found.left_out
+    assert f"the web UIs' {kind} is not included" in one
+
+
+@pytest.mark.parametrize(
     ("line", "left_out"),
     [
         ("Steps: 20, Sampler: Restart, Seed: 1, Size: 512x512", "Sampler 'Restart'"),

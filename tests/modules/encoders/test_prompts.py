@@ -4,16 +4,9 @@ import pytest
 import torch
 
 from ldm.errors import InputError
+from ldm.modules.encoders.emphasis import plain_text
 from ldm.modules.encoders.modules import END_ID, FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
-from ldm.modules.encoders.prompts import (
-    BREAK,
-    chunks,
-    embed_prompt,
-    length_in_use,
-    parse_emphasis,
-    plain_text,
-    syntax_remarks,
-)
+from ldm.modules.encoders.prompts import chunks, embed_prompt, length_in_use
 from tests.golden_util import fill_parameters
 from tests.tiny_models import CLIP, OPEN_CLIP
 
@@ -22,41 +15,6 @@ from tests.tiny_models import CLIP, OPEN_CLIP
 def encoder(request):
     kind = CLIP if request.param is FrozenCLIPEmbedder else OPEN_CLIP
     return fill_parameters(request.param(**kind["params"]), seed=3)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "pieces"),
-    [
-        ("a house", [("a house", 1)]),
-        ("", []),
-        ("a (red) house", [("a ", 1), ("red", 1.1), (" house", 1)]),
-        ("((red))", [("red", 1.21)]),
-        ("[red]", [("red", 1 / 1.1)]),
-        ("(red:1.4) house", [("red", 1.4), (" house", 1)]),
-        ("(red: .5)", [("red", 0.5)]),
-        ("(a (b:2) c:1.5)", [("a ", 1.5), ("b", 3), (" c", 1.5)]),
-        ("[(b:2)]", [("b", 2 / 1.1)]),
-        ("time 12:30", [("time 12:30", 1)]),
-        (r"\(red\) \[b\] \\", [("(red) [b] \\", 1)]),
-        (r"(a\)b)", [("a)b", 1.1)]),
-        ("a smile :) and ) and ]", [("a smile :) and ) and ]", 1)]),
-        ("(open [b] :1.2", [("open ", 1.1), ("b", 1), (" :1.2", 1.1)]),
-        ("[a:1.2)", [("a:1.2)", 1 / 1.1)]),
-        ("a (((house:1.3)) b", [("a ", 1), ("house", 1.573), (" b", 1.1)]),
-        ("([a)] b", [("a b", 1)]),
-        ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
-        ("a BREAK (b BREAK c)", [("a", 1), BREAK, ("b", 1.1), BREAK, ("c", 1.1)]),
-        ("BREAKS", [("BREAKS", 1)]),
-    ],
-)
-def test_emphasis_is_read_as_the_web_uis_do(prompt, pieces):
-    found = parse_emphasis(prompt)
-    assert [text for text, _ in found] == [text for text, _ in pieces]
-    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
-
-
-def test_plain_text_is_what_is_read():
-    assert plain_text("a ((red)) [house:2] (sun:1.3)") == "a red house:2 sun"
 
 
 @torch.no_grad()
@@ -151,11 +109,6 @@ def test_an_embedding_is_never_cut_in_two(encoder):
         encoder.set_words({})
 
 
-def test_huge_weights_are_refused():
-    with pytest.raises(InputError, match=r"emphasis 1e\+06 of 'red': allowed are -100 to 100"):
-        parse_emphasis("a (red:1000000)")
-
-
 @torch.no_grad()
 def test_clip_skip_is_the_layer_before_with_the_final_norm(encoder):
     tower = encoder.transformer["text_model"] if hasattr(encoder, "transformer") else encoder.model
@@ -163,30 +116,3 @@ def test_clip_skip_is_the_layer_before_with_the_final_norm(encoder):
     found = embed_prompt(encoder, "a house", clip_skip=2)
     assert torch.equal(found, tower(ids, encoder.n_skipped + 1))
     assert torch.equal(embed_prompt(encoder, "a house"), encoder(["a house"]))
-
-
-@pytest.mark.parametrize(
-    ("prompt", "kind"),
-    [
-        ("a [cat:dog:0.5] b", "prompt editing"),
-        ("a [cat:0.5]", "prompt editing"),
-        ("a [cat::0.5]", "prompt editing"),
-        ("a [:cat: 10 ]", "prompt editing"),
-        ("a [cat:dog:.25]", "prompt editing"),
-        ("a [cat:dog:1e-1]", "prompt editing"),
-        ("a [[cat:dog:0.2]:hen:0.7]", "prompt editing"),
-        (r"a [c\]at:dog:0.5]", "prompt editing"),
-        ("a [(red:1.2):blue:0.3]", "prompt editing"),
-        ("a [cat|dog|hen]", "alternating words"),
-        ("a [|cat]", "alternating words"),
-        ("a cat AND a dog :1.2", "AND"),
-        (r"a \[cat:dog:0.5\]", ""),
-        (r"a \[cat|dog\]", ""),
-        ("a [cat] at 5:30, sand|sea", ""),
-    ],
-)
-def test_what_is_not_included_is_named(prompt, kind):
-    for has_emphasis in (True, False):
-        said = " ".join(syntax_remarks(prompt, True, has_emphasis))
-        assert (f"the web UIs' {kind} is not included" in said) == bool(kind)
-        assert kind or "not included" not in said

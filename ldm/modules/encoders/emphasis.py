@@ -1,0 +1,110 @@
+"""The web UIs' syntax in a prompt: emphasis is read, the rest is named. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from ldm.errors import InputError, escaped
+
+FACTORS = {"(": 1.1, "[": 1 / 1.1}  # what a pair of brackets multiplies the weight by
+PARTNERS = {")": "(", "]": "["}
+BREAK = ("BREAK", -1.0)  # the piece that ends a chunk
+MAX_WEIGHT = 100.0
+_PARTS = re.compile(
+    r"\\[()\[\]\\]|[(\[]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[)\]]|[^\\()\[\]:]+|[\\:]"
+)
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+# A pair of brackets with none inside; a backslash makes a bracket a character.
+_INSIDE = r"(?:\\.|[^\[\]\\])*"
+_OPEN = rf"(?<!\\)(?:\\\\)*\[(?={_INSIDE}\])"
+_NUMBER = r"\s*\+?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?\s*"
+# What the web UIs read as more than words, and what it is called.
+_EMPHASIS = (
+    (re.compile(r"\([^()]*:\s*[+-]?[\d.]+\s*\)"), "emphasis"),
+    (re.compile(r"\({2}|\[{2}"), "emphasis"),
+    (_BREAK, "BREAK"),
+)
+_OTHERS = (
+    (re.compile(rf"{_OPEN}{_INSIDE}:{_NUMBER}\]"), "prompt editing"),
+    (re.compile(rf"{_OPEN}(?:\\.|[^\[\]\\|])*\|{_INSIDE}\]"), "alternating words"),
+    (re.compile(r"\bAND\b"), "AND"),
+    (re.compile(r"<\w+:[^<>]*>"), "LoRA in a negative prompt"),
+)
+
+
+def parse_emphasis(prompt: str) -> list[tuple[str, float]]:
+    r"""Split a prompt into pieces of one weight each, as the web UIs read it.
+
+    ``(text)`` weighs 1.1, ``((text))`` 1.21, ``(text:1.4)`` 1.4 and ``[text]`` 1 / 1.1; ``\(`` is a
+    bracket that is meant. A bracket that is not closed reaches to the end, a closing one without a
+    partner is a character. The word BREAK is the piece `BREAK`.
+
+    Source: AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py, parse_prompt_attention.
+
+    Raises:
+        InputError: a weight is beyond 100.
+    """
+    pieces: list[tuple[str, float]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # number of pieces before each
+
+    def multiply(start: int, factor: float) -> None:
+        pieces[start:] = [
+            (text, weight if (text, weight) == BREAK else weight * factor)
+            for text, weight in pieces[start:]
+        ]
+
+    for match in _PARTS.finditer(prompt):
+        part = match[0]
+        if part in opened:
+            opened[part].append(len(pieces))
+        elif match[1] is not None and opened["("]:
+            multiply(opened["("].pop(), float(match[1]))
+        elif part in PARTNERS and opened[PARTNERS[part]]:
+            multiply(opened[PARTNERS[part]].pop(), FACTORS[PARTNERS[part]])
+        elif part[0] == "\\" and len(part) == 2:
+            pieces.append((part[1:], 1.0))
+        else:
+            first, *others = _BREAK.split(part)
+            pieces.append((first, 1.0))
+            for text in others:
+                pieces += [BREAK, (text, 1.0)]
+    for bracket, starts in opened.items():
+        for start in starts:
+            multiply(start, FACTORS[bracket])
+    joined: list[tuple[str, float]] = []
+    for text, weight in filter(lambda piece: piece[0], pieces):
+        if abs(weight) > MAX_WEIGHT:
+            raise InputError(
+                f"emphasis {weight:g} of {escaped(text)!r}: allowed are -{MAX_WEIGHT:g} to "
+                f"{MAX_WEIGHT:g}"
+            )
+        if joined and joined[-1][1] == weight and BREAK not in ((text, weight), joined[-1]):
+            text = joined.pop()[0] + text
+        joined.append((text, weight))
+    return joined
+
+
+def plain_text(prompt: str) -> str:
+    """A prompt without the marks of emphasis."""
+    return "".join(" " if piece == BREAK else piece[0] for piece in parse_emphasis(prompt))
+
+
+def syntax_remarks(prompt: str, is_long: bool = False, has_emphasis: bool = False) -> Iterator[str]:
+    """Lines about the web UIs' syntax in a prompt that is read as words, or not at all."""
+    if not has_emphasis:
+        for pattern, name in _EMPHASIS:
+            if match := pattern.search(prompt):
+                yield (
+                    f"{escaped(match[0].strip())!r} in a prompt is read as words: --emphasis reads "
+                    f"the web UIs' {name}"
+                )
+                break
+    elif not is_long and _BREAK.search(prompt):
+        yield "BREAK in a prompt does nothing without --long_prompt, which reads it in chunks"
+    for pattern, name in _OTHERS:
+        if match := pattern.search(prompt):
+            yield (
+                f"{escaped(match[0])!r} in a prompt is read as words: the web UIs' {name} is not "
+                "included"
+            )

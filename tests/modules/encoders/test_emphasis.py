@@ -1,0 +1,73 @@
+"""The web UIs' marks in a prompt: read as they read them, or named."""
+
+import pytest
+
+from ldm.errors import InputError
+from ldm.modules.encoders.emphasis import BREAK, parse_emphasis, plain_text, syntax_remarks
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("a house", [("a house", 1)]),
+        ("", []),
+        ("a (red) house", [("a ", 1), ("red", 1.1), (" house", 1)]),
+        ("((red))", [("red", 1.21)]),
+        ("[red]", [("red", 1 / 1.1)]),
+        ("(red:1.4) house", [("red", 1.4), (" house", 1)]),
+        ("(red: .5)", [("red", 0.5)]),
+        ("(a (b:2) c:1.5)", [("a ", 1.5), ("b", 3), (" c", 1.5)]),
+        ("[(b:2)]", [("b", 2 / 1.1)]),
+        ("time 12:30", [("time 12:30", 1)]),
+        (r"\(red\) \[b\] \\", [("(red) [b] \\", 1)]),
+        (r"(a\)b)", [("a)b", 1.1)]),
+        ("a smile :) and ) and ]", [("a smile :) and ) and ]", 1)]),
+        ("(open [b] :1.2", [("open ", 1.1), ("b", 1), (" :1.2", 1.1)]),
+        ("[a:1.2)", [("a:1.2)", 1 / 1.1)]),
+        ("a (((house:1.3)) b", [("a ", 1), ("house", 1.573), (" b", 1.1)]),
+        ("([a)] b", [("a b", 1)]),
+        ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
+        ("a BREAK (b BREAK c)", [("a", 1), BREAK, ("b", 1.1), BREAK, ("c", 1.1)]),
+        ("BREAKS", [("BREAKS", 1)]),
+    ],
+)
+def test_emphasis_is_read_as_the_web_uis_do(prompt, pieces):
+    found = parse_emphasis(prompt)
+    assert [text for text, _ in found] == [text for text, _ in pieces]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
+
+
+def test_plain_text_is_what_is_read():
+    assert plain_text("a ((red)) [house:2] (sun:1.3)") == "a red house:2 sun"
+
+
+def test_huge_weights_are_refused():
+    with pytest.raises(InputError, match=r"emphasis 1e\+06 of 'red': allowed are -100 to 100"):
+        parse_emphasis("a (red:1000000)")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [
+        ("a [cat:dog:0.5] b", "prompt editing"),
+        ("a [cat:0.5]", "prompt editing"),
+        ("a [cat::0.5]", "prompt editing"),
+        ("a [:cat: 10 ]", "prompt editing"),
+        ("a [cat:dog:.25]", "prompt editing"),
+        ("a [cat:dog:1e-1]", "prompt editing"),
+        ("a [[cat:dog:0.2]:hen:0.7]", "prompt editing"),
+        (r"a [c\]at:dog:0.5]", "prompt editing"),
+        ("a [(red:1.2):blue:0.3]", "prompt editing"),
+        ("a [cat|dog|hen]", "alternating words"),
+        ("a [|cat]", "alternating words"),
+        ("a cat AND a dog :1.2", "AND"),
+        (r"a \[cat:dog:0.5\]", ""),
+        (r"a \[cat|dog\]", ""),
+        ("a [cat] at 5:30, sand|sea", ""),
+    ],
+)
+def test_what_is_not_included_is_named(prompt, kind):
+    for has_emphasis in (True, False):
+        said = " ".join(syntax_remarks(prompt, True, has_emphasis))
+        assert (f"the web UIs' {kind} is not included" in said) == bool(kind)
+        assert kind or "not included" not in said
