@@ -34,7 +34,7 @@ from ldm.images import Pixels
 from ldm.models.diffusion.captures import check_way, compile_model
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import set_attention_backend
-from ldm.modules.tome import whole
+from ldm.modules.tome import backend
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
 
@@ -165,7 +165,7 @@ class LoadedModel:
         if path is None:
             path, note = default_checkpoint()
         where = choose_device(device)
-        whole.is_chosen(where)  # complains early
+        backend.is_chosen(where)  # complains early
         kind = choose_dtype(dtype, where)
         check_way(compile, where)
         info = inspect_checkpoint(path, config, parameterization, ema, vae)

@@ -23,7 +23,7 @@ from ldm.evaluation.benchmark.unets import UNets, context_width
 from ldm.models.diffusion.captures import Captures
 from ldm.modules.attention import set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.tome import whole
+from ldm.modules.tome import backend
 from ldm.modules.tome.config import ToMeConfig
 
 N_TIMESTEPS = 1000
@@ -158,7 +158,7 @@ def contenders(
             found.append(ours(name, "compiled", config, unets.compiled))
         if has_graphs:
             found.append(ours(name, "graph", config))
-        if has_kernels and whole.takes_kernels(config):
+        if has_kernels and backend.takes_kernels(config):
             found.append(ours(name, "kernels", config))
             if has_graphs:
                 found.append(ours(name, "kernels, graph", config))

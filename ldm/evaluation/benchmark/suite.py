@@ -28,7 +28,7 @@ from ldm.evaluation.benchmark.speed_report import (
     write_plot,
 )
 from ldm.evaluation.benchmark.unets import UNets, build_unet, compiled_unet, upstream_unet
-from ldm.modules.tome import whole
+from ldm.modules.tome import backend
 from ldm.modules.tome.config import ToMeConfig
 
 BUSY = 0.5  # load of a core, from which on other programs disturb the timings
@@ -79,7 +79,7 @@ class Scope:
         """How often `compare` comes by, with those packages among the peers."""
         n_ours = 1 + len(self.settings) * (2 if self.has_oracles else 1) + self.has_upstream
         n_ours += (self.has_compiled + self.has_graphs) * (1 + len(self.settings))
-        n_fused = sum(map(whole.takes_kernels, self.settings.values())) * self.has_kernels
+        n_fused = sum(map(backend.takes_kernels, self.settings.values())) * self.has_kernels
         n_ours += n_fused * (1 + self.has_graphs)
         n_peers = 0
         if "diffusers" in peers:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError
-from ldm.modules.tome import since, whole
+from ldm.modules.tome import backend, since, whole
 from ldm.modules.tome.config import cells
 from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.match import attention_received, nearest, nearest_in_window, similarity, take
@@ -46,7 +46,7 @@ def plan_block(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan
         metrics: what is compared, one for each of ``decision.metrics``: (B, N, C), or logits
             (B, N, heads, R).
     """
-    whole.say_what_is_left(decision.config)
+    backend.say_what_is_left(decision.config)
     plan_of, config = _method(decision), decision.config
     logits = dict(zip(decision.metrics, metrics, strict=True))
     keys, queries = logits.get("key_logits"), logits.get("query_logits")

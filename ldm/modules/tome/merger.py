@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.modules.tome import since, whole
+from ldm.modules.tome import backend, since
 from ldm.modules.tome.config import ToMeConfig, auto_ratio, cells, pays_from
 from ldm.modules.tome.decision import Decision, Planner
 from ldm.modules.tome.tally import Tally
@@ -177,7 +177,7 @@ class TokenMerger:
                 pays,
                 is_guided,
                 self.planner,
-                whole.is_chosen(x.device),
+                backend.is_chosen(x.device),
             )
             self._kept[key] = (self._call, block)
         if self._call >= 0:

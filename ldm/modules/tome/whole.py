@@ -10,202 +10,19 @@ in another order. ``TOME_MATCHING=whole`` chooses this shape on processors, too,
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.errors import InputError, shown
 from ldm.modules.tome import match
-from ldm.modules.tome.config import ToMeConfig, cells
+from ldm.modules.tome.backend import kernels_for
+from ldm.modules.tome.grid import Destinations, Grid, count, grid_of, known, own_groups
 from ldm.modules.tome.match import NEVER, is_plain, pieces, sampled_tokens
 from ldm.modules.tome.plan import MergePlan
-
-WIDEST = 15  # cells a side of the widest window that the kernels look through
-
-logger = logging.getLogger(__name__)
-
-
-def is_chosen(device: torch.device) -> bool:
-    """Whether tokens on a device are matched in this shape.
-
-    Raises:
-        InputError: the environment asks for what is not there.
-    """
-    way = os.environ.get("TOME_MATCHING", "")
-    if way not in ("", "whole"):
-        _refuse_or_pass(way, device.type, os.environ.get("TRITON_INTERPRET") == "1")
-    return device.type != "cpu" or way != ""
-
-
-@lru_cache(maxsize=8)
-def _refuse_or_pass(way: str, device_type: str, is_interpreted: bool) -> None:
-    if way != "triton":
-        raise InputError(f"TOME_MATCHING={shown(way)}: allowed is whole or triton; or unset it")
-    if find_spec("triton") is None:
-        raise InputError("TOME_MATCHING=triton: there is no package triton here; unset it")
-    if device_type not in ("cuda", "meta") and not (device_type == "cpu" and is_interpreted):
-        raise InputError(f"TOME_MATCHING=triton: for CUDA, not for {device_type}; unset it")
-
-
-def takes_kernels(config: ToMeConfig) -> bool:
-    """Whether `kernels` can make the plans of a configuration."""
-    is_grid = config.method == "grid" and config.similarity is None
-    return is_grid and not config.is_off and (config.window or WIDEST + 1) <= WIDEST
-
-
-def say_what_is_left(config: ToMeConfig) -> None:
-    """Where the kernels are asked for and cannot do what is asked of them, say so once."""
-    is_asked_for = os.environ.get("TOME_MATCHING") == "triton"
-    if is_asked_for and not torch.compiler.is_compiling() and not takes_kernels(config):
-        _say(config.method, config.window, config.similarity)
-
-
-@lru_cache(maxsize=64)
-def _say(method: str, window: int | None, similarity: float | None) -> None:
-    logger.warning(
-        "TOME_MATCHING=triton is for method grid with a window of up to %d cells and without "
-        "similarity; PyTorch's operators do what has method %s, window %s, similarity %s",
-        *(WIDEST, method, window, similarity),
-    )
-
-
-def _fused(metric: Tensor, window: int | None) -> Any:
-    """The module `kernels` where it is asked for and can match this; else None."""
-    if os.environ.get("TOME_MATCHING") != "triton" or torch.compiler.is_compiling():
-        return None  # the compiler fuses in its own way
-    if window is None or window > WIDEST or metric.dtype == torch.float64:
-        return None
-    from ldm.modules.tome import kernels  # takes triton
-
-    return kernels
-
-
-# --- what does not depend on the tokens ---------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The geometry of a grid of cells.
-
-    Places are the tokens in the order of their cells. The last cell of a row or column may be cut
-    off: then it has no destination, and some of its places have no token. Without a window there
-    is one cell that holds all tokens, as they come, and all destinations are near.
-
-    Attributes:
-        order: the token in each place, (P,).
-        back: the place of each token, (N,).
-        pads: places without a token.
-        first: place of the first token of each destination's cell, (D,).
-        steps: from there to each token of it, (stride[0] * stride[1],).
-        near: the destinations that the tokens of each cell may choose, (cells, K).
-        home: the destination of each place that is similar to none, (P,).
-        never: -infinity for each place, (1, P).
-    """
-
-    order: Tensor
-    back: Tensor
-    pads: Tensor
-    first: Tensor
-    steps: Tensor
-    near: Tensor
-    home: Tensor
-    never: Tensor
-
-
-def _grid(
-    size: tuple[int, int], stride: tuple[int, int], window: int | None, device: torch.device
-) -> Grid:
-    (h, w), (sy, sx) = size, (min(stride[0], size[0]), min(stride[1], size[1]))
-    n_rows, n_columns = cells(h, w, stride)
-    row, column = torch.arange(h) // sy, torch.arange(w) // sx
-    home = row.clamp(max=n_rows - 1)[:, None] * n_columns + column.clamp(max=n_columns - 1)
-    token = torch.arange(h * w).view(h, w)
-    corner = token[: n_rows * sy : sy, : n_columns * sx : sx].flatten()
-    if window is None:
-        order = back = token.flatten()
-        pads = order[:0]
-        first, steps = corner, token[:sy, :sx].flatten()
-        near = torch.arange(n_rows * n_columns)[None]
-    else:
-        grid = torch.full((-(-h // sy) * sy, -(-w // sx) * sx), -1)
-        grid[:h, :w] = token
-        order = grid.view(-(-h // sy), sy, -(-w // sx), sx).transpose(1, 2).flatten()
-        pads = (order < 0).nonzero()[:, 0]
-        back = torch.empty(h * w, dtype=torch.long)
-        back[order[order >= 0]] = (order >= 0).nonzero()[:, 0]
-        order = order.clamp(min=0)
-        first, steps = back[corner], torch.arange(sy * sx)
-        y, x = (_near(-(-n // step), n // step, window) for n, step in ((h, sy), (w, sx)))
-        near = (y[:, None, :, None] * n_columns + x[:, None, :]).flatten(2).flatten(0, 1)
-    never = torch.full((1, len(order)), -math.inf, dtype=torch.float32)
-    tensors = (order, back, pads, first, steps, near, home.flatten()[order], never)
-    put = {tensor: tensor.to(device) for tensor in tensors}  # the same ones remain the same
-    return Grid(*(put[tensor] for tensor in tensors))
-
-
-def _near(n: int, n_whole: int, window: int) -> Tensor:
-    """Which of the whole cells of a row are near each of its n cells; some several times."""
-    reach = min(window // 2, n_whole)
-    return (torch.arange(n)[:, None] + torch.arange(-reach, reach + 1)).clamp(0, n_whole - 1)
-
-
-@lru_cache(maxsize=32)
-def _known(make: Any, *key: Any) -> Any:
-    """What is made of a key, kept from step to step."""
-    with torch.inference_mode(False):  # such tensors would not do for gradients
-        return make(*key)
-
-
-def _numbers(n_rows: int, n: int, device: torch.device, n_sets: int = 1) -> Tensor:
-    """0 to n_rows * n - 1 in rows of n; again for each set."""
-    return torch.arange(n_rows * n, device=device).view(n_rows, n).repeat(n_sets, 1)
-
-
-def _own_groups(grid: Grid, n_rows: int, n_sets: int) -> tuple[Tensor, Tensor]:
-    """Group of each near destination, (B, cells, K), and home, (B, P), if each has one alone."""
-    numbers = _numbers(n_rows, len(grid.first), grid.first.device, n_sets)
-    near = numbers.index_select(1, grid.near.flatten()).unflatten(1, grid.near.shape)
-    return near, numbers.index_select(1, grid.home)
-
-
-@dataclass(frozen=True)
-class _Destinations:
-    """Where the destinations are.
-
-    Attributes:
-        places: of all of them, (D,).
-        near: of those near each cell, (1, cells, K); ``tokens``, their tokens, (cells, K).
-        home: of those at home in each place, (P,).
-        bar: what a match has to be above, (1, P): infinity at destinations, else -infinity.
-    """
-
-    places: Tensor
-    near: Tensor
-    tokens: Tensor
-    home: Tensor
-    bar: Tensor
-
-    @classmethod
-    def of(cls, grid: Grid, draw: Tensor | None) -> _Destinations:
-        """The first token of each cell, or the one that was drawn."""
-        places = grid.first
-        if draw is not None:
-            places = places + grid.steps.index_select(0, draw.to(places.device).flatten())
-        near = tokens = places[None]  # without a window
-        if grid.order is not grid.back:
-            near = places.index_select(0, grid.near.flatten()).view(grid.near.shape)
-            tokens = grid.order.index_select(0, near.flatten()).view(grid.near.shape)
-        home = places.index_select(0, grid.home)
-        bar = grid.never.index_fill(1, places, math.inf)
-        return cls(places, near[None], tokens, home, bar)
 
 
 @lru_cache(maxsize=8)
@@ -230,7 +47,7 @@ def metrics_of(
     if not is_known:
         return match.metrics_of(attention, kinds, x, normed, size)
     heads, (n_rows, _, n_channels) = attention.heads, normed.shape
-    sample = normed.index_select(1, _known(sampled_tokens, size, x.device))  # (B, R, C)
+    sample = normed.index_select(1, known(sampled_tokens, size, x.device))  # (B, R, C)
     directions = []
     for kind in kinds:
         asking, asked = (q, k) if kind == "key_logits" else (k, q)
@@ -269,7 +86,7 @@ def plan_grid(
     is_tied: bool = False,
 ) -> MergePlan:
     """As `merge.plan_grid`, without a threshold; if tied, both halves of the rows get one plan."""
-    fused = _fused(metric, window)
+    fused = kernels_for(metric, window)
     if fused is not None and (by_distance or not is_tied):
         both = torch.cat(metric.chunk(2), 2) if is_tied else metric
         return fused.plan_grid(both, size, stride, r, draw, window, by_distance, 1 + is_tied)
@@ -296,7 +113,7 @@ def plan_attention(
         size, stride, r, draw, window: as in `merge.plan_grid`.
         is_tied: both halves of the rows get one plan for queries.
     """
-    if (fused := _fused(keys, window)) is not None:
+    if (fused := kernels_for(keys, window)) is not None:
         both = torch.cat(queries.chunk(2), 3) if is_tied else queries
         args = size, stride, r, draw, window, True
         of_queries = fused.plan_grid(both.flatten(2), *args, n_copies=1 + is_tied)
@@ -327,22 +144,22 @@ def _groups(
     """
     n_rows, n_tokens, _ = metric.shape
     device = metric.device
-    grid: Grid = _known(_grid, size, stride, window, device)
+    grid: Grid = known(grid_of, size, stride, window, device)
     n_kept = max(n_tokens - r, len(grid.first))
     if n_kept == n_tokens:
         return metric.new_empty(0), 0
-    at: _Destinations = (
-        _known(_Destinations.of, grid, None) if draw is None else _Destinations.of(grid, draw)
+    at: Destinations = (
+        known(Destinations.of, grid, None) if draw is None else Destinations.of(grid, draw)
     )
     ranks = n_kept > len(grid.first)
     match = _everywhere if window is None else _in_windows
     value, choice, score = match(metric, grid, at, by_distance, ranks, n_tied)
     is_lost = value <= at.bar
     if not ranks:  # all sources go, and a group has the number of its destination
-        near, home = _known(_own_groups, grid, n_rows // n_sets, n_sets)
+        near, home = known(own_groups, grid, n_rows // n_sets, n_sets)
         groups = torch.where(is_lost, home, _pick(near, choice))
     else:
-        numbers = _known(_numbers, n_rows // n_sets, n_kept, device, n_sets)
+        numbers = known(count, n_rows // n_sets, n_kept, device, n_sets)
         to = torch.where(is_lost, at.home, _pick(at.near.expand(n_rows, -1, -1), choice))
         score = score.index_fill_(1, at.places, -math.inf)
         if len(grid.pads):
@@ -358,7 +175,7 @@ is none to compare; which of those near that is; and how similar both are, if th
 
 
 def _in_windows(
-    metric: Tensor, grid: Grid, at: _Destinations, by_distance: bool, ranks: bool, n_tied: int
+    metric: Tensor, grid: Grid, at: Destinations, by_distance: bool, ranks: bool, n_tied: int
 ) -> Match:
     """Match every place with the destinations near its cell."""
     metric = metric.to(_wide(metric.dtype))
@@ -377,7 +194,7 @@ def _in_windows(
 
 
 def _everywhere(
-    metric: Tensor, grid: Grid, at: _Destinations, by_distance: bool, ranks: bool, n_tied: int
+    metric: Tensor, grid: Grid, at: Destinations, by_distance: bool, ranks: bool, n_tied: int
 ) -> Match:
     """Match every token with all destinations."""
     full = metric.to(_wide(metric.dtype))

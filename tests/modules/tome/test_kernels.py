@@ -17,7 +17,7 @@ from ldm.config import load_preset, preset_names
 from ldm.errors import InputError
 from ldm.evaluation.benchmark.counts import count_block
 from ldm.modules.attention import BasicTransformerBlock
-from ldm.modules.tome import merge, since, whole
+from ldm.modules.tome import backend, merge, since, whole
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import MergePlan
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumP
 WINDOWED = [
     name
     for name in preset_names()
-    if whole.takes_kernels(ToMeConfig.from_mapping(load_preset(name)))
+    if backend.takes_kernels(ToMeConfig.from_mapping(load_preset(name)))
 ]
 
 
@@ -245,23 +245,23 @@ def test_they_compile_for_a_card(tmp_path: Path) -> None:
 
 def test_a_way_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert not whole.is_chosen(cpu)
+    assert not backend.is_chosen(cpu)
     monkeypatch.setenv("TOME_MATCHING", "triton")
-    assert whole.is_chosen(cuda)
-    assert whole.is_chosen(torch.device("meta"))
+    assert backend.is_chosen(cuda)
+    assert backend.is_chosen(torch.device("meta"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for device in (cpu, torch.device("mps")):
         with pytest.raises(InputError, match=f"^TOME_MATCHING=triton: for CUDA, not for {device}"):
-            whole.is_chosen(device)
+            backend.is_chosen(device)
     monkeypatch.setenv("TOME_MATCHING", "trition")
     with pytest.raises(InputError, match=r"^TOME_MATCHING='trition': allowed is whole or triton"):
-        whole.is_chosen(cuda)
+        backend.is_chosen(cuda)
     monkeypatch.setenv("TOME_MATCHING", "triton")
-    monkeypatch.setattr(whole, "find_spec", lambda name: None)
-    whole._refuse_or_pass.cache_clear()
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    backend._refuse_or_pass.cache_clear()
     with pytest.raises(InputError, match=r"^TOME_MATCHING=triton: there is no package triton here"):
-        whole.is_chosen(cuda)
-    whole._refuse_or_pass.cache_clear()
+        backend.is_chosen(cuda)
+    backend._refuse_or_pass.cache_clear()
 
 
 def test_it_is_refused_before_a_model_is_loaded(
@@ -289,7 +289,7 @@ def test_what_the_kernels_cannot_do_is_said_and_done(
     module = fill_parameters(BasicTransformerBlock(16, 2, 8, context_dim=5), 0).eval()
     x, context = torch.randn(2, 16, 16), torch.randn(2, 7, 5)
     outs = []
-    whole._say.cache_clear()
+    backend._say.cache_clear()
     for way in ("whole", "triton"):
         monkeypatch.setenv("TOME_MATCHING", way)
         for _ in range(2):
