@@ -66,7 +66,8 @@ def test_fields_of_any_kind_are_a_job_or_one_line(page, tmp_path):
         what = chance.choice(["draw", "inpaint", "compare", ""])
         picture = value(chance) if chance.random() < 0.3 else None
         mode = chance.choice(["txt2img", "img2img"])
-        values = (what, model, chance.random() < 0.2, mode, picture, picture, *axes)
+        control = value(chance) if chance.random() < 0.2 else None
+        values = (what, model, chance.random() < 0.2, mode, picture, picture, control, *axes)
         mask = value(chance)
         ask = lambda: page._on_draw(mask, *values, *(form[n] for n in fields.by_name))  # noqa: B023, E731
         counts[outcome(ask, (number, form, values))] += 1
