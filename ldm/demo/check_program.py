@@ -9,9 +9,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli.lists import at_least
 from ldm.cli.options import check_writable
-from ldm.cli.parser import Parser, number
+from ldm.cli.parser import Parser, number, whole
 from ldm.cli.program import leaving_at_once
 from ldm.demo.scenes import ATTRIBUTES
 from ldm.errors import InputError
@@ -34,24 +33,29 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--ckpt", metavar="PATH", help="a model trained on the scenes (default: the shipped demo)")
     add("--outdir", default="outputs/check_demo", help="default: %(default)s")
-    add("--n_prompts", type=int, default=200, help="held-out prompts (default: %(default)s)")
+    add(
+        "--n_prompts",
+        type=whole(1, 100_000),
+        default=200,
+        help="held-out prompts (default: %(default)s)",
+    )
     add("--only", metavar="NAME=VALUE", help="scenes with this attribute, such as sky=stars")
     add(
         "--n_controls",
-        type=int,
+        type=whole(0, 100_000),
         default=32,
         help="prompts for the controls; 0: none (default: %(default)s)",
     )
     add(
         "--n_frechet",
-        type=int,
+        type=whole(0, 100_000),
         default=0,
         help="pictures for the Fréchet distance, such as 2000; 0: none (default: %(default)s)",
     )
-    add("--pixels", type=int, help="a side (default: the model's own size)")
+    add("--pixels", type=whole(64, 4096), help="a side (default: the model's own size)")
     add(
         "--rows",
-        type=int,
+        type=whole(0, 100),
         default=0,
         metavar="N",
         help="also draw renders, reconstructions and samples of N captions in three rows",
@@ -60,7 +64,7 @@ def build_parser() -> Parser:
         "--config", metavar="YAML", help="the model's configuration (default: found by its weights)"
     )
     add("--classifier", metavar="PATH", help="the judge's weights (default: the shipped ones)")
-    add("--steps", type=int, default=25, help="of DDIM (default: %(default)s)")
+    add("--steps", type=whole(1, 1000), default=25, help="of DDIM (default: %(default)s)")
     add("--scale", type=number(-1000, 1000), default=4.0, help="of guidance (default: %(default)s)")
     add("--cache_dir", metavar="PATH", help="where rendered training pictures are kept")
     return parser
@@ -79,10 +83,6 @@ def read_attribute(text: str) -> tuple[str, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check, print, write."""
     args = build_parser().parse_args(argv)
-    at_least(1, args, "n_prompts", "steps")
-    at_least(0, args, "n_controls", "n_frechet", "rows")
-    if args.pixels is not None:
-        at_least(64, args, "pixels")
     only = read_attribute(args.only) if args.only else None
     check_writable(args.outdir)
 

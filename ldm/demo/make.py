@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli.parser import Parser
+from ldm.cli.parser import Parser, number
 from ldm.cli.program import leaving_at_once
 from ldm.demo.recipe import Recipe, alone, check_hours, check_state
 
@@ -45,7 +45,13 @@ def build_parser() -> Parser:
         "--hours", type=float, help="of training in all (default: what has been measured as enough)"
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    add("--minutes-per-call", type=float, default=math.inf, metavar="M", help="stop after so many")
+    add(
+        "--minutes-per-call",
+        type=number(0.1, 1e6),
+        default=math.inf,
+        metavar="M",
+        help="stop after so many",
+    )
     add("--export", metavar="DIR", help="write the model as far as it is, and end")
     add("--recipe", metavar="YAML", default="configs/demo/recipe.yaml", help="default: %(default)s")
     return parser

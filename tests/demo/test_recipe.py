@@ -179,6 +179,13 @@ def test_a_failed_stage_ends_the_run(toy, tmp_path, monkeypatch):
         run(toy, tmp_path)
 
 
+@pytest.mark.parametrize("minutes", ["0", "-3", "nan", "soon"])
+def test_minutes_that_are_none(minutes, tmp_path):
+    with pytest.raises(InputError, match="--minutes-per-call"):
+        make.main(["--minutes-per-call", minutes, "--state", str(tmp_path / "state")])
+    assert not (tmp_path / "state").exists()
+
+
 @pytest.mark.parametrize("hours", ["0.01", "-1", "nan", "inf", "soon"])
 def test_hours_that_are_none(hours, tmp_path):
     with pytest.raises(InputError, match="hours"):
