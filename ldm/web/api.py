@@ -18,9 +18,7 @@ from starlette.routing import Route
 
 from ldm.addons import embedding_words, find_addons
 from ldm.errors import InputError, OutOfMemory, is_out_of_memory
-from ldm.images import (
-    picture_texts,
-)
+from ldm.images import picture_texts
 from ldm.infotext import understood
 from ldm.text import check_kind
 from ldm.web.bodies import Options, Order, in_their_words, read_body

@@ -311,11 +311,11 @@ class Sampler:
 
         Returns: latents, (B, C, h, w).
         """
-        guidance = unconditional_guidance_scale, unconditional_conditioning
+        scale, negative = unconditional_guidance_scale, unconditional_conditioning
         taken = self.steps_back(
-            x_latent, cond, t_start, *guidance, use_original_steps, mask, x0, noise_source
+            x_latent, cond, t_start, scale, negative, use_original_steps, mask, x0, noise_source
         )
-        with sampling_run(self.model, uses_guidance(*guidance[::-1])):
+        with sampling_run(self.model, uses_guidance(negative, scale)):
             for i, result in enumerate(self.shown(taken, t_start, verbose)):
                 x_latent, predicted = result
                 if callback is not None:

@@ -87,7 +87,7 @@ def _near(n: int, n_whole: int, window: int) -> Tensor:
     return (torch.arange(n)[:, None] + torch.arange(-reach, reach + 1)).clamp(0, n_whole - 1)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def known(make: Any, *key: Any) -> Any:
     """What is made of a key, kept from step to step."""
     with torch.inference_mode(False):  # such tensors would not do for gradients

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 import triton
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ldm.modules.tome.config import cells
+from ldm.modules.tome.grid import count, known
 from ldm.modules.tome.plan import MergePlan
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # all are compared and added in float32
@@ -291,7 +292,7 @@ class NearPlan(MergePlan):
         """Tokens in each group, (B, n_kept) float32."""
         assert self.groups is not None
         n_rows = len(self.groups) // self.n_tokens
-        return self._reduced(_ones(n_rows, self.n_tokens, self.groups.device), False)[..., 0]
+        return self._reduced(known(_ones, n_rows, self.n_tokens, self.groups.device), False)[..., 0]
 
     def weighted(self, weights: Tensor) -> MergePlan:
         """As `MergePlan.weighted`."""
@@ -337,7 +338,7 @@ def plan_grid(
     if n_kept == n_tokens:
         return MergePlan.identity()
     reach, ranks = window // 2, n_kept > n_cells
-    leads = _corners(size, (sy, sx), metric.device)
+    leads = known(_corners, size, (sy, sx), metric.device)
     if metric.stride(2) != 1:
         metric = metric.contiguous()
     to, score = torch.ops.ldm_tome.match(
@@ -345,7 +346,7 @@ def plan_grid(
     )
     if ranks:
         leads = score.topk(n_kept, 1, largest=False, sorted=False).indices.sort(1).values
-        numbers = _numbers(n_rows, n_kept, metric.device)
+        numbers = known(count, n_rows, n_kept, metric.device)
         to = to.scatter(1, leads, numbers).gather(1, to.scatter_(1, leads, leads))
     if n_copies > 1:
         to = torch.cat([to + i * n_rows * n_kept for i in range(n_copies)])
@@ -361,23 +362,12 @@ def plan_grid(
     )
 
 
-@lru_cache(maxsize=16)
 def _corners(size: tuple[int, int], stride: tuple[int, int], device: torch.device) -> Tensor:
     """The first token of each whole cell, (1, cells)."""
     (h, w), (sy, sx) = size, stride
-    with torch.inference_mode(False):  # such tensors would not do for gradients
-        tokens = torch.arange(h * w, device=device).view(h, w)
-        return tokens[: h - sy + 1 : sy, : w - sx + 1 : sx].reshape(1, -1)
+    tokens = torch.arange(h * w, device=device).view(h, w)
+    return tokens[: h - sy + 1 : sy, : w - sx + 1 : sx].reshape(1, -1)
 
 
-@lru_cache(maxsize=16)
-def _numbers(n_rows: int, n: int, device: torch.device) -> Tensor:
-    """0 to n_rows * n - 1 in rows of n."""
-    with torch.inference_mode(False):
-        return torch.arange(n_rows * n, device=device).view(n_rows, n)
-
-
-@lru_cache(maxsize=16)
 def _ones(n_rows: int, n_tokens: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.ones(n_rows, n_tokens, 1, dtype=torch.float32, device=device)
+    return torch.ones(n_rows, n_tokens, 1, dtype=torch.float32, device=device)

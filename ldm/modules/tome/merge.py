@@ -24,6 +24,7 @@ from ldm.errors import InputError
 from ldm.modules.tome import backend, since, whole
 from ldm.modules.tome.config import cells
 from ldm.modules.tome.decision import Decision
+from ldm.modules.tome.grid import known
 from ldm.modules.tome.match import attention_received, nearest, nearest_in_window, similarity, take
 from ldm.modules.tome.plan import MergePlan
 
@@ -101,7 +102,7 @@ def _method(decision: Decision) -> Callable[..., MergePlan]:
         assert draw is not None
         return partial(plan_random, r=r, draw=draw, threshold=threshold)
     if config.method == "downsample":
-        return lambda metric: since.known_downsampling(len(metric), size, stride, metric.device)
+        return lambda metric: known(since.plan_downsample, len(metric), size, stride, metric.device)
     if config.method == "tiles":
         return lambda metric: since.plan_tiles(size, stride, draw)
     if config.method == "prune":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -100,15 +99,6 @@ def plan_downsample(
     groups = (cell_y[:, None] * new_w + cell_x).flatten()
     chosen = (y[:, None] * size[1] + x).flatten()
     return MergePlan.from_groups(groups.expand(n_rows, -1), new_h * new_w, chosen)
-
-
-@lru_cache(maxsize=16)
-def known_downsampling(
-    n_rows: int, size: tuple[int, int], stride: tuple[int, int], device: torch.device
-) -> MergePlan:
-    """`plan_downsample`, kept from step to step: it does not depend on the tokens."""
-    with torch.inference_mode(False):  # such tensors would not do for gradients
-        return plan_downsample(n_rows, size, stride, device)
 
 
 def _resize(n: int, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
