@@ -79,7 +79,7 @@ def check_keys(recipe: Recipe, state: Path, device: str) -> dict[str, str]:
         before = stage_key(stage_config(recipe, stage, state, device)[2], before)
         keys[stage.name] = before
         file = state / stage.name / "key.json"
-        if file.is_file() and (stored := json.loads(file.read_text())["key"]) != before:
+        if (stored := _stored(file).get("key", before)) != before:
             raise InputError(
                 f"--state {state}: its stage {stage.name!r} is of another recipe ({stored}, not "
                 f"{before}); name another folder, or delete {file.parent} and what comes after it"
@@ -98,8 +98,7 @@ def progress_of(state: Path, stage: Stage) -> dict[str, Any]:
     checkpoint = checkpoint_of(state, stage)
     if checkpoint is None:
         return {}
-    file = checkpoint.with_name("progress.json")
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return _stored(checkpoint.with_name("progress.json"))
 
 
 def is_done(state: Path, stage: Stage) -> bool:
@@ -202,7 +201,7 @@ def run_stages(
         if is_done(state, stage):
             continue
         (state / stage.name).mkdir(exist_ok=True)
-        write_json(state / stage.name / "key.json", {"key": keys[stage.name]})
+        note_start(state / stage.name / "key.json", keys[stage.name])
         seconds = seconds_for(recipe, stage, state, hours)
         print(f"== {stage.name}: {seconds / 60:.0f} minutes in all ==", flush=True)
         left = end - time.monotonic()
@@ -227,20 +226,33 @@ def run_stages(
 
 def note(recipe: Recipe, state: Path, device: str) -> dict[str, Any]:
     """What was done so far, stage by stage; also written to ``made.json`` in the state folder."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=shipped("."), capture_output=True, text=True
-    ).stdout.strip()
     made = {
-        "commit": commit or None,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "renderer": STYLE,
         "device": device,
         "stages": {
-            s.name: {**progress_of(state, s), "is_over": is_done(state, s)} for s in recipe.stages
+            s.name: {
+                "commits": _stored(state / s.name / "key.json").get("commits", []),
+                **progress_of(state, s),
+                "is_over": is_done(state, s),
+            }
+            for s in recipe.stages
         },
     }
     write_json(state / "made.json", made)
     return made
+
+
+def note_start(file: Path, key: str) -> None:
+    """Store a stage's key, and the commits that have trained it."""
+    head = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(head, cwd=shipped("."), capture_output=True, text=True).stdout.strip()
+    commits = [c for c in _stored(file).get("commits", []) if c != commit]
+    write_json(file, {"key": key, "commits": [*commits, commit] if commit else commits})
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -23,7 +23,9 @@ from ldm.modules.attention import (
     FeedForward,
     SpatialTransformer,
     attend_by_channel,
+    attend_by_products,
     einsum_attention,
+    has_slow_backward,
     remember_context,
     set_attention_backend,
     takes_channel,
@@ -153,6 +155,30 @@ def test_a_channel_is_taken_where_the_kernel_has_room_for_it() -> None:
     ]
     assert not takes(40, "cpu")
     assert not takes(40, "cuda", torch.float32)  # which has no flash kernel
+
+
+def test_training_in_bfloat16_takes_products_where_there_are_few_keys() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 32, generator=generator) for n in (64, 77, 77))
+    bias = torch.randn(2, 1, 1, 77, generator=generator)
+
+    def gradients(attend: Any, dtype: torch.dtype) -> list[Tensor]:
+        tensors = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        return list(torch.autograd.grad(attend(*tensors, bias.to(dtype)).square().sum(), tensors))
+
+    exact = gradients(F.scaled_dot_product_attention, torch.float32)
+    fused = gradients(F.scaled_dot_product_attention, torch.bfloat16)
+    ours = gradients(attend_by_products, torch.bfloat16)
+    for a, b, c in zip(exact, fused, ours, strict=True):
+        assert (b - a).norm() < 0.01 * a.norm()
+        assert (c - a).norm() < 0.02 * a.norm()  # its logits are rounded, the kernel's are not
+
+    half, keys = q.bfloat16(), k.bfloat16()
+    assert has_slow_backward(half, keys)
+    assert not has_slow_backward(q, k)
+    assert not has_slow_backward(half, keys.repeat(1, 1, 4, 1))
+    with torch.no_grad():
+        assert not has_slow_backward(half, keys)
 
 
 def test_einsum_attention_does_not_overflow_in_half() -> None:
