@@ -33,6 +33,7 @@ class Stage:
         export: which weights it hands on (see ldm.demo.export).
         carries: earlier stages whose weights are handed on with them.
         cuda: changes of the configuration on a GPU, as ``key.path=value``.
+        processes: how many share a training step on a CPU, each on its part of the cores.
         levels_latents: the scale factor that its latents are made for; 0 leaves them as they are.
         starts_from: an earlier stage, whose weights are loaded at the beginning.
     """
@@ -43,6 +44,7 @@ class Stage:
     export: str
     carries: Sequence[str] = ()
     cuda: Sequence[str] = ()
+    processes: int = 1
     levels_latents: float = 0.0
     starts_from: str | None = None
 

@@ -158,20 +158,25 @@ def train_stage(
     if "max_epochs" not in config["lightning"]["trainer"]:
         overrides += ["lightning.trainer.max_epochs=-1"]
     command = ["--train", "--no-test"]
-    command += ["--accelerator", device, "--devices", "1", "--base", *files, *overrides]
+    n = stage.processes if device == "cpu" else 1
+    command += ["--accelerator", device, "--devices", str(n), "--base", *files, *overrides]
     if checkpoint := checkpoint_of(state, stage):
         command += ["--resume", str(checkpoint.parent.parent)]
     else:
         command += ["--logdir", str(state / stage.name), "--name", "run"]
-    if code := launch(command, device, lock):
+    if code := launch(command, device, lock, n):
         raise InputError(f"stage {stage.name!r} ended with exit code {code}, see above")
 
 
-def launch(arguments: list[str], device: str, lock: IO[str]) -> int:
-    """Run train.py in a process of its own, which holds the lock as well; its exit code."""
+def launch(arguments: list[str], device: str, lock: IO[str], n: int) -> int:
+    """Run train.py in n processes of its own, which hold the lock as well; its exit code."""
     environment = os.environ | (QUIET_THREADS if device == "cpu" else {})
     program = "from ldm.cli.program import run_program; run_program('ldm.training.run')"
     command = [sys.executable, "-c", program, *arguments]
+    if n > 1:
+        environment |= {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // n, 1))}
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+        command = [sys.executable, *start, "--no-python", *command]
     with subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()]) as process:
         try:
             return process.wait()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ def rate_factor(progress: float, decay: float, floor: float) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * fallen)) / 2
 
 
-def core_seconds() -> float:
-    """Processor time of this process: seconds of all the machine's cores."""
-    return time.process_time() / (os.cpu_count() or 1)
+def core_seconds(n_processes: int = 1) -> float:
+    """Processor time of this process and others like it: seconds of all the machine's cores."""
+    return time.process_time() * n_processes / (os.cpu_count() or 1)
 
 
 class Clock(pl.Callback):
@@ -83,7 +84,8 @@ class Clock(pl.Callback):
         rate = pl_module.learning_rate
         self.rates = [[rate for _ in each.param_groups] for each in trainer.optimizers]
         self.first = trainer.global_step
-        self.now = time.monotonic if pl_module.device.type != "cpu" else core_seconds
+        is_on_cpu = pl_module.device.type == "cpu"
+        self.now = partial(core_seconds, trainer.world_size) if is_on_cpu else time.monotonic
         self.started = self.now()
         self.saved = time.monotonic()
         self.before = self.spent
@@ -109,14 +111,17 @@ class Clock(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Count, average the losses, save and stop when it is time."""
-        self.pictures += len(next(iter(batch.values())))
+        """Count, average the losses, save and stop when it is time.
+
+        Of several processes the first one's time counts for all.
+        """
+        self.pictures += len(next(iter(batch.values()))) * trainer.world_size
         for name, value in trainer.logged_metrics.items():
             if name.startswith("train/") and torch.is_tensor(value):
                 old = self.losses.get(name, float(value))
                 self.losses[name] = 0.99 * old + 0.01 * float(value)
-        now = time.monotonic()
-        self.spent = self.before + self.now() - self.started
+        times = self.before + self.now() - self.started, time.monotonic()
+        self.spent, now = trainer.strategy.broadcast(times)
         self.is_over = self.seconds is not None and self.spent >= self.seconds
         trainer.should_stop = self.is_over or now - self.began >= self.this_call
         if now - self.saved >= self.save_every:
@@ -138,6 +143,8 @@ class Clock(pl.Callback):
         """Write the checkpoint, and beside it how far it is."""
         path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         trainer.save_checkpoint(path)
+        if not trainer.is_global_zero:
+            return
         progress = {
             "steps": trainer.global_step,
             "seconds": round(self.spent, 3),

@@ -28,7 +28,7 @@ from ldm.training import run as train
 TOY = Path(__file__).parent / "toy_recipe.yaml"
 
 
-def train_here(arguments, device, lock):
+def train_here(arguments, device, lock, n_processes):
     """Train in this process: starting one takes longer than two steps."""
     train.main(arguments)
     return 0

@@ -24,7 +24,7 @@ def timed(monkeypatch, tmp_path):
     """A clock whose time goes on by a second a step, and a trainer for it."""
     now = SimpleNamespace(value=0.0)
     monkeypatch.setattr(module.time, "monotonic", lambda: now.value)
-    monkeypatch.setattr(module, "core_seconds", lambda: now.value)
+    monkeypatch.setattr(module, "core_seconds", lambda n: now.value / 2 * n)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     trainer = SimpleNamespace(
         optimizers=[optimizer],
@@ -35,6 +35,9 @@ def timed(monkeypatch, tmp_path):
         default_root_dir=tmp_path,
         callback_metrics={"val/loss": torch.tensor(3.0)},
         save_checkpoint=lambda path: path.write_bytes(b"weights"),
+        world_size=2,
+        is_global_zero=True,
+        strategy=SimpleNamespace(broadcast=lambda times: times),
     )
 
     def step(clock):
@@ -60,7 +63,7 @@ def test_a_run_takes_its_time_in_two_calls(timed):
     step(clock)
     assert trainer.should_stop
     clock.on_train_end(trainer, None)
-    assert clock.state_dict() == {"spent": 4, "pictures": 12, "losses": {"train/loss": 2.0}}
+    assert clock.state_dict() == {"spent": 4, "pictures": 24, "losses": {"train/loss": 2.0}}
 
     again = Clock(seconds=10, warm_up=0, decay=0.5)
     again.load_state_dict(clock.state_dict())
@@ -73,7 +76,7 @@ def test_a_run_takes_its_time_in_two_calls(timed):
     again.on_validation_end(trainer, None)
     again.on_train_end(trainer, None)
     progress = module.json.loads(path.with_name("progress.json").read_text())
-    assert (progress["seconds"], progress["pictures"], progress["is_over"]) == (10, 30, True)
+    assert (progress["seconds"], progress["pictures"], progress["is_over"]) == (10, 60, True)
     assert progress["losses"] == {"train/loss": 2.0, "val/loss": 3.0}
 
 
