@@ -25,13 +25,19 @@ class Terminated(KeyboardInterrupt):
     """The process was told to end (SIGTERM); cleaned up after like Ctrl+C."""
 
 
+# Programs that see few sizes of pictures, and need more kernels for each: a step of the demo's
+# training takes 278, which would be made anew in each step if there were room for 128.
+FEW_SIZES = ("ldm.training.run",)
+
+
 def run_program(module: str) -> None:
     """Import a module and run its `main`: what all scripts and console commands do.
 
     Args:
         module: such as ``ldm.cli.txt2img``.
     """
-    bound_caches()
+    if module not in FEW_SIZES:
+        bound_caches()
     with running():
         with leaving_at_once():
             program = importlib.import_module(module)

@@ -107,3 +107,13 @@ def test_streams_and_signals_are_as_before():
     with pytest.raises(KeyboardInterrupt) as stop, said_when_stopped(lambda: "so far"):
         raise KeyboardInterrupt
     assert stop.value.args == ("so far",)
+
+
+def test_training_keeps_all_kernels_of_a_step():
+    code = (
+        "import os, sys, types; from ldm.cli import program; stand_in = types.ModuleType('x');"
+        "stand_in.main = lambda: print(os.environ.get('ONEDNN_PRIMITIVE_CACHE_CAPACITY'));"
+        "sys.modules['ldm.training.run'] = sys.modules['other'] = stand_in;"
+        "[program.run_program(name) for name in ('ldm.training.run', 'other')]"
+    )
+    assert python(code).communicate()[0] == "None\n128\n"
