@@ -252,7 +252,7 @@ def remove_leftovers(folder: Path) -> None:
         if match is None or (match["kind"] == "old" and not (folder / match["name"]).exists()):
             continue
         try:
-            with _locked(file, wait=False):
+            with locked(file, wait=False):
                 if file.is_dir():
                     shutil.rmtree(file)
                 else:
@@ -271,7 +271,7 @@ def _folder_beside(target: Path) -> Iterator[Path]:
         with ExitStack() as stack:
             with _said(target):
                 folder.mkdir()
-                handle = stack.enter_context(_locked(folder, wait=True))
+                handle = stack.enter_context(locked(folder, wait=True))
                 # between the two lines above another writer may have taken it for a leftover
                 if handle is not None and not _is_open_as(handle, folder):
                     continue
@@ -287,7 +287,7 @@ def _folder_beside(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[int | None]:
+def locked(path: Path, wait: bool) -> Iterator[int | None]:
     """Hold the lock of a file or folder, which ends with the process; OSError where it is held.
 
     Windows has no such lock, and does not remove a file that is open.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.util import written_whole
+from ldm.util import locked, written_whole
 
 KEPT_EVERY = 512
 """Rows after which it is noted how far an array is."""
@@ -33,6 +33,23 @@ def grow(
         rows: all rows from a number on, in order.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = _change_of(path)
+    with locked(path.parent, wait=True):  # of several processes one does it, the others wait
+        if _change_of(path) == before:
+            _grow(path, settings, shape, dtype, rows)
+
+
+def _change_of(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _grow(
+    path: Path,
+    settings: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    rows: Callable[[int], Iterable[np.ndarray]],
+) -> None:
     unfinished, counter = (
         path.with_name(f"{path.name}.partial"),
         path.with_name(f"{path.name}.count"),

@@ -1,3 +1,6 @@
+import threading
+import time
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -48,7 +51,7 @@ def test_items_are_scaled_means_with_captions(weights, tmp_path):
     assert len(data) == 5
     picture = torch.from_numpy(instantiate_from_config(PICTURES)[4]["image"]).permute(2, 0, 1)[None]
     expected = 0.5 * model.encode(picture).mode()[0]
-    torch.testing.assert_close(data[4]["latent"], expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(data[4]["latent"], expected, atol=2e-2, rtol=2e-2)  # bfloat16
     assert data[4]["caption"]
     assert "image" not in data[4]
     (file,) = cache.iterdir()  # nothing unfinished is left
@@ -80,3 +83,28 @@ def test_another_look_of_the_renderer_has_another_cache(weights, tmp_path, monke
 def test_missing_weights(tmp_path):
     with pytest.raises(InputError, match="train the first stage first"):
         EncodedPictures(PICTURES, FIRST_STAGE, "none.safetensors", 1.0, str(tmp_path))
+
+
+def test_of_two_processes_one_encodes(weights, tmp_path, monkeypatch):
+    _, path = weights
+    n_encoded = []
+    encode = AutoencoderKL.encode
+
+    def counted(self, x):
+        n_encoded.append(len(x))
+        time.sleep(0.05)
+        return encode(self, x)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", counted)
+    threads = [
+        threading.Thread(
+            target=EncodedPictures, args=(PICTURES, FIRST_STAGE, path, 1.0, str(tmp_path / "c"))
+        )
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(n_encoded) == [1, 1, 5]  # each looked at one picture's shape
+    assert len(list((tmp_path / "c").iterdir())) == 1
