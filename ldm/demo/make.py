@@ -81,5 +81,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not is_done:
             print(f"Not finished: the same command goes on from {state}")
             return
-        finish(recipe, state, device, Path(args.output))
-        print(f"Finished: {args.output}")
+        if recipe.writes_model:
+            finish(recipe, state, device, Path(args.output))
+        print(f"Finished: {args.output if recipe.writes_model else state / 'weights'}")

@@ -61,6 +61,9 @@ class Recipe:
         nice: how far training on a CPU steps back behind other programs, 0 to 19.
         check: flags of scripts/check_demo.py, once all is trained; without any it is not run.
         pictures: flags of scripts/txt2img.py, likewise.
+        log: file of the state folder that says what was done.
+        writes_model: whether the stages make one model folder in the end; without, their weights
+            are all that comes of them.
         overrides: changes for all stages, as ``key.path=value``; for tests.
     """
 
@@ -71,6 +74,8 @@ class Recipe:
     nice: int = 0
     check: Sequence[str] = ()
     pictures: Sequence[str] = ()
+    log: str = "made.json"
+    writes_model: bool = True
     overrides: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod

@@ -7,7 +7,7 @@ import multiprocessing
 import multiprocessing.pool
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,12 +146,17 @@ class RenderedScenes(Dataset):
         }
         stem = f"scenes_{self.split}_{self.n_pictures}x{self.size}_seed{self.seed}"
         data, label = folder / f"{stem}.npy", folder / f"{stem}.json"
-        if not (data.exists() and label.exists() and json.loads(label.read_text()) == settings):
-            folder.mkdir(parents=True, exist_ok=True)
-            label.unlink(missing_ok=True)
-            self._fill(data, json.dumps(settings), n_workers)
-            with written_whole(label, "w") as file:
-                file.write(json.dumps(settings))
+        for other in sorted(folder.glob(f"scenes_{self.split}_*x{self.size}_seed{self.seed}.json")):
+            stored = json.loads(other.read_text())
+            is_enough = stored["n_pictures"] >= self.n_pictures  # a longer set begins with ours
+            if is_enough and {**settings, "n_pictures": stored["n_pictures"]} == stored:
+                with suppress(FileNotFoundError):
+                    return np.load(other.with_suffix(".npy"), mmap_mode="r")
+        folder.mkdir(parents=True, exist_ok=True)
+        label.unlink(missing_ok=True)
+        self._fill(data, json.dumps(settings), n_workers)
+        with written_whole(label, "w") as file:
+            file.write(json.dumps(settings))
         return np.load(data, mmap_mode="r")
 
     def _fill(self, path: Path, settings: str, n_workers: int | None) -> None:

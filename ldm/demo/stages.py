@@ -4,7 +4,7 @@ A state folder holds everything between an empty folder and finished weights:
 
     scenes/, latents/           renders and encoded pictures
     STAGE/                      key.json, checkpoints/, and the runs' logs and pictures
-    weights/STAGE.safetensors   what a finished stage hands on
+    weights/STAGE.safetensors   what a finished stage hands on, with its configuration as .yaml
     made.json                   steps, seconds, pictures and losses of every stage
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import yaml
 
 from ldm.config import load_config, shipped
 from ldm.demo.export import export_stage, level_latents
@@ -224,13 +225,15 @@ def run_stages(
         if stage.levels_latents:
             config = stage_config(recipe, stage, state, device)[2]
             level_latents(made, config, stage.levels_latents)
+        with written_whole(finished.with_suffix(".yaml"), "w") as file:
+            yaml.safe_dump(stage_config(recipe, stage, state, device)[2], file, sort_keys=False)
         made.replace(finished)
         note(recipe, state, device)
     return True
 
 
 def note(recipe: Recipe, state: Path, device: str) -> dict[str, Any]:
-    """What was done so far, stage by stage; also written to ``made.json`` in the state folder."""
+    """What was done so far, stage by stage; also written to the recipe's log in the state."""
     made = {
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "renderer": STYLE,
@@ -244,7 +247,7 @@ def note(recipe: Recipe, state: Path, device: str) -> dict[str, Any]:
             for s in recipe.stages
         },
     }
-    write_json(state / "made.json", made)
+    write_json(state / recipe.log, made)
     return made
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import ldm.demo.stages as module
@@ -166,6 +167,27 @@ def test_a_stages_time_is_its_share_of_what_is_left(toy, finished, tmp_path):
     (folder / "progress.json").write_text('{"seconds": 1200}')
     expected = (7200 - 1200) / (len(toy.stages) - 1)
     assert seconds_for(toy, second, tmp_path, hours) == pytest.approx(expected)
+
+
+def test_a_recipe_of_other_models_leaves_the_demo_alone(finished, tmp_path, monkeypatch):
+    state = tmp_path / "state"
+    shutil.copytree(finished, state)
+    made = (state / "made.json").read_bytes()
+    stage = {"files": ["unet.yaml", "../study/narrow.yaml"], "starts_from": "text"}
+    stage |= {"share": 1, "export": "diffusion"}
+    toy = yaml.safe_load(TOY.read_text())
+    changes = {"all": toy["overrides"]["all"], "narrow": toy["overrides"]["unet"]}
+    recipe = {"hours": 0.1, "hours_cuda": 0.1, "disk_gb": 0.1, "overrides": changes}
+    recipe |= {"log": "models.json", "writes_model": False, "stages": {"narrow": stage}}
+    path = tmp_path / "models.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(module, "launch", train_here)
+    flags = ["--recipe", str(path), "--state", str(state), "--output", str(tmp_path / "demo")]
+    make.main([*flags, "--device", "cpu"])
+    assert (state / "made.json").read_bytes() == made
+    assert not (tmp_path / "demo").exists()
+    narrow = load_model(state / "weights" / "narrow.safetensors")
+    assert narrow.model.diffusion_model.model_channels == 32
 
 
 def test_a_state_in_use_is_refused(tmp_path):

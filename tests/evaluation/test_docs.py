@@ -43,8 +43,9 @@ def test_a_document_without_a_place_is_named():
         fill(TEXT, "other", "", Path("a.md"))
 
 
-def test_the_shipped_list_fits_the_documents():
-    spec = load_config("configs/study/docs.yaml")
+@pytest.mark.parametrize("name", ["docs", "ranking"])
+def test_the_shipped_lists_fit_the_documents(name):
+    spec = load_config(f"configs/study/{name}.yaml")
     for name, table in spec["tables"].items():
         fill((ROOT / table["file"]).read_text(encoding="utf-8"), name, "", Path(table["file"]))
         for what in table["columns"].values():
