@@ -45,7 +45,7 @@ LAYERS = [
 DOORS = {
     "omegaconf": {"ldm.util"},
     "pytorch_lightning": {"ldm.training"},
-    "PIL": {"ldm.images"},
+    "PIL": {"ldm.images", "ldm.demo.signs"},
     "argparse": {"ldm.cli", "ldm.training"},
     "gradio": {"ldm.web"},
     "starlette": {"ldm.web"},

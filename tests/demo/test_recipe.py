@@ -21,10 +21,11 @@ from ldm.demo.export import level_latents
 from ldm.demo.finish import export_so_far, finish
 from ldm.demo.quality import renders
 from ldm.demo.recipe import Recipe, alone, check_state
-from ldm.demo.stages import check_keys, progress_of, run_stages, seconds_for
+from ldm.demo.stages import check_keys, progress_of, run_stages, seconds_for, stage_config
 from ldm.errors import InputError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.training import run as train
+from ldm.training.check import check_sections
 
 TOY = Path(__file__).parent / "toy_recipe.yaml"
 
@@ -188,6 +189,16 @@ def test_a_recipe_of_other_models_leaves_the_demo_alone(finished, tmp_path, monk
     assert not (tmp_path / "demo").exists()
     narrow = load_model(state / "weights" / "narrow.safetensors")
     assert narrow.model.diffusion_model.model_channels == 32
+
+
+def test_the_recipe_of_the_study_can_be_followed(tmp_path):
+    recipe = Recipe.load("configs/study/models.yaml")
+    for stage in recipe.stages:
+        config = stage_config(recipe, stage, tmp_path, "cpu")[2]
+        check_sections(config)
+        assert config["model"]["params"]["ckpt_path"].endswith(f"{stage.starts_from}.safetensors")
+    configs = [stage_config(recipe, stage, tmp_path, "cpu")[2] for stage in recipe.stages]
+    assert len({json.dumps(config, sort_keys=True) for config in configs}) == len(recipe.stages)
 
 
 def test_a_state_in_use_is_refused(tmp_path):

@@ -1,0 +1,31 @@
+"""The second subject: signs, their captions and pictures."""
+
+import numpy as np
+import pytest
+
+from ldm.demo.signs import COLOURS, PATTERNS, RenderedSigns, Sign, draw_sign, sign_of
+
+
+def test_an_item_is_a_picture_with_its_caption():
+    data = RenderedSigns(3, size=32, seed=5)
+    item = data[2]
+    assert item["caption"] == sign_of(2, 5).caption
+    assert (item["image"].shape, item["image"].dtype) == ((32, 32, 3), np.float32)
+    assert -1 <= item["image"].min() < item["image"].max() <= 1
+    np.testing.assert_array_equal(item["image"], data[2]["image"])
+    assert (item["image"] != RenderedSigns(3, size=32, seed=6)[2]["image"]).any()
+    with pytest.raises(IndexError):
+        data[3]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_sign_has_its_colours_and_its_word_at_its_place(pattern):
+    sign = Sign("TEA", "red", ("white", "blue"), pattern, "at the bottom")
+    assert sign.caption == f"the word TEA in red letters at the bottom, on white and blue {pattern}"
+    picture = draw_sign(sign, np.random.default_rng(0), 64).astype(float)
+    names = list(COLOURS)
+    distances = [np.abs(picture - np.array(COLOURS[name])).sum(2) for name in names]
+    nearest = np.array(names)[np.argmin(distances, axis=0)]
+    assert {"red", "white", "blue"} <= set(nearest.flat)
+    assert not (nearest[:32] == "red").any()
+    assert (nearest[32:] == "red").mean() > 0.05
