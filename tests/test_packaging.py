@@ -80,11 +80,11 @@ def test_the_package_carries_configurations_and_demo_model(tmp_path):
         assert files
         for path in files:
             assert (built / "shipped" / path).read_bytes() == (ROOT / path).read_bytes()
-    code = "import ldm.config as c; print(c.find_config('configs/demo/diffusion.yaml'))"
+    code = "import ldm.config as c; print(c.find_config('configs/demo/unet.yaml'))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "lib", capture_output=True, text=True
     )
-    assert found.stdout.strip() == str(built / "shipped/configs/demo/diffusion.yaml")
+    assert found.stdout.strip() == str(built / "shipped/configs/demo/unet.yaml")
 
 
 def test_demo_model_is_small_enough():

@@ -18,13 +18,15 @@ The files of --base are merged from left to right, and key.path=value arguments 
 """
 EPILOG = """
 examples:
-  the demo's first stage, then its diffusion model:
-    python scripts/train.py --base configs/demo/first_stage.yaml --train
-    python scripts/train.py --base configs/demo/diffusion.yaml --train
+  your own first stage, then your own diffusion model:
+    python scripts/train.py --base first_stage.yaml --train
+    python scripts/train.py --base diffusion.yaml --train
+  the first of the runs that scripts/make_demo.py makes the demo model by:
+    python scripts/train.py --base configs/demo/classifier.yaml --train
   go on where a run stopped:
     python scripts/train.py --resume logs/2026-01-31T12-00-00_diffusion --train
   change a setting:
-    python scripts/train.py --base configs/demo/diffusion.yaml --train data.params.batch_size=8
+    python scripts/train.py --base diffusion.yaml --train data.params.batch_size=8
 """
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=.*", re.ASCII | re.DOTALL)
 

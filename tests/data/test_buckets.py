@@ -65,7 +65,7 @@ def test_the_demo_trains_on_two_sizes_last() -> None:
 
     folder = Path("configs/demo")
     config = OmegaConf.merge(
-        OmegaConf.load(folder / "diffusion.yaml"), OmegaConf.load(folder / "large.yaml")
+        OmegaConf.load(folder / "unet.yaml"), OmegaConf.load(folder / "large_latents.yaml")
     )
     found = OmegaConf.to_container(config.data.params.train.params, resolve=True)
     assert len(found["buckets"]) == len(found["batch_sizes"]) == 2

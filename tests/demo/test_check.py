@@ -45,14 +45,14 @@ def test_a_check_of_the_shipped_model(monkeypatch):
     report, pictures = demo.check(
         model, load_classifier(), 2, steps=2, n_controls=1, n_training=4, only=only, n_frechet=5
     )
-    assert pictures.shape == (2, 3, 128, 128)
+    assert pictures.shape == (2, 3, 256, 256)
     assert report["only"] == only
     assert "place=sea" in report["attributes"]
     assert set(report["attention"]) == {*demo.BY_SIMILARITY, *demo.CONTROLS}
     assert all(result["mean"] > 10 for result in report["attention"].values())
     assert report["copies"]["closest_sample"] > 0
     assert report["classifier"]["renders"]["place"] > 0.5
-    assert report["first_stage"]["psnr_db"] > 20
+    assert report["first_stage"]["psnr_db"] > 30
     assert set(report["objects"]) == {"samples", "renders"}
     against = report["against_renders"]
     assert against["n"] == 5
