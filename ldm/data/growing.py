@@ -34,38 +34,29 @@ def grow(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     before = _change_of(path)
-    with locked(path.parent, wait=True):  # of several processes one does it, the others wait
-        if _change_of(path) == before:
-            _grow(path, settings, shape, dtype, rows)
+    with locked(path.parent, wait=True):
+        if _change_of(path) != before:
+            return  # another process has just made it
+        unfinished, counter = (
+            path.with_name(f"{path.name}.partial"),
+            path.with_name(f"{path.name}.count"),
+        )
+        start = _n_done(counter, settings) if unfinished.exists() else 0
+        mode: Any = "r+" if start else "w+"
+        array = np.lib.format.open_memmap(unfinished, mode, dtype, shape)
+        for index, row in enumerate(rows(start), start):
+            array[index] = row
+            if (index + 1) % KEPT_EVERY == 0:
+                array.flush()
+                with written_whole(counter, "w") as file:
+                    json.dump({"done": index + 1, "settings": settings}, file)
+        array.flush()
+        os.replace(unfinished, path)
+        counter.unlink(missing_ok=True)
 
 
 def _change_of(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
-
-
-def _grow(
-    path: Path,
-    settings: str,
-    shape: tuple[int, ...],
-    dtype: Any,
-    rows: Callable[[int], Iterable[np.ndarray]],
-) -> None:
-    unfinished, counter = (
-        path.with_name(f"{path.name}.partial"),
-        path.with_name(f"{path.name}.count"),
-    )
-    start = _n_done(counter, settings) if unfinished.exists() else 0
-    mode: Any = "r+" if start else "w+"
-    array = np.lib.format.open_memmap(unfinished, mode, dtype, shape)
-    for index, row in enumerate(rows(start), start):
-        array[index] = row
-        if (index + 1) % KEPT_EVERY == 0:
-            array.flush()
-            with written_whole(counter, "w") as file:
-                json.dump({"done": index + 1, "settings": settings}, file)
-    array.flush()
-    os.replace(unfinished, path)
-    counter.unlink(missing_ok=True)
 
 
 def _n_done(counter: Path, settings: str) -> int:
