@@ -113,18 +113,23 @@ class Clock(pl.Callback):
     ) -> None:
         """Count, average the losses, save and stop when it is time.
 
-        Of several processes the first one's time counts for all.
+        Of several processes the first one's clock decides for all.
         """
         self.pictures += len(next(iter(batch.values()))) * trainer.world_size
         for name, value in trainer.logged_metrics.items():
             if name.startswith("train/") and torch.is_tensor(value):
                 old = self.losses.get(name, float(value))
                 self.losses[name] = 0.99 * old + 0.01 * float(value)
-        times = self.before + self.now() - self.started, time.monotonic()
-        self.spent, now = trainer.strategy.broadcast(times)
+        now = time.monotonic()
+        own = (
+            self.before + self.now() - self.started,
+            now - self.began >= self.this_call,
+            now - self.saved >= self.save_every,
+        )
+        self.spent, has_ended, must_save = trainer.strategy.broadcast(own)
         self.is_over = self.seconds is not None and self.spent >= self.seconds
-        trainer.should_stop = self.is_over or now - self.began >= self.this_call
-        if now - self.saved >= self.save_every:
+        trainer.should_stop = self.is_over or has_ended
+        if must_save:
             self.save(trainer)
             self.saved = time.monotonic()
 

@@ -87,3 +87,17 @@ def test_without_a_time_the_rate_is_left_alone(timed):
     assert step(clock) == 1.0
     clock.on_train_end(trainer, None)  # the run's own end
     assert clock.is_over
+
+
+def test_of_several_processes_the_first_ones_clock_decides(timed):
+    path, trainer, step = timed
+    trainer.strategy.broadcast = lambda own: (7.0, False, True)
+    clock = Clock(seconds=10, this_call=1, save_every=1e9)
+    clock.on_train_start(trainer, Training(torch.nn.Identity(), 0.4))
+    step(clock)
+    assert clock.spent == 7
+    assert not trainer.should_stop  # its own time for this call is up
+    assert path.is_file()
+    trainer.strategy.broadcast = lambda own: (7.0, True, False)
+    step(clock)
+    assert trainer.should_stop
