@@ -146,6 +146,18 @@ def test_a_stopped_run_goes_on(toy, tmp_path, monkeypatch):
     assert started.count == 0
 
 
+@pytest.mark.slow
+def test_two_processes_share_a_stage(tmp_path):
+    recipe = Recipe.load(TOY)
+    stage = replace(next(s for s in recipe.stages if s.name == "text"), processes=2, carries=())
+    state = tmp_path / "state"
+    check_state(state, recipe.disk_gb)
+    assert run(replace(recipe, stages=[stage]), state)
+    progress = progress_of(state, stage)
+    assert (progress["steps"], progress["pictures"]) == (2, 8)  # two of each process
+    assert progress["is_over"]
+
+
 def test_another_recipes_state_is_refused_by_name(toy, finished, tmp_path):
     shutil.copytree(finished / "text", tmp_path / "text")
     wider = [*toy.overrides["all"], "model.params.cond_stage_config.params.max_length=76"]
