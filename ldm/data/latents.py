@@ -36,7 +36,8 @@ class EncodedPictures(Dataset):
         first_stage: ``target``/``params`` of the trained autoencoder.
         weights: safetensors file of the first stage, names below ``first_stage_model.``.
         scale_factor: the diffusion model's.
-        cache_dir: where the latents are kept, float16; a stopped encoding is gone on with.
+        cache_dir: where the latents are kept, float16; a stopped encoding is gone on with. They
+            are computed in bfloat16 where that is fast, else in float32.
         image_key: where the inner item holds its picture, (H, W, 3) in [-1, 1].
         batch_size: pictures encoded at a time.
     """

@@ -33,8 +33,9 @@ def make_docs(spec: Mapping[str, Any], root: Path, outdir: Path, is_rehearsal: b
     """Run the experiments, fill the tables, and copy the pictures.
 
     Args:
-        spec: ``experiments``: name -> flags of appendix_f; ``tables``: name -> ``file``,
-            ``columns`` (title -> experiment, size and measure) and ``rows`` (label -> setting);
+        spec: ``experiments``: name -> flags of appendix_f, after those that are ``common`` to all;
+            ``tables``: name -> ``file``, ``columns`` (title -> experiment, size and measure) and
+            ``rows`` (label -> setting);
             ``pictures``: file -> ``experiment`` or ``program`` with ``flags``, and ``take``, the
             file that it writes.
         root: of the documents.
@@ -54,6 +55,7 @@ def make_docs(spec: Mapping[str, Any], root: Path, outdir: Path, is_rehearsal: b
     for name, flags in spec["experiments"].items():
         logger.info("Experiment %s", name)
         folder = outdir / name
+        flags = [*spec.get("common", ()), *flags]
         _run("ldm.evaluation.appendix_f.program", flags, folder, REHEARSAL * is_rehearsal)
         tables[name] = read_json(folder / "report/table.json", limit=2**30)["table"]
     target = outdir / "rehearsal" if is_rehearsal else root

@@ -111,7 +111,6 @@ def test_the_cache_holds_the_same_pictures_and_is_reused(tmp_path):
     assert file.stat().st_mtime_ns == stamp
 
 
-@pytest.mark.usefixtures("draw_in_this_process")
 def test_a_longer_set_holds_a_shorter_one(tmp_path):
     longer = RenderedScenes(4, size=16, flip=False, cache_dir=str(tmp_path))
     shorter = RenderedScenes(3, size=16, flip=False, cache_dir=str(tmp_path))
@@ -124,6 +123,7 @@ def test_a_longer_set_holds_a_shorter_one(tmp_path):
     assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
+@pytest.mark.usefixtures("draw_in_this_process")
 def test_a_cache_of_other_settings_is_made_anew(tmp_path):
     RenderedScenes(2, size=16, cache_dir=str(tmp_path))
     (file,) = tmp_path.glob("*.npy")

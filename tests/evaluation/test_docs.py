@@ -51,6 +51,7 @@ def test_the_shipped_lists_fit_the_documents(name):
         for what in table["columns"].values():
             assert what.split()[0] in spec["experiments"]
     for flags in spec["experiments"].values():
+        flags = [*spec.get("common", ()), *flags]
         program.check(program.build_parser().parse_args([str(flag) for flag in flags]))
 
 

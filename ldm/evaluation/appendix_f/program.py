@@ -43,7 +43,7 @@ examples:
   a first impression, with the demo model:
     python scripts/appendix_f.py --quick
   the experiment on the demo model, at two sizes:
-    python scripts/appendix_f.py --sizes 128,256
+    python scripts/appendix_f.py --sizes 256,512
   what it would draw, with which commands, how long it takes and how much disk:
     python scripts/appendix_f.py --dry-run
   settings of your own, against two presets:
