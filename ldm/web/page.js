@@ -326,10 +326,13 @@ window.ldm = (() => {
     if (innerWidth <= 640 && event.target.closest && event.target.closest("#draw"))
       by("status").scrollIntoView({behavior: "smooth"});
   });
+  // Nothing can be typed before the form has what the browser kept, which would take its place.
+  document.documentElement.inert = true;
+  const filled = () => { document.documentElement.inert = false; };
   watch();
 
   return {
-    post, brushOn, mask, deleteChosen,
+    post, filled, brushOn, mask, deleteChosen,
     chosen: () => chosen,
     newest: () => known || 0,
     lastSeed: () => { const job = current(); return job ? Number(job.seed) : -1; },

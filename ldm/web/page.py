@@ -107,7 +107,7 @@ class Page:
             inputs=self.stored,
             outputs=[self.side.said, self.tabs, *kept],
             **QUIET,
-        )
+        ).then(None, js="() => ldm.filled()", **QUIET)
         self.fields.model.input(
             _safe(self._on_model, self.side.said),
             inputs=self.fields.model,

@@ -85,12 +85,17 @@ def server(tiny_checkpoint, tmp_path):
 @pytest.fixture
 def browser(server, tmp_path):
     with Browser(tmp_path, width=1100) as made:
-        made.open(server)
-        made.wait("document.querySelector('#draw') && document.querySelector('#seed input')")
+        open_page(made, server)
         yield made
         assert made.errors == []
         hosts = [r for r in made.requests if not r.startswith((server, "data:", "blob:"))]
         assert [r for r in hosts if r != "about:blank"] == []
+
+
+def open_page(browser, address):
+    """Open it, and wait until its form is filled."""
+    browser.open(address)
+    browser.wait("document.querySelector('#seed input') && !document.documentElement.inert")
 
 
 def fill(browser, **fields):
@@ -163,8 +168,7 @@ def test_jobs_outlive_the_page(browser, server, tmp_path):
         browser.click("#draw")
         browser.wait(f"{SAYS}.includes('(seed {seed})')")
 
-    browser.open(server)
-    browser.wait("document.querySelector('#live')")
+    open_page(browser, server)
     browser.wait(f"{SAYS}.includes('step ') && {SAYS}.includes('2 waiting')")
     browser.wait("document.querySelector('#view img')?.src.includes('live/preview/')")
     browser.wait("document.querySelector('#steps input')?.value === '1000'")
