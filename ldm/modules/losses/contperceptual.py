@@ -48,6 +48,9 @@ class LPIPSWithDiscriminator(nn.Module):
         scales: sizes, each half of the one before, at which the absolute error is taken besides
             the full one; the coarse ones settle the colours early.
         edge_weight: weight of the error in differences of neighbours at all these sizes.
+        texture_weight: weight of the error in how strong those differences are around each place,
+            at the full and at half the size. What cannot be known from the latent, such as
+            grain and ripples, the absolute error would have smooth; this wants as much of it.
 
     Raises:
         InputError: a value is not supported.
@@ -74,6 +77,7 @@ class LPIPSWithDiscriminator(nn.Module):
         perceptual_config: Mapping[str, Any] | None = None,
         scales: int = 0,
         edge_weight: float = 0.0,
+        texture_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if disc_loss not in DISCRIMINATOR_LOSSES:
@@ -90,6 +94,7 @@ class LPIPSWithDiscriminator(nn.Module):
         self.perceptual_weight = perceptual_weight
         self.scales = scales
         self.edge_weight = edge_weight
+        self.texture_weight = texture_weight
         self.disc_loss = DISCRIMINATOR_LOSSES[disc_loss]
         self.perceptual_loss: LPIPS | FeatureDistance | None = None  # state-dict name
         if perceptual_weight > 0:
@@ -128,6 +133,10 @@ class LPIPSWithDiscriminator(nn.Module):
         terms = {"rec_loss": absolute.mean().detach()}
         if self.scales or self.edge_weight:
             total = total + self._coarse_and_edges(error)
+        if self.texture_weight:
+            distance = texture_distance(x, reconstruction)
+            total = total + self.texture_weight * distance
+            terms["t_loss"] = distance.mean().detach()
         if self.perceptual_loss is not None:
             distance = self.perceptual_loss(x, reconstruction).float().flatten()
             total = total + self.perceptual_weight * distance
@@ -193,6 +202,26 @@ def adaptive_weight(nll: Tensor, g_loss: Tensor, last_layer: Tensor) -> Tensor:
     of_nll = torch.autograd.grad(nll, last_layer, retain_graph=True)[0]
     of_g = torch.autograd.grad(g_loss, last_layer, retain_graph=True)[0]
     return (of_nll.norm() / (of_g.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+
+
+def texture_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute difference (B,) of two batches' contrast, at the full and at half the size.
+
+    Contrast is the root mean square of neighbours' differences in patches of 8x8.
+    """
+    total = torch.zeros(len(x), device=x.device)
+    for _ in range(2):
+        total = total + (_contrast(x) - _contrast(y)).abs().mean(dim=(1, 2, 3))
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return total
+
+
+def _contrast(pictures: Tensor) -> Tensor:
+    corner = pictures.float()[..., :-1, :-1]
+    across = pictures[..., :-1, 1:].float() - corner
+    down = pictures[..., 1:, :-1].float() - corner
+    energy = (across.square() + down.square()).mean(dim=1, keepdim=True)
+    return (F.avg_pool2d(energy, 8, 4) + 1e-4).sqrt()  # finite slope where all is smooth
 
 
 class FeatureDistance(nn.Module):

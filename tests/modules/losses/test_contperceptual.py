@@ -8,7 +8,7 @@ from torch import nn
 from ldm.errors import InputError
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import LPIPSWithDiscriminator
-from ldm.modules.losses.contperceptual import FeatureDistance, adaptive_weight
+from ldm.modules.losses.contperceptual import FeatureDistance, adaptive_weight, texture_distance
 from ldm.modules.losses.discriminator import ActNorm, NLayerDiscriminator, hinge_loss, vanilla_loss
 from ldm.modules.losses.lpips import LPIPS
 from ldm.util import get_obj_from_str
@@ -53,6 +53,18 @@ def test_coarse_scales_and_edges():
     assert shifted["nll_loss"].item() == pytest.approx(0.4 * n, rel=1e-4)  # no edges: four scales
     noisy = x + 0.1 * torch.randn_like(x).sign()
     assert plain(edge_weight=1.0)(x, noisy, posterior())["nll_loss"] > 0.15 * n
+
+
+def test_texture_is_how_strong_not_which():
+    noise, other = 0.1 * torch.randn(2, 2, 3, 64, 64)
+    assert texture_distance(noise, noise).abs().max() == 0
+    assert texture_distance(noise, other).max() < 0.1 * texture_distance(noise, 0 * noise).min()
+    terms = plain(texture_weight=2.0)(noise, 0 * noise, posterior())
+    wanted = noise.abs().mean() + 2 * texture_distance(noise, 0 * noise).mean()
+    assert terms["nll_loss"].item() == pytest.approx(wanted.item() * noise[0].numel(), rel=1e-5)
+    flat = torch.zeros(2, 3, 64, 64, requires_grad=True)
+    texture_distance(flat, noise).sum().backward()
+    assert flat.grad.isfinite().all()
 
 
 def test_the_discriminator_starts_in_time_with_the_adaptive_weight():
