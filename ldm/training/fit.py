@@ -22,6 +22,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
+from ldm.device import reused_memory
 from ldm.errors import InputError, OutOfMemory, escaped, is_out_of_memory, shown
 from ldm.training.callbacks import Chance, CUDACallback, FiniteLoss, SetupCallback
 from ldm.training.check import check_arguments, check_object, known, pairs
@@ -133,7 +134,8 @@ def fit(
         print(f"Learning rate: {rate:.2e}. Run: {folder}")
         if resumed is not None:
             print(f"Going on from {resumed[0]}, step {resumed[1]}.")
-        with _said(trainer, folder, stop), stop.listening():
+        memory = reused_memory(trainer.strategy.root_device)
+        with _said(trainer, folder, stop), stop.listening(), memory:
             trainer.fit(training, data, ckpt_path=None if resumed is None else str(resumed[0]))
             has_test = isinstance(data, DataModuleFromConfig) and data.configs["test"] is not None
             if has_test and not options.no_test:

@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import nn
 
+from ldm import device
 from ldm.config import load_config
 from ldm.errors import InputError, OutOfMemory
 from ldm.training.check import check_object, check_sections
@@ -235,6 +236,15 @@ def test_too_little_memory_says_what_to_lower(tmp_path, monkeypatch):
                 train(toy, tmp_path / "logs")
         assert caught.value.exit_code == 3
         assert not list((tmp_path / "logs").glob("*"))
+
+
+@pytest.mark.skipif(not device._has_glibc(), reason="another C library")
+def test_a_step_on_a_processor_finds_the_memory_of_the_one_before(tmp_path, monkeypatch):
+    found = []
+    fit = "pytorch_lightning.Trainer.fit"
+    monkeypatch.setattr(fit, lambda *_, **__: found.append(device._allocation()))
+    train(write(tmp_path / "toy.yaml", toy_config(pictures(tmp_path / "pictures"))), tmp_path)
+    assert found == [device._REUSING]
 
 
 def test_training_needs_nothing_of_unix(tmp_path):
