@@ -161,7 +161,8 @@ def build_parser() -> Parser:
         "--upstream",
         action="store_true",
         help="compare with upstream's own way to compute: einsum attention in float32, nothing "
-        "tuned; its weights then count in the memory of every row",
+        "tuned, and what attention, layout and type gain on the way to ours; its weights then "
+        "count in the memory of every row",
     )
     add("--outdir", default="outputs/benchmark", metavar="DIR", help="default: %(default)s")
     return parser

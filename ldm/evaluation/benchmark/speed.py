@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.device import returned_memory, reused_memory
+from ldm.device import memory_format, returned_memory, reused_memory
 from ldm.evaluation.benchmark.breakdown import PARTS, breakdown, synchronize
 from ldm.evaluation.benchmark.memory import peak_memory
 from ldm.evaluation.benchmark.oracle import oracle
@@ -31,6 +31,9 @@ CONTEXT_LENGTH = 77  # tokens of a prompt
 MIN_SECONDS = 0.3  # a shorter step is measured several times in a row
 MAX_REPEATS = 20
 UPSTREAM = "upstream's way"  # the name of its row
+# On the way from there to ours, one thing after the other: attention, and layout in memory that is
+# kept. What is left then is the type.
+UPSTREAM_STEPS = {UPSTREAM: "einsum", "the same, fused attention": "sdpa", "and our layout": "sdpa"}
 N_EXTRA_ROUNDS = 2  # before those that count: one to warm up, one for the breakdown
 
 Step = Callable[[Tensor], Any]  # one call of a U-Net, given the timesteps (B,)
@@ -169,8 +172,10 @@ def contenders(
             apply = partial(diffusers_step, unets.diffusers, x, context, ratio)
             found.append(Contender(row, apply, once))
     if unets.upstream is not None:
-        apply = partial(_upstreams_way, unets.upstream, unets.ours, x, context)
-        found.append(Contender(Row(case, UPSTREAM, "peer"), apply, once))
+        for name, attention in UPSTREAM_STEPS.items():
+            is_ours = name == list(UPSTREAM_STEPS)[-1]
+            args = unets.upstream, unets.ours, x, context, attention, is_ours
+            found.append(Contender(Row(case, name, "peer"), partial(_upstreams_way, *args), once))
     return found
 
 
@@ -260,14 +265,30 @@ def _merging(
 
 @contextmanager
 def _upstreams_way(
-    upstream: UNetModel, unet: UNetModel, x: Tensor, context: Tensor
+    upstream: UNetModel,
+    unet: UNetModel,
+    x: Tensor,
+    context: Tensor,
+    attention: str,
+    has_our_layout: bool,
 ) -> Iterator[Step]:
     """A step as upstream computes it: in float32, and each block of memory new from the system.
 
     Then one of ours, so that the next setting finds memory kept as ever.
+
+    Args:
+        upstream: as upstream has it.
+        unet: ours.
+        x: latents.
+        context: of the text.
+        attention: sdpa in place of upstream's einsum.
+        has_our_layout: convolutions and memory are as in ours.
     """
     latents, text = x.float(), context.float()
-    with returned_memory():
+    layout = memory_format(unet.dtype, x.device) if has_our_layout else torch.contiguous_format
+    upstream.to(memory_format=layout)
+    set_attention_backend(upstream, attention)
+    with nullcontext() if has_our_layout else returned_memory():
         yield lambda timesteps: upstream(latents, timesteps, text)
     unet(x, _timesteps(ToMeConfig(), x)[0], context)
 

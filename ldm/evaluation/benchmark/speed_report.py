@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from ldm.evaluation.benchmark.breakdown import PARTS
-from ldm.evaluation.benchmark.speed import UPSTREAM, Case, Row
+from ldm.evaluation.benchmark.speed import UPSTREAM, UPSTREAM_STEPS, Case, Row
 from ldm.util import written_whole
 
 PACKAGES = ("torch", "numpy", "einops", "diffusers", "tomesd")
 COLUMNS = ("setting", "ms/step", "speed-up", "range", "of oracle", "peak MiB", *PARTS)
+PATH = ("fused attention", "layout and memory", "type", "merging")  # from upstream's way to ours
 _COLOURS = {
     "off": "0.4",
     "ours": "tab:blue",
@@ -115,21 +116,32 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def against_upstream(rows: Sequence[Row]) -> list[str]:
-    """How our fastest setting compares with upstream's own way to compute, in each case with it."""
+    """How our fastest setting compares with upstream's own way to compute, in each case with it.
+
+    And what each thing on the way gains: attention, layout, type, and merging.
+    """
     lines = []
     for case in dict.fromkeys(row.case for row in rows):
         here = [row for row in rows if row.case == case and row.ms]
-        old = next((row for row in here if row.name == UPSTREAM), None)
         ours = [row for row in here if row.kind == "ours"]
-        if old and ours:
+        unmerged = {row.name: row for row in here if row.kind in ("off", "peer")}
+        path = [unmerged[name] for name in (*UPSTREAM_STEPS, "off") if name in unmerged]
+        if ours and UPSTREAM in unmerged:
             best = min(ours, key=lambda row: median(row.ms))
-            ratios = [before / after for before, after in zip(old.ms, best.ms, strict=False)]
-            lines.append(
-                f"{title(case)}: {best.name} is {median(old.ms) / median(best.ms):.2f} times "
-                f"({min(ratios):.2f} to {max(ratios):.2f}) as fast as upstream's way: einsum "
-                "attention in float32 without merging"
-            )
+            gain, spread = _times(path[0], best)
+            line = f"{title(case)}: {best.name} is {gain} times ({spread}) as fast as {UPSTREAM}"
+            if len(path) == len(PATH):
+                steps = zip(PATH, path, [*path[1:], best], strict=True)
+                line += ": " + ", ".join(f"{name} {_times(a, b)[0]}" for name, a, b in steps)
+            lines.append(line)
     return lines
+
+
+def _times(slow: Row, fast: Row) -> tuple[str, str]:
+    """How much faster: of the medians, and the range within rounds."""
+    ratios = [before / after for before, after in zip(slow.ms, fast.ms, strict=False)]
+    gain = median(slow.ms) / median(fast.ms)
+    return f"{gain:.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def title(case: Case) -> str:

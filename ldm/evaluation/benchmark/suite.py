@@ -16,7 +16,14 @@ from tqdm import tqdm
 from ldm.config import model_defaults
 from ldm.errors import InputError
 from ldm.evaluation.benchmark.peers import PACKAGES, TOMESD_MAX_RATIO, diffusers_unet, installed
-from ldm.evaluation.benchmark.speed import N_EXTRA_ROUNDS, Case, Row, compare, contenders
+from ldm.evaluation.benchmark.speed import (
+    N_EXTRA_ROUNDS,
+    UPSTREAM_STEPS,
+    Case,
+    Row,
+    compare,
+    contenders,
+)
 from ldm.evaluation.benchmark.speed_report import (
     against_upstream,
     can_plot,
@@ -77,7 +84,8 @@ class Scope:
 
     def n_visits(self, peers: Sequence[str]) -> int:
         """How often `compare` comes by, with those packages among the peers."""
-        n_ours = 1 + len(self.settings) * (2 if self.has_oracles else 1) + self.has_upstream
+        n_ours = 1 + len(self.settings) * (2 if self.has_oracles else 1)
+        n_ours += len(UPSTREAM_STEPS) * self.has_upstream
         n_ours += (self.has_compiled + self.has_graphs) * (1 + len(self.settings))
         n_fused = sum(map(backend.takes_kernels, self.settings.values())) * self.has_kernels
         n_ours += n_fused * (1 + self.has_graphs)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ldm.device import memory_format
-from ldm.modules.attention import SpatialTransformer, compile_blocks, set_attention_backend
+from ldm.modules.attention import SpatialTransformer, compile_blocks
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import get_obj_from_str
 
@@ -50,10 +50,8 @@ def build_unet(
 
 
 def upstream_unet(config: Mapping[str, Any], device: torch.device) -> UNetModel:
-    """The U-Net of a model's configuration, with random weights, as upstream would have it."""
-    unet = build_unet(config, torch.float32, device).to(memory_format=torch.contiguous_format)
-    set_attention_backend(unet, "einsum")
-    return unet
+    """The U-Net of a model's configuration, with random weights, in upstream's type and layout."""
+    return build_unet(config, torch.float32, device).to(memory_format=torch.contiguous_format)
 
 
 def compiled_unet(config: Mapping[str, Any], unet: UNetModel) -> UNetModel:
