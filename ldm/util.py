@@ -271,8 +271,11 @@ def _folder_beside(target: Path) -> Iterator[Path]:
         with ExitStack() as stack:
             with _said(target):
                 folder.mkdir()
-                handle = stack.enter_context(locked(folder, wait=True))
-                # between the two lines above another writer may have taken it for a leftover
+                # before it is locked another writer may take it for a leftover
+                try:
+                    handle = stack.enter_context(locked(folder, wait=True))
+                except FileNotFoundError:
+                    continue
                 if handle is not None and not _is_open_as(handle, folder):
                     continue
             try:

@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 from torch import nn
 
+from ldm import util
 from ldm.errors import InputError
 from ldm.util import (
     allow_module,
@@ -292,3 +294,20 @@ def test_an_old_folder_goes_only_where_the_new_one_is_there(tmp_path):
     (tmp_path / "folder").mkdir()
     remove_leftovers(tmp_path)
     assert not old.exists()
+
+
+def test_a_temporary_folder_that_another_writer_removed_is_made_anew(tmp_path, monkeypatch):
+    lock, seen = util.locked, []
+
+    def late(path, wait):
+        if wait and not seen:
+            seen.append(path)
+            shutil.rmtree(path)  # by another writer, between its making and its locking
+        return lock(path, wait)
+
+    monkeypatch.setattr(util, "locked", late)
+    with util.written_whole(tmp_path / "a.txt", "w") as file:
+        file.write("whole")
+    assert len(seen) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "whole"
