@@ -31,9 +31,13 @@ CONTEXT_LENGTH = 77  # tokens of a prompt
 MIN_SECONDS = 0.3  # a shorter step is measured several times in a row
 MAX_REPEATS = 20
 UPSTREAM = "upstream's way"  # the name of its row
-# On the way from there to ours, one thing after the other: attention, and layout in memory that is
-# kept. What is left then is the type.
-UPSTREAM_STEPS = {UPSTREAM: "einsum", "the same, fused attention": "sdpa", "and our layout": "sdpa"}
+# On the way from there to ours, one thing after the other; what is left then is the type. Each has
+# its attention, and whether layout and memory are ours.
+UPSTREAM_STEPS = {
+    UPSTREAM: ("einsum", False),
+    "the same, fused attention": ("sdpa", False),
+    "and our layout": ("sdpa", True),
+}
 N_EXTRA_ROUNDS = 2  # before those that count: one to warm up, one for the breakdown
 
 Step = Callable[[Tensor], Any]  # one call of a U-Net, given the timesteps (B,)
@@ -172,10 +176,9 @@ def contenders(
             apply = partial(diffusers_step, unets.diffusers, x, context, ratio)
             found.append(Contender(row, apply, once))
     if unets.upstream is not None:
-        for name, attention in UPSTREAM_STEPS.items():
-            is_ours = name == list(UPSTREAM_STEPS)[-1]
-            args = unets.upstream, unets.ours, x, context, attention, is_ours
-            found.append(Contender(Row(case, name, "peer"), partial(_upstreams_way, *args), once))
+        for name, way in UPSTREAM_STEPS.items():
+            apply = partial(_upstreams_way, unets.upstream, unets.ours, x, context, *way)
+            found.append(Contender(Row(case, name, "peer"), apply, once))
     return found
 
 

@@ -217,9 +217,9 @@ def texture_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _contrast(pictures: Tensor) -> Tensor:
-    corner = pictures.float()[..., :-1, :-1]
-    across = pictures[..., :-1, 1:].float() - corner
-    down = pictures[..., 1:, :-1].float() - corner
+    pictures = pictures.float()
+    across = pictures.diff(dim=3)[..., :-1, :]
+    down = pictures.diff(dim=2)[..., :-1]
     energy = (across.square() + down.square()).mean(dim=1, keepdim=True)
     return (F.avg_pool2d(energy, 8, 4) + 1e-4).sqrt()  # finite slope where all is smooth
 
