@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 import yaml
 from torch import nn
 
-from ldm import device
 from ldm.config import load_config
 from ldm.errors import InputError, OutOfMemory
 from ldm.training.check import check_object, check_sections
@@ -238,13 +238,19 @@ def test_too_little_memory_says_what_to_lower(tmp_path, monkeypatch):
         assert not list((tmp_path / "logs").glob("*"))
 
 
-@pytest.mark.skipif(not device._has_glibc(), reason="another C library")
 def test_a_step_on_a_processor_finds_the_memory_of_the_one_before(tmp_path, monkeypatch):
-    found = []
-    fit = "pytorch_lightning.Trainer.fit"
-    monkeypatch.setattr(fit, lambda *_, **__: found.append(device._allocation()))
+    happened = []
+
+    @contextmanager
+    def kept(device):
+        happened.append(device.type)
+        yield
+        happened.append("given back")
+
+    monkeypatch.setattr("ldm.training.fit.reused_memory", kept)
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", lambda *_, **__: happened.append("fit"))
     train(write(tmp_path / "toy.yaml", toy_config(pictures(tmp_path / "pictures"))), tmp_path)
-    assert found == [device._REUSING]
+    assert happened == ["cpu", "fit", "given back"]
 
 
 def test_training_needs_nothing_of_unix(tmp_path):
