@@ -285,7 +285,11 @@ def _folder_beside(target: Path) -> Iterator[Path]:
                     raise _cannot_write(target, error) from error
                 raise
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                try:
+                    shutil.rmtree(folder, ignore_errors=True)
+                except KeyboardInterrupt:  # a stop signal that came just now
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
             return
 
 

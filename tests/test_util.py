@@ -258,6 +258,20 @@ def test_a_link_keeps_pointing_to_the_file(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
+def test_a_stop_signal_during_the_clean_up_leaves_nothing_behind(tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def stopped(folder, **kwargs):
+        monkeypatch.setattr(shutil, "rmtree", remove)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "a") as file:
+        file.write(b"all of it")
+        monkeypatch.setattr(shutil, "rmtree", stopped)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"all of it"
+
+
 def test_leftovers_go_when_their_owner_is_gone(tmp_path):
     target = tmp_path / "file"
     with other_writer(target) as process:
