@@ -38,6 +38,7 @@ TUNING = (
     "monitor",
     "min_snr_gamma",
     "timestep_power",
+    "timestep_logit_normal",
 )
 # Two threads that wait by spinning slow other programs and each other.
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}

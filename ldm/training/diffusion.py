@@ -63,8 +63,16 @@ class DiffusionTraining(Training):
 
     def forward(self, x: Tensor, c: Conditioning) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss of latents (B, C, h, w) at random steps, and what to log of it."""
-        share = torch.rand(x.shape[0], device=x.device) ** self.net.timestep_power
-        return self.p_losses(x, c, (share * self.net.num_timesteps).long())
+        return self.p_losses(x, c, self._random_steps(x.shape[0], x.device))
+
+    def _random_steps(self, n: int, device: torch.device) -> Tensor:
+        net = self.net
+        if net.timestep_logit_normal is None:
+            share = torch.rand(n, device=device) ** net.timestep_power
+        else:
+            mean, deviation = net.timestep_logit_normal
+            share = (mean + deviation * torch.randn(n, device=device)).sigmoid()
+        return (share * net.num_timesteps).long().clamp(max=net.num_timesteps - 1)
 
     def p_losses(
         self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None

@@ -48,16 +48,27 @@ def test_min_snr_weights_steps_alike_in_terms_of_x0():
     torch.testing.assert_close(build()._snr_weight(t), torch.ones(3))
 
 
+def drawn_steps(monkeypatch, **settings):
+    drawn = []
+    model = build(**settings)
+    monkeypatch.setattr(model, "p_losses", lambda x, c, t: drawn.append(t))
+    torch.manual_seed(0)
+    model(torch.zeros(4000, 4, 1, 1), None)
+    assert 0 <= drawn[0].min() <= drawn[0].max() <= 999
+    return drawn[0].float()
+
+
 def test_the_steps_of_training_follow_their_power(monkeypatch):
-    z = torch.zeros(4000, 4, 1, 1)
     for power in (1.0, 0.5):
-        drawn = []
-        model = build(timestep_power=power)
-        monkeypatch.setattr(model, "p_losses", lambda x, c, t, drawn=drawn: drawn.append(t))
-        torch.manual_seed(0)
-        model(z, None)
-        assert 0 <= drawn[0].min() <= drawn[0].max() <= 999
-        assert drawn[0].float().mean() == pytest.approx(1000 / (1 + power), rel=0.03)
+        steps = drawn_steps(monkeypatch, timestep_power=power)
+        assert steps.mean() == pytest.approx(1000 / (1 + power), rel=0.03)
+
+
+def test_the_steps_of_training_may_be_logit_normal(monkeypatch):
+    logits = (drawn_steps(monkeypatch, timestep_logit_normal=[-0.6, 1.0]) + 0.5).div(1000).logit()
+    assert logits.mean() == pytest.approx(-0.6, abs=0.05)
+    assert logits.std() == pytest.approx(1.0, rel=0.05)
+    drawn_steps(monkeypatch, timestep_logit_normal=[0.0, 50.0])
 
 
 def test_logvar_and_bound_enter_the_loss(monkeypatch):

@@ -58,6 +58,8 @@ class LatentDiffusion(nn.Module):
         logvar_init: its first value.
         timestep_power: training draws its steps as T * u^power with u uniform in [0, 1); below 1
             there are more of the noisy ones, in which a picture is laid out.
+        timestep_logit_normal: mean and deviation; draws them as T * sigmoid(normal) instead, most in
+            the middle, where shapes come about (Esser et al. 2024, arXiv 2403.03206, section 3.1).
         min_snr_gamma: weight each step's loss by min(SNR, gamma) in terms of x_0, after
             Hang et al. 2023 (arXiv 2303.09556); None weights by what the network predicts.
         use_ema: keep an average of the network's weights.
@@ -123,6 +125,7 @@ class LatentDiffusion(nn.Module):
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
         timestep_power: float = 1.0,
+        timestep_logit_normal: Sequence[float] | None = None,
         min_snr_gamma: float | None = None,
         use_ema: bool = True,
         first_stage_key: str = "image",
@@ -156,6 +159,7 @@ class LatentDiffusion(nn.Module):
         self.l_simple_weight = l_simple_weight
         self.original_elbo_weight = original_elbo_weight
         self.timestep_power = timestep_power
+        self.timestep_logit_normal = timestep_logit_normal
         self.min_snr_gamma = min_snr_gamma
         self.use_ema = use_ema
         self.first_stage_key = first_stage_key
