@@ -265,9 +265,13 @@ def test_a_stop_signal_during_the_clean_up_leaves_nothing_behind(tmp_path, monke
         monkeypatch.setattr(shutil, "rmtree", remove)
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "a") as file:
-        file.write(b"all of it")
-        monkeypatch.setattr(shutil, "rmtree", stopped)
+    def write():
+        with written_whole(tmp_path / "a") as file:
+            file.write(b"all of it")
+            monkeypatch.setattr(shutil, "rmtree", stopped)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"all of it"
 

@@ -179,6 +179,8 @@ def _sniff(path: Path) -> str:
         raise InputError(f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull'")
     if head.lstrip()[:1] == b"<":
         raise InputError(f"{path} is a web page, not a checkpoint; the download went wrong")
+    if path.name.endswith(".index.json"):
+        raise InputError(f"{path} lists the files beside it; name its folder, {path.parent}")
     if min(head) >= ord("\t"):
         raise InputError(f"{path} is a text file, not a checkpoint")
     raise InputError(f"{path} is not a checkpoint, or it is damaged")

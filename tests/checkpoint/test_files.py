@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -251,6 +252,13 @@ def test_other_files(tmp_path, content, message, suffix):
     with pytest.raises(InputError, match=message) as caught:
         open_state_dict(path)
     assert str(caught.value).startswith(str(path))
+
+
+def test_the_index_of_a_folder(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text("{}")
+    with pytest.raises(InputError, match=f"name its folder, {re.escape(str(tmp_path))}"):
+        open_state_dict(path)
 
 
 def test_archive_of_something_else(tmp_path):

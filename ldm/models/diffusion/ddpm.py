@@ -58,8 +58,8 @@ class LatentDiffusion(nn.Module):
         logvar_init: its first value.
         timestep_power: training draws its steps as T * u^power with u uniform in [0, 1); below 1
             there are more of the noisy ones, in which a picture is laid out.
-        timestep_logit_normal: mean and deviation; draws them as T * sigmoid(normal) instead, most in
-            the middle, where shapes come about (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+        timestep_logit_normal: mean and deviation; draws them as T * sigmoid(normal) instead, most
+            in the middle, where shapes come about, after Esser et al. 2024 (arXiv 2403.03206).
         min_snr_gamma: weight each step's loss by min(SNR, gamma) in terms of x_0, after
             Hang et al. 2023 (arXiv 2303.09556); None weights by what the network predicts.
         use_ema: keep an average of the network's weights.
