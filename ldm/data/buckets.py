@@ -56,11 +56,23 @@ class BucketBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """One epoch's batches."""
-        batches: list[list[int]] = []
+        yield from self.draw()
+
+    def draw(self, n_processes: int = 1) -> list[list[int]]:
+        """One epoch's batches, in an order in which processes that take turns have equal work.
+
+        Args:
+            n_processes: so many batches in a row are of one bucket, but for those left over.
+        """
+        groups: list[list[list[int]]] = []
+        rest: list[list[int]] = []
         start = 0
         for length, size in zip(self.lengths, self.batch_sizes, strict=True):
             order = (start + torch.randperm(length)).tolist()
-            batches += [order[i : i + size] for i in range(0, length - size + 1, size)]
+            batches = [order[i : i + size] for i in range(0, length - size + 1, size)]
+            whole = len(batches) - len(batches) % n_processes
+            groups += [batches[i : i + n_processes] for i in range(0, whole, n_processes)]
+            rest += batches[whole:]
             start += length
-        for index in torch.randperm(len(batches)).tolist():
-            yield batches[index]
+        drawn = [batch for i in torch.randperm(len(groups)).tolist() for batch in groups[i]]
+        return drawn + [rest[i] for i in torch.randperm(len(rest)).tolist()]

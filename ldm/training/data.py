@@ -120,12 +120,13 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if _is_stream(dataset):
             return self._loader(dataset, self.num_workers, batch_size=self.batch_size)
         buckets = getattr(dataset, "batch_sampler", None)
+        rank, n_ranks = self._place()
         draw: Callable[[], list[list[int]]] = (
             partial(shuffled, len(dataset), self.batch_size)
             if buckets is None
-            else partial(list, buckets)
+            else partial(buckets.draw, n_ranks)
         )
-        batches = EpochBatches(draw, self.seed, self._n_done, *self._place())
+        batches = EpochBatches(draw, self.seed, self._n_done, rank, n_ranks)
         items = SeededItems(dataset, self.seed)
         return self._loader(items, self.num_workers, batch_sampler=batches)
 
@@ -150,7 +151,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         rank, n_ranks = self._place()
         buckets = getattr(dataset, "batch_sampler", None)
         if buckets is not None:
-            draw: Any = partial(list, buckets)
+            draw: Any = partial(buckets.draw, n_ranks)
             batches = EpochBatches(draw, self.seed, lambda: 0, rank, n_ranks)
             return self._loader(items, self.num_val_workers, batch_sampler=batches)
         is_shuffled = split in self.shuffled

@@ -45,6 +45,15 @@ def test_each_epoch_is_shuffled_anew() -> None:
     assert list(sampler) == first
 
 
+def test_processes_that_take_turns_have_batches_of_one_size_at_a_time() -> None:
+    sampler = buckets([1, 1]).batch_sampler
+    torch.manual_seed(0)
+    batches = sampler.draw(2)
+    assert sorted(index for (index,) in batches) == list(range(12))
+    pairs = [(a < 7, b < 7) for (a,), (b,) in zip(batches[:10:2], batches[1:10:2], strict=True)]
+    assert sorted(pairs) == [(False, False)] * 2 + [(True, True)] * 3
+
+
 def test_the_data_module_reads_them() -> None:
     target = "ldm.data.buckets.ResolutionBuckets"
     params = {"buckets": [scenes(4, 16), scenes(4, 32)], "batch_sizes": [4, 2]}
