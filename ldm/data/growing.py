@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import numpy as np
 
 from ldm.util import locked, written_whole
 
-KEPT_EVERY = 512
-"""Rows after which it is noted how far an array is."""
+KEPT_EVERY = 30.0
+"""Seconds after which it is noted how far an array is."""
 
 
 def grow(
@@ -44,9 +45,11 @@ def grow(
         start = _n_done(counter, settings) if unfinished.exists() else 0
         mode: Any = "r+" if start else "w+"
         array = np.lib.format.open_memmap(unfinished, mode, dtype, shape)
+        noted = time.monotonic()
         for index, row in enumerate(rows(start), start):
             array[index] = row
-            if (index + 1) % KEPT_EVERY == 0:
+            if time.monotonic() - noted >= KEPT_EVERY:
+                noted = time.monotonic()
                 array.flush()
                 with written_whole(counter, "w") as file:
                     json.dump({"done": index + 1, "settings": settings}, file)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -18,95 +17,20 @@ from ldm.demo.classifier import AttributeClassifier
 from ldm.demo.objects import count_objects, train_finder
 from ldm.demo.quality import first_stage_quality, frechet, reconstructions, renders, told_apart
 from ldm.demo.rendered import RenderedScenes, picture_of, scene_of
-from ldm.demo.scenes import ATTRIBUTES, Scene, attributes, caption, render
+from ldm.demo.samples import PROMPT_SEED, captions_of, draw, held_out_scenes, samples
+from ldm.demo.scenes import ATTRIBUTES, Scene, attributes, render
 from ldm.evaluation.appendix_f.controls import CONTROLS, control
 from ldm.evaluation.appendix_f.distances import psnr
 from ldm.evaluation.appendix_f.statistics import bootstrap
 from ldm.images import to_unit
-from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.tome.config import ToMeConfig
 
-PROMPT_SEED = 20  # of the held-out scenes; no training set is rendered from it
 # Merging by similarity: in the form that plain --tome-ratio takes, and as it was published.
 BY_SIMILARITY = {
     "similarity 0.5": {"ratio": 0.5},
     "similarity 0.5, sizes not counted": {"ratio": 0.5, "proportional": False},
 }
-
-
-def held_out_scenes(n: int, only: tuple[str, str] | None = None) -> list[Scene]:
-    """Scenes whose combinations of attributes training never saw.
-
-    Args:
-        n: how many.
-        only: an attribute and the value that it has in all of them.
-    """
-    scenes = (scene_of(i, PROMPT_SEED, "held_out") for i in count())
-    if only is not None:
-        name, value = only
-        scenes = (scene for scene in scenes if attributes(scene)[name] == value)
-    return list(islice(scenes, n))
-
-
-def captions_of(scenes: list[Scene]) -> list[str]:
-    """A caption for each scene, in a phrasing of its own."""
-    return [caption(s, np.random.default_rng((PROMPT_SEED, i))) for i, s in enumerate(scenes)]
-
-
-def initial_noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
-    """Unit normal (B, C, h, w), each picture's from a seed of its own."""
-    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(drawn)
-
-
-@torch.no_grad()
-def draw(
-    model: LatentDiffusion,
-    prompts: list[str],
-    seeds: list[int],
-    steps: int,
-    scale: float,
-    size: int,
-    batch_size: int = 8,
-    show: str | None = None,
-) -> Tensor:
-    """Sample one picture for each prompt with DDIM.
-
-    Args:
-        model: in evaluation mode.
-        prompts: n of them.
-        seeds: n, of the initial noise.
-        steps: of the sampler.
-        scale: of guidance.
-        size: of the latents, a side.
-        batch_size: pictures at a time.
-        show: name for the progress bar; None shows none.
-
-    Returns: pictures (n, 3, H, W), float32 on the CPU, clamped to [-1, 1].
-    """
-    dtype = next(model.model.parameters()).dtype
-    pictures = []
-    bar = tqdm(total=len(prompts), desc=show, disable=show is None, unit="picture")
-    for start in range(0, len(prompts), batch_size):
-        texts = prompts[start : start + batch_size]
-        x_T = initial_noise(seeds[start : start + batch_size], (model.channels, size, size))
-        z, _ = DDIMSampler(model).sample(
-            steps,
-            len(texts),
-            x_T.shape[1:],
-            model.get_learned_conditioning(texts).to(dtype),
-            x_T=x_T.to(model.device),
-            verbose=False,
-            unconditional_guidance_scale=scale,
-            unconditional_conditioning=model.get_learned_conditioning([""] * len(texts)).to(dtype),
-        )
-        first_stage = next(model.first_stage_model.parameters())
-        decoded = model.decode_first_stage(z.to(first_stage.dtype))
-        pictures.append(decoded.float().clamp(-1, 1).cpu())
-        bar.update(len(texts))
-    bar.close()
-    return torch.cat(pictures)
 
 
 def named_attributes(scene: Scene) -> dict[str, str]:
@@ -179,12 +103,14 @@ def objects_of(pictures: Tensor, scenes: list[Scene]) -> dict[str, dict[str, flo
 
 
 def against_renders(
-    classifier: AttributeClassifier, model: LatentDiffusion, pictures: Tensor, pixels: int
+    classifier: AttributeClassifier,
+    model: LatentDiffusion,
+    pictures: Tensor,
+    cache_dir: str | None = None,
 ) -> dict[str, float]:
     """Fréchet distances to fresh renders, and how often a network tells samples from them."""
     n = len(pictures)
-    reference = renders(0, n, pixels)
-    others = renders(n, 2 * n, pixels)
+    reference, others = renders(2 * n, pictures.shape[-1], cache_dir).split(n)
     return {
         "n": n,
         "frechet_samples": frechet(classifier, pictures, reference),
@@ -256,7 +182,7 @@ def check(
         n_controls: prompts for the comparison of controls, each with a seed of its own; 0: none.
         n_training: training renders to look for copies among.
         only: an attribute and the value that it has in all prompts.
-        cache_dir: where renders are kept, or None.
+        cache_dir: where renders and samples are kept, or None.
         n_frechet: pictures, the prompts' included, for the Fréchet distance and for the network
             that tries to tell samples from renders; 0: none.
 
@@ -269,16 +195,13 @@ def check(
     report["pixels"] = pixels
     report["first_stage"] = first_stage_quality(model, pixels)
     report["classifier"] = classifier_accuracy(classifier, model, pixels=pixels)
-    pictures = draw(model, prompts, list(range(n_prompts)), steps, scale, size, show="prompts")
+    pictures = samples(model, scenes, steps, scale, size, cache_dir)
     report["attributes"] = attribute_accuracy(classifier, pictures, scenes)
     report["objects"] = objects_of(pictures, scenes)
     if n_frechet:
-        more = held_out_scenes(max(n_frechet, n_prompts), only)[n_prompts:]
-        seeds = list(range(n_prompts, n_prompts + len(more)))
-        further = draw(model, captions_of(more), seeds, steps, scale, size, show="further")
-        report["against_renders"] = against_renders(
-            classifier, model, torch.cat([pictures, further]), pixels
-        )
+        more = held_out_scenes(max(n_frechet, n_prompts), only)
+        further = samples(model, more, steps, scale, size, cache_dir)
+        report["against_renders"] = against_renders(classifier, model, further, cache_dir)
 
     seeds = list(range(1000, 1008))
     pairs = []

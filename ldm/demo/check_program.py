@@ -66,7 +66,12 @@ def build_parser() -> Parser:
     add("--classifier", metavar="PATH", help="the judge's weights (default: the shipped ones)")
     add("--steps", type=whole(1, 1000), default=25, help="of DDIM (default: %(default)s)")
     add("--scale", type=number(-1000, 1000), default=4.0, help="of guidance (default: %(default)s)")
-    add("--cache_dir", metavar="PATH", help="where rendered training pictures are kept")
+    add(
+        "--cache_dir",
+        metavar="PATH",
+        help="where renders and samples are kept, so that the next check or one that was stopped "
+        "need not make them again (default: OUTDIR)",
+    )
     return parser
 
 
@@ -112,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pixels // f,
         n_controls=args.n_controls,
         only=only,
-        cache_dir=args.cache_dir,
+        cache_dir=args.cache_dir or args.outdir,
         n_frechet=args.n_frechet,
     )
     outdir = Path(args.outdir)

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.demo.classifier import AttributeClassifier
-from ldm.demo.rendered import picture_of
+from ldm.demo.rendered import RenderedScenes
 from ldm.evaluation.appendix_f.distances import psnr
 from ldm.evaluation.appendix_f.statistics import FrechetDistance, Statistics
-from ldm.images import to_unit
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
 RENDER_SEED = 22  # of fresh held-out renders; nothing is trained or drawn from it
 
 
-def renders(start: int, stop: int, size: int, seed: int = RENDER_SEED) -> Tensor:
-    """Fresh held-out renders, (n, 3, size, size) in [-1, 1]."""
-    drawn = [picture_of(i, seed, "held_out", size) for i in range(start, stop)]
-    return torch.from_numpy(to_unit(np.stack(drawn)))
+def renders(n: int, size: int, cache_dir: str | None = None) -> Tensor:
+    """Fresh held-out renders, (n, 3, size, size) in [-1, 1].
+
+    Args:
+        n: how many.
+        size: a side, in pixels.
+        cache_dir: where they are kept, or None.
+    """
+    data = RenderedScenes(n, size, RENDER_SEED, "held_out", flip=False, cache_dir=cache_dir)
+    drawn = [torch.from_numpy(data[i]["image"]).movedim(-1, 0) for i in range(n)]
+    return torch.stack(drawn)
 
 
 @torch.no_grad()
@@ -53,7 +58,7 @@ def first_stage_quality(model: LatentDiffusion, size: int, n: int = 64) -> dict[
         size: of the pictures, a side, in pixels.
         n: how many pictures.
     """
-    pictures = renders(0, n, size)
+    pictures = renders(n, size)
     made = reconstructions(model, pictures)
     return {
         "psnr_db": psnr(made, pictures).mean().item(),

@@ -9,18 +9,11 @@ from ldm.demo import check as demo
 from ldm.demo.classifier import load_classifier
 from ldm.demo.objects import train_finder
 from ldm.demo.quality import first_stage_quality, told_apart
-from ldm.demo.scenes import is_held_out
-
-
-def test_scenes_with_one_attribute():
-    scenes = demo.held_out_scenes(5, ("sky", "stars"))
-    assert [scene.sky for scene in scenes] == ["stars"] * 5
-    assert all(is_held_out(scene) for scene in scenes)
-    assert demo.held_out_scenes(3) == demo.held_out_scenes(5)[:3]
+from ldm.demo.samples import held_out_scenes
 
 
 def test_what_is_absent_or_plain_is_not_named():
-    (scene,) = demo.held_out_scenes(1, ("sky", "stars"))
+    (scene,) = held_out_scenes(1, ("sky", "stars"))
     named = demo.named_attributes(scene)
     assert named["sky"] == "stars"
     assert not {"none", "plain", "bare"} & set(named.values())
@@ -34,7 +27,7 @@ def test_distances_between_pictures():
     assert demo.spread(torch.cat([black, white])) == pytest.approx(2)
 
 
-def test_a_check_of_the_shipped_model(monkeypatch):
+def test_a_check_of_the_shipped_model(monkeypatch, tmp_path):
     few = functools.partial(demo.classifier_accuracy, n=32)
     monkeypatch.setattr(demo, "classifier_accuracy", few)
     monkeypatch.setattr(demo, "train_finder", functools.partial(train_finder, 2, 2))
@@ -42,9 +35,8 @@ def test_a_check_of_the_shipped_model(monkeypatch):
     monkeypatch.setattr(demo, "first_stage_quality", functools.partial(first_stage_quality, n=4))
     model = load_model(shipped("models/demo"), dtype=torch.float32, device=torch.device("cpu"))
     only = ("place", "sea")
-    report, pictures = demo.check(
-        model, load_classifier(), 2, steps=2, n_controls=1, n_training=4, only=only, n_frechet=5
-    )
+    few = {"n_controls": 1, "n_training": 4, "n_frechet": 5, "cache_dir": str(tmp_path)}
+    report, pictures = demo.check(model, load_classifier(), 2, steps=2, only=only, **few)
     assert pictures.shape == (2, 3, 256, 256)
     assert report["only"] == only
     assert "place=sea" in report["attributes"]

@@ -108,7 +108,7 @@ def test_latents_are_levelled_and_pictures_stay(tmp_path, monkeypatch):
     model = AutoencoderKL(**config["model"]["params"]).eval()
     path = tmp_path / "a.safetensors"
     save_file({f"first_stage_model.{k}": v for k, v in model.state_dict().items()}, path)
-    x = renders(0, 2, 64)
+    x = renders(2, 64)
     before = model.encode(x)
     picture = model.decode(before.mode())
     found = level_latents(path, config, 0.18215)

@@ -135,31 +135,34 @@ def test_a_cache_of_other_settings_is_made_anew(tmp_path):
 
 
 def test_a_cache_is_whole_or_gone_on_with(tmp_path, monkeypatch, draw_in_this_process):
-    drawn = []
+    drawn, stops = [], [3]
 
     def fail(index, **settings):
-        if index == 3 and len(drawn) == 3:
+        if index in stops:
+            stops.clear()
             raise RuntimeError("the machine stops")
         drawn.append(index)
         return picture_of(index, **settings)
 
     monkeypatch.setattr(rendered, "picture_of", fail)
-    monkeypatch.setattr(growing, "KEPT_EVERY", 2)
+    monkeypatch.setattr(growing, "KEPT_EVERY", 0)
     with pytest.raises(RuntimeError, match="machine stops"):
         RenderedScenes(4, size=16, cache_dir=str(tmp_path))
     assert list(tmp_path.glob("*.npy")) == []
     data = RenderedScenes(4, size=16, flip=False, cache_dir=str(tmp_path))
-    assert drawn == [0, 1, 2, 2, 3]
+    assert drawn == [0, 1, 2, 3]
     for index in range(4):
         plain = picture_of(index, 0, "train", 16).astype(np.float32) / 127.5 - 1
         np.testing.assert_array_equal(data[index]["image"], plain)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".npy"]
     # what is left of other settings is not gone on with
     drawn.clear()
+    stops.append(3)
     with pytest.raises(RuntimeError, match="machine stops"):
         RenderedScenes(4, size=16, seed=1, cache_dir=str(tmp_path))
     monkeypatch.setattr(rendered, "STYLE", 0)
     drawn.clear()
+    stops.append(3)
     with pytest.raises(RuntimeError, match="machine stops"):
         RenderedScenes(4, size=16, seed=1, cache_dir=str(tmp_path))
     assert drawn == [0, 1, 2]

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.checkpoint.files import open_state_dict
-from ldm.demo.check import PROMPT_SEED, named_attributes
+from ldm.checkpoint.hashes import weights_key
+from ldm.demo.check import named_attributes
 from ldm.demo.classifier import AttributeClassifier
 from ldm.demo.rendered import picture_of
+from ldm.demo.samples import PROMPT_SEED
 from ldm.demo.scenes import Scene
 from ldm.errors import InputError
 from ldm.evaluation.appendix_f.measures import FRECHET
@@ -88,7 +90,7 @@ class Judge:
 
 def attribute_judges(classifier: AttributeClassifier) -> list[Judge]:
     """The demo's classifier: what it finds of what a prompt names, and its features."""
-    key = _key_of(classifier.state_dict().items())
+    key = weights_key(classifier.state_dict().items())
 
     def found(looked: Looked) -> float | None:
         if looked.scene is None:
@@ -136,7 +138,7 @@ def inception_judge(weights: str | Path, device: torch.device) -> Judge:
         pixels = torch.from_numpy(to_pixels(looked.picture.cpu())).movedim(-1, 1)
         return network(pixels.to(device))
 
-    return Judge(FRECHET, _key_of(stored.items()), "Inception", INCEPTION_WIDTH, features)
+    return Judge(FRECHET, weights_key(stored.items()), "Inception", INCEPTION_WIDTH, features)
 
 
 def lpips_judge(weights: str | Path) -> Judge:
@@ -172,7 +174,7 @@ def lpips_judge(weights: str | Path) -> Judge:
             total += (difference * scales[f"lin{i}.model.1.weight"].flatten()).sum()
         return total
 
-    return Judge("lpips", _key_of(stored.items()), "AlexNet", 1, distance)
+    return Judge("lpips", weights_key(stored.items()), "AlexNet", 1, distance)
 
 
 def alexnet_layers() -> nn.Sequential:
@@ -247,15 +249,6 @@ def _weights(flag: str, path: str | Path) -> dict[str, Tensor]:
 def _unusable(flag: str, path: str | Path, error: Exception) -> InputError:
     reason = " ".join(str(error).split())[:120]
     return InputError(f"{flag} {path}: cannot be used ({reason})")
-
-
-def _key_of(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Eight hexadecimal digits that change with any weight."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights, key=lambda pair: pair[0]):
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:8]
 
 
 def _key_of_files(files: Iterable[Path]) -> str:

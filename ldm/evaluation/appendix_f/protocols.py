@@ -43,7 +43,7 @@ class Protocol:
 
 def scenes(n: int) -> tuple[list[str], list[Any]]:
     """Captions of held-out scenes, and the scenes."""
-    from ldm.demo.check import captions_of, held_out_scenes
+    from ldm.demo.samples import captions_of, held_out_scenes
 
     found = held_out_scenes(n)
     return captions_of(found), found

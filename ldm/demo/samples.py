@@ -1,0 +1,146 @@
+"""Pictures that the demo model draws of scenes that training never saw."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.checkpoint.hashes import weights_key
+from ldm.data.growing import grow
+from ldm.demo.rendered import STYLE, scene_of
+from ldm.demo.scenes import Scene, attributes, caption
+from ldm.images import to_pixels, to_unit
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+
+PROMPT_SEED = 20  # of the held-out scenes; no training set is rendered from it
+
+
+def held_out_scenes(n: int, only: tuple[str, str] | None = None) -> list[Scene]:
+    """Scenes whose combinations of attributes training never saw.
+
+    Args:
+        n: how many.
+        only: an attribute and the value that it has in all of them.
+    """
+    scenes = (scene_of(i, PROMPT_SEED, "held_out") for i in count())
+    if only is not None:
+        name, value = only
+        scenes = (scene for scene in scenes if attributes(scene)[name] == value)
+    return list(islice(scenes, n))
+
+
+def captions_of(scenes: list[Scene]) -> list[str]:
+    """A caption for each scene, in a phrasing of its own."""
+    return [caption(s, np.random.default_rng((PROMPT_SEED, i))) for i, s in enumerate(scenes)]
+
+
+def initial_noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
+    """Unit normal (B, C, h, w), each picture's from a seed of its own."""
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(drawn)
+
+
+@torch.no_grad()
+def drawn(
+    model: LatentDiffusion,
+    prompts: list[str],
+    seeds: list[int],
+    steps: int,
+    scale: float,
+    size: int,
+    batch_size: int = 8,
+    show: str | None = None,
+) -> Iterator[Tensor]:
+    """Sample one picture for each prompt with DDIM.
+
+    Args:
+        model: in evaluation mode.
+        prompts: n of them.
+        seeds: n, of the initial noise.
+        steps: of the sampler.
+        scale: of guidance.
+        size: of the latents, a side.
+        batch_size: pictures at a time.
+        show: name for the progress bar; None shows none.
+
+    Yields: pictures (batch, 3, H, W), float32 on the CPU, clamped to [-1, 1].
+    """
+    dtype = next(model.model.parameters()).dtype
+    bar = tqdm(total=len(prompts), desc=show, disable=show is None, unit="picture")
+    for start in range(0, len(prompts), batch_size):
+        texts = prompts[start : start + batch_size]
+        x_T = initial_noise(seeds[start : start + batch_size], (model.channels, size, size))
+        z, _ = DDIMSampler(model).sample(
+            steps,
+            len(texts),
+            x_T.shape[1:],
+            model.get_learned_conditioning(texts).to(dtype),
+            x_T=x_T.to(model.device),
+            verbose=False,
+            unconditional_guidance_scale=scale,
+            unconditional_conditioning=model.get_learned_conditioning([""] * len(texts)).to(dtype),
+        )
+        first_stage = next(model.first_stage_model.parameters())
+        decoded = model.decode_first_stage(z.to(first_stage.dtype))
+        yield decoded.float().clamp(-1, 1).cpu()
+        bar.update(len(texts))
+    bar.close()
+
+
+def draw(*args: Any, **kwargs: Any) -> Tensor:
+    """What `drawn` yields in one piece, (n, 3, H, W)."""
+    return torch.cat(list(drawn(*args, **kwargs)))
+
+
+def samples(
+    model: LatentDiffusion,
+    scenes: list[Scene],
+    steps: int,
+    scale: float,
+    size: int,
+    cache_dir: str | None = None,
+) -> Tensor:
+    """One picture for each scene's caption, (n, 3, H, W) in [-1, 1].
+
+    Args:
+        model: the demo model.
+        scenes: n of them; each picture's noise has its number as a seed.
+        steps: of the sampler.
+        scale: of guidance.
+        size: of the latents, a side.
+        cache_dir: where pictures are kept in 8 bits: what was drawn for the first scenes, also by
+            a run that was stopped, is not drawn again. None keeps nothing.
+    """
+    n, prompts = len(scenes), captions_of(scenes)
+
+    def after(start: int) -> Iterator[Tensor]:
+        seeds = list(range(start, n))
+        return drawn(model, prompts[start:], seeds, steps, scale, size, show="prompts")
+
+    if cache_dir is None:
+        return torch.cat(list(after(0)))
+    what = [weights_key(model.state_dict().items()), prompts[0], STYLE, steps, scale, size]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+    path = Path(cache_dir) / f"samples-{key}.npy"
+    side = size * model.first_stage_model.f
+    kept = np.load(path, mmap_mode="r") if path.exists() else np.empty((0, side, side, 3), "uint8")
+
+    def rows(start: int) -> Iterator[np.ndarray]:
+        yield from kept[start:]
+        for batch in after(max(start, len(kept))):
+            yield from to_pixels(batch)
+
+    if len(kept) < n:
+        grow(path, f"{key} {n}", (n, side, side, 3), np.uint8, rows)
+        kept = np.load(path, mmap_mode="r")
+    return torch.from_numpy(to_unit(np.asarray(kept[:n])))
