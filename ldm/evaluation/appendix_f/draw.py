@@ -146,7 +146,8 @@ class Experiment:
         with peak_memory(model.device) as peak, self._in_force(setting, batch.first):
             self._texts.trims = unet.tome.config.context == "trim"
             latents = sample(model, settings, batch.pictures, self._texts)
-            saved = None if setting.control else unet.tome.saved_work()
+            is_merging = not setting.control and not setting.sampling
+            saved = unet.tome.saved_work() if is_merging else None
             pictures = torch.cat([decode(model, one) for one in latents.split(1)]).clamp(-1, 1)
         seconds = time.perf_counter() - start
         if _dtypes(self.pipeline) != before:

@@ -49,7 +49,8 @@ class Setting:
         family: settings that differ in their amount only share it: a curve of the plots.
         source: name and hash of the file that it comes from.
         flags: of the scripts, that stand for the configuration.
-        sampling: what differs from the plan's sampling: ``steps`` and ``sampler``.
+        sampling: what differs from the plan's sampling: ``steps`` and ``sampler`` of a control,
+            or ``reuse_deep``.
     """
 
     name: str
@@ -276,7 +277,8 @@ def read_settings(path: str | Path) -> list[Setting]:
     """Settings from a YAML file: name -> keys of ``tome_config``, a preset, or a control.
 
     ``preset`` names a file of configs/tome that the other keys are laid over; ``control`` is one
-    of `CONTROLS`, with ``ratio`` beside it; ``family`` joins settings in the plots.
+    of `CONTROLS`, with ``ratio`` beside it; ``family`` joins settings in the plots; ``reuse_deep``
+    is that of the scripts.
 
     Raises:
         InputError: the file cannot be read, or a setting cannot be used.
@@ -296,13 +298,18 @@ def read_settings(path: str | Path) -> list[Setting]:
                 if keys:
                     raise InputError(f"a control takes no {next(iter(keys))}")
                 continue
+            every = keys.pop("reuse_deep", None)
+            sampling = {} if every is None else {"reuse_deep": every}
+            Settings(**sampling)  # checks it
             preset = keys.pop("preset", None)
             base = None if preset is None else load_preset(preset)
             config = ToMeConfig.from_mapping(overlay(base, keys))
         except InputError as error:
             raise InputError(f"{path}: {name}: {error}") from None
-        given = () if preset is None else ("--tome-preset", str(preset))
-        found.append(Setting(name, config, "", family, source, (*given, *flags_of(keys))))
+        given = [] if preset is None else ["--tome-preset", str(preset)]
+        given += [] if every is None else ["--reuse_deep", str(every)]
+        flags = (*given, *flags_of(keys)) or Setting.flags
+        found.append(Setting(name, config, "", family, source, flags, sampling))
     return found
 
 

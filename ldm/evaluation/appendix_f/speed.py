@@ -35,14 +35,14 @@ def measure_speed(
     Args:
         names: of models: `OWN`, or of the benchmark's `MODELS`.
         own: configuration of the drawing model, and the sizes of its pictures.
-        settings: controls are left out.
+        settings: controls are left out, and what changes the sampling: its steps differ.
         weight: has the type and the device of the weights, which are random.
         store: the folder that the results go to.
         rounds: interleaved measurements of each setting, of which the median counts.
 
     Returns: ``rows``, ``machine`` and ``about``, in plain values.
     """
-    merging = [s for s in settings if not s.control and not s.config.is_off]
+    merging = [s for s in settings if not s.control and not s.sampling and not s.config.is_off]
     dtype = str(weight.dtype).removeprefix("torch.")
     where = machine(weight.device)
     rows: list[dict[str, Any]] = []

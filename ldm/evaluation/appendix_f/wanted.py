@@ -98,7 +98,7 @@ def make_plan(
     per_size: dict[int, tuple[Setting, ...]] = {}
     work: dict[tuple[int, str], Work] = {}
     for size in numbers(args.sizes or str(side), "--sizes", SIZE_STEP, most=MOST_PIXELS):
-        saved = count_work(unet, {s.key: s.config for s in settings}, size // f, size // f)
+        saved = count_work(unet, {s.key: s for s in settings}, size // f, size // f)
         work |= {(size, key): one for key, one in saved.items()}
         per_size[size] = tuple(s for s in settings if is_of_use(s, saved[s.key]))
         idle = [s.name for s in settings if s not in per_size[size]]

@@ -40,8 +40,8 @@ class Tally:
         self.note = ""
         self._n_calls = 0
         self._n_blocks = 0  # of all calls together
-        self._work = 0.0  # of self-attention, as it would be without merging
-        self._work_left = 0.0
+        self.work = 0.0  # of self-attention, as it would be without merging
+        self.work_left = 0.0
         self._levels: dict[int, _Level] = {}  # by number of tokens
 
     def add_call(self, blocks: list[Decision]) -> None:
@@ -54,8 +54,8 @@ class Tally:
             if block.config.method == "tiles":  # all of them, each in its tile
                 n_queries = n
             n_keys = kept if places & {"kv", "attn", "block"} else n
-            self._work += n * n * block.n_channels
-            self._work_left += n_queries * n_keys * block.n_channels
+            self.work += n * n * block.n_channels
+            self.work_left += n_queries * n_keys * block.n_channels
             if kept < n:
                 self._add_merged(block)
 
@@ -64,8 +64,8 @@ class Tally:
         self.note = other.note or self.note
         self._n_calls += other._n_calls
         self._n_blocks += other._n_blocks
-        self._work += other._work
-        self._work_left += other._work_left
+        self.work += other.work
+        self.work_left += other.work_left
         for n_tokens, level in other._levels.items():
             self._levels.setdefault(n_tokens, _Level()).add(level)
 
@@ -83,7 +83,7 @@ class Tally:
     @property
     def saved_work(self) -> float:
         """Share of the work of self-attention that merging saved, 0 to 1."""
-        return 1 - self._work_left / self._work if self._work else 0.0
+        return 1 - self.work_left / self.work if self.work else 0.0
 
     def describe(self, config: ToMeConfig) -> str:
         """The line that begins ``ToMe:``."""

@@ -80,11 +80,25 @@ def test_what_is_wrong_in_a_file_is_said(tmp_path):
         ("bad: {ratio: 2}", "mine.yaml: bad: ToMe ratio=2"),
         ("bad: 3", "mine.yaml: bad: must be a mapping"),
         ("bad: {control: magic}", "mine.yaml: bad: control 'magic': the controls are again"),
+        ("bad: {reuse_deep: 0}", "mine.yaml: bad: .*reuse_deep.* 0: allowed is 1 to 1000"),
+        ("bad: {control: none, reuse_deep: 2}", "mine.yaml: bad: a control takes no reuse_deep"),
         ("bad: {control: none, window: 3}", "mine.yaml: bad: a control takes no window"),
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             read_settings(path)
+
+
+def test_deep_features_may_be_reused_alone_and_with_merging(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("a: {reuse_deep: 2}\nb: {preset: todo, reuse_deep: 2}\nc: {preset: todo}")
+    a, b, c = read_settings(path)
+    assert a.sampling == b.sampling == {"reuse_deep": 2}
+    assert (a.config.is_off, c.sampling) == (True, {})
+    assert b.config == c.config
+    assert len({Setting("unmerged").key, a.key, b.key, c.key}) == 4
+    assert a.flags == ("--reuse_deep", "2")
+    assert b.flags == ("--tome-preset", "todo", "--reuse_deep", "2")
 
 
 def test_flags_of_nothing_are_none():
