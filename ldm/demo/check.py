@@ -195,12 +195,12 @@ def check(
     report["pixels"] = pixels
     report["first_stage"] = first_stage_quality(model, pixels)
     report["classifier"] = classifier_accuracy(classifier, model, pixels=pixels)
-    pictures = samples(model, scenes, steps, scale, size, cache_dir)
+    pictures = samples(model, n_prompts, steps, scale, size, only, cache_dir)
     report["attributes"] = attribute_accuracy(classifier, pictures, scenes)
     report["objects"] = objects_of(pictures, scenes)
     if n_frechet:
-        more = held_out_scenes(max(n_frechet, n_prompts), only)
-        further = samples(model, more, steps, scale, size, cache_dir)
+        n = max(n_frechet, n_prompts)
+        further = samples(model, n, steps, scale, size, only, cache_dir)
         report["against_renders"] = against_renders(classifier, model, further, cache_dir)
 
     seeds = list(range(1000, 1008))

@@ -104,24 +104,26 @@ def draw(*args: Any, **kwargs: Any) -> Tensor:
 
 def samples(
     model: LatentDiffusion,
-    scenes: list[Scene],
+    n: int,
     steps: int,
     scale: float,
     size: int,
+    only: tuple[str, str] | None = None,
     cache_dir: str | None = None,
 ) -> Tensor:
-    """One picture for each scene's caption, (n, 3, H, W) in [-1, 1].
+    """One picture for each caption of `held_out_scenes`, (n, 3, H, W) in [-1, 1].
 
     Args:
         model: the demo model.
-        scenes: n of them; each picture's noise has its number as a seed.
+        n: how many; each picture's noise has its number as a seed.
         steps: of the sampler.
         scale: of guidance.
         size: of the latents, a side.
+        only: see `held_out_scenes`.
         cache_dir: where pictures are kept in 8 bits: what was drawn for the first scenes, also by
             a run that was stopped, is not drawn again. None keeps nothing.
     """
-    n, prompts = len(scenes), captions_of(scenes)
+    prompts = captions_of(held_out_scenes(n, only))
 
     def after(start: int) -> Iterator[Tensor]:
         seeds = list(range(start, n))
@@ -129,7 +131,7 @@ def samples(
 
     if cache_dir is None:
         return torch.cat(list(after(0)))
-    what = [weights_key(model.state_dict().items()), prompts[0], STYLE, steps, scale, size]
+    what = [weights_key(model.state_dict().items()), only, STYLE, steps, scale, size]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
     path = Path(cache_dir) / f"samples-{key}.npy"
     side = size * model.first_stage_model.f

@@ -45,16 +45,16 @@ def colours(pictures):
 
 def test_what_was_drawn_is_kept(tmp_path, drawn):
     for n in (3, 2, 6):
-        found = samples(MODEL, held_out_scenes(n), 5, 4.0, 2, str(tmp_path))
+        found = samples(MODEL, n, 5, 4.0, 2, cache_dir=str(tmp_path))
         assert found.shape == (n, 3, 16, 16)
         assert colours(found) == list(range(n))
     assert drawn == list(range(6))
-    samples(MODEL, held_out_scenes(2), 6, 4.0, 2, str(tmp_path))  # other steps
-    samples(MODEL, held_out_scenes(2, ("sky", "stars")), 5, 4.0, 2, str(tmp_path))
+    samples(MODEL, 2, 6, 4.0, 2, cache_dir=str(tmp_path))  # other steps
+    samples(MODEL, 2, 5, 4.0, 2, ("sky", "stars"), str(tmp_path))
     changed = SimpleNamespace(**{**vars(MODEL), "state_dict": lambda: {"w": torch.zeros(2)}})
-    samples(changed, held_out_scenes(2), 5, 4.0, 2, str(tmp_path))
+    samples(changed, 2, 5, 4.0, 2, cache_dir=str(tmp_path))
     assert drawn == [*range(6), 0, 1, 0, 1, 0, 1]
-    assert colours(samples(MODEL, held_out_scenes(4), 5, 4.0, 2)) == [0, 1, 2, 3]
+    assert colours(samples(MODEL, 4, 5, 4.0, 2)) == [0, 1, 2, 3]
 
 
 def test_a_stopped_run_goes_on(tmp_path, drawn, monkeypatch):
@@ -66,7 +66,7 @@ def test_a_stopped_run_goes_on(tmp_path, drawn, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(module, "to_pixels", stop)
         with pytest.raises(KeyboardInterrupt):
-            samples(MODEL, held_out_scenes(6), 5, 4.0, 2, str(tmp_path))
-    assert colours(samples(MODEL, held_out_scenes(6), 5, 4.0, 2, str(tmp_path)))[2:] == [2, 3, 4, 5]
+            samples(MODEL, 6, 5, 4.0, 2, cache_dir=str(tmp_path))
+    assert colours(samples(MODEL, 6, 5, 4.0, 2, cache_dir=str(tmp_path)))[2:] == [2, 3, 4, 5]
     assert drawn == [0, 1, 2, 3, 2, 3, 4, 5]
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
