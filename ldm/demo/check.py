@@ -195,13 +195,12 @@ def check(
     report["pixels"] = pixels
     report["first_stage"] = first_stage_quality(model, pixels)
     report["classifier"] = classifier_accuracy(classifier, model, pixels=pixels)
-    pictures = samples(model, n_prompts, steps, scale, size, only, cache_dir)
+    drawn = samples(model, max(n_prompts, n_frechet), steps, scale, size, only, cache_dir)
+    pictures = drawn[:n_prompts]
     report["attributes"] = attribute_accuracy(classifier, pictures, scenes)
     report["objects"] = objects_of(pictures, scenes)
     if n_frechet:
-        n = max(n_frechet, n_prompts)
-        further = samples(model, n, steps, scale, size, only, cache_dir)
-        report["against_renders"] = against_renders(classifier, model, further, cache_dir)
+        report["against_renders"] = against_renders(classifier, model, drawn, cache_dir)
 
     seeds = list(range(1000, 1008))
     pairs = []
