@@ -69,6 +69,9 @@ def test_the_steps_of_training_may_be_logit_normal(monkeypatch):
     assert logits.mean() == pytest.approx(-0.6, abs=0.05)
     assert logits.std() == pytest.approx(1.0, rel=0.05)
     drawn_steps(monkeypatch, timestep_logit_normal=[0.0, 50.0])
+    for wrong in (1.0, [0.0], [0.0, 1.0, 2.0], ["a", 1.0]):
+        with pytest.raises(InputError, match=r"timestep_logit_normal .*: give mean and deviation"):
+            build(timestep_logit_normal=wrong)
 
 
 def test_logvar_and_bound_enter_the_loss(monkeypatch):

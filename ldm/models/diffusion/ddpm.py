@@ -181,6 +181,14 @@ class LatentDiffusion(nn.Module):
             if given_betas is None
             else np.asarray(given_betas, dtype=np.float64)
         )
+        if timestep_logit_normal is not None:
+            try:
+                _mean, _deviation = map(float, timestep_logit_normal)
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"timestep_logit_normal {escaped(timestep_logit_normal)}: give mean and "
+                    "deviation, such as [-0.6, 1.0]"
+                ) from None
         if zero_snr:
             if parameterization == "eps":
                 raise InputError(
