@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ldm.demo.classifier import AttributeClassifier
 from ldm.demo.objects import count_objects, train_finder
 from ldm.demo.quality import first_stage_quality, frechet, reconstructions, renders, told_apart
-from ldm.demo.rendered import RenderedScenes, picture_of, scene_of
+from ldm.demo.rendered import picture_of, scene_of
 from ldm.demo.samples import PROMPT_SEED, captions_of, draw, held_out_scenes, samples
 from ldm.demo.scenes import ATTRIBUTES, Scene, attributes, render
 from ldm.evaluation.appendix_f.controls import CONTROLS, control
@@ -152,11 +152,6 @@ def nearest(pictures: Tensor, others: Tensor) -> Tensor:
     return torch.cdist(a, b).min(dim=1).values / a.shape[1] ** 0.5
 
 
-def _renders(n: int, seed: int, split: Any, cache_dir: str | None) -> Tensor:
-    data = RenderedScenes(n, 128, seed, split, flip=False, cache_dir=cache_dir)
-    return torch.stack([torch.from_numpy(data[i]["image"]).movedim(-1, 0) for i in range(n)])
-
-
 def check(
     model: LatentDiffusion,
     classifier: AttributeClassifier,
@@ -216,7 +211,7 @@ def check(
         "renders": float(np.mean([p[1] for p in pairs])),
     }
 
-    training = _renders(n_training, 1, "train", cache_dir)
+    training = renders(n_training, 128, cache_dir, 1, "train")
     fresh = torch.from_numpy(
         to_unit(np.stack([picture_of(i, PROMPT_SEED, "held_out", 128) for i in range(n_prompts)]))
     )

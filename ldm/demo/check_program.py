@@ -70,7 +70,8 @@ def build_parser() -> Parser:
         "--cache_dir",
         metavar="PATH",
         help="where renders and samples are kept, so that the next check or one that was stopped "
-        "need not make them again (default: OUTDIR)",
+        "need not make them again; whoever changes how the model draws deletes samples-*.npy there "
+        "(default: OUTDIR)",
     )
     return parser
 

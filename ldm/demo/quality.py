@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.demo.classifier import AttributeClassifier
 from ldm.demo.rendered import RenderedScenes
+from ldm.demo.scenes import Split
 from ldm.evaluation.appendix_f.distances import psnr
 from ldm.evaluation.appendix_f.statistics import FrechetDistance, Statistics
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -17,15 +18,22 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 RENDER_SEED = 22  # of fresh held-out renders; nothing is trained or drawn from it
 
 
-def renders(n: int, size: int, cache_dir: str | None = None) -> Tensor:
-    """Fresh held-out renders, (n, 3, size, size) in [-1, 1].
+def renders(
+    n: int,
+    size: int,
+    cache_dir: str | None = None,
+    seed: int = RENDER_SEED,
+    split: Split = "held_out",
+) -> Tensor:
+    """Renders, by default fresh held-out ones, (n, 3, size, size) in [-1, 1].
 
     Args:
         n: how many.
         size: a side, in pixels.
         cache_dir: where they are kept, or None.
+        seed, split: of the set, see RenderedScenes.
     """
-    data = RenderedScenes(n, size, RENDER_SEED, "held_out", flip=False, cache_dir=cache_dir)
+    data = RenderedScenes(n, size, seed, split, flip=False, cache_dir=cache_dir)
     drawn = [torch.from_numpy(data[i]["image"]).movedim(-1, 0) for i in range(n)]
     return torch.stack(drawn)
 
