@@ -157,7 +157,7 @@ def check(
     classifier: AttributeClassifier,
     n_prompts: int = 200,
     steps: int = 25,
-    scale: float = 4.0,
+    scale: float = 2.0,
     size: int = 32,
     n_controls: int = 32,
     n_training: int = 2000,

@@ -65,7 +65,7 @@ def build_parser() -> Parser:
     )
     add("--classifier", metavar="PATH", help="the judge's weights (default: the shipped ones)")
     add("--steps", type=whole(1, 1000), default=25, help="of DDIM (default: %(default)s)")
-    add("--scale", type=number(-1000, 1000), default=4.0, help="of guidance (default: %(default)s)")
+    add("--scale", type=number(-1000, 1000), default=2.0, help="of guidance (default: %(default)s)")
     add(
         "--cache_dir",
         metavar="PATH",
