@@ -110,7 +110,7 @@ def add_sampling_flags(parser: Parser) -> None:
     )
     add("--H", type=int, help="height in pixels, a multiple of 8")
     add("--W", type=int, help="width in pixels, a multiple of 8")
-    add("--seed", type=int, default=42, help="of the first picture (default: 42); -1: any")
+    add("--seed", type=int, default=42, help="of the first picture (default: %(default)s); -1: any")
     add("--n_samples", type=int, default=1, metavar="N", help="pictures at a time (default: 1)")
     add("--n_iter", type=int, default=1, metavar="N", help="how often to do that (default: 1)")
     add(

@@ -50,7 +50,8 @@ def _share(least: float) -> Key:
 
 
 def _choice(*values: Any) -> Key:
-    words = ", ".join("null" if value is None else str(value).lower() for value in values)
+    texts = ("null" if value is None else str(value).lower() for value in values)
+    words = ", ".join(dict.fromkeys(texts))  # 16 and "16" look alike
     kinds = {(type(value), value) for value in values}  # True is not 1
 
     def fits(value: Any) -> bool:

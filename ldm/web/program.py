@@ -29,7 +29,8 @@ examples:
 
 Flags are the fields' first values. Only this machine can open the page, unless --host says
 otherwise. The page asks no other host for anything. Pictures land in OUTDIR/samples/00000.png and
-on. LoRAs and embeddings of models/lora and models/embeddings can be named in a prompt.
+on. LoRAs and embeddings of models/lora and models/embeddings can be named in a prompt. Prompts are
+read as with --long_prompt and --emphasis.
 """
 
 

@@ -23,6 +23,7 @@ def test_help_takes_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
     assert "--share" not in done.stdout
+    assert "of the first picture (default: -1); -1: any" in " ".join(done.stdout.split())
 
 
 def test_without_gradio_one_line_says_what_to_install(run_program, monkeypatch, capsys, tmp_path):

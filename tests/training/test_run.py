@@ -95,7 +95,7 @@ NO_RUN = [  # what a user may type or write -> what the line says
     (["--base", "TOY", "--max_steps", "0"], "max_steps 0: allowed is"),
     (["--base", "TOY", "--seed", "-1"], "--seed.*allowed is 0 to"),
     (["--base", "TOY", "--name", "../x"], "--name '../x': allowed are"),
-    (["--base", "TOY", "--precision", "12"], "precision 12: allowed is 32-true"),
+    (["--base", "TOY", "--precision", "12"], "precision 12: allowed.* 64-true, 16, 32, 64, bf16$"),
     (["--base", "TOY", "--nonsense", "1"], "unrecognized arguments: --nonsense"),
     (["--base", "TOY", "--finetune_from", "none.ckpt"], "none.ckpt': there is no such file"),
     (["--base", "TOY", "--scale_lr", "maybe"], "neither true nor false"),

@@ -35,7 +35,7 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
 def ms_ssim(pictures: Tensor, reference: Tensor) -> Tensor:
     """Multi-scale structural similarity of each picture, (B,); pictures (B, 3, H, W) in [-1, 1].
 
-    Pictures that are too small for all five scales (up to 160 pixels) are compared at the finer
+    Pictures that are too small for all five scales (below 176 pixels) are compared at the finer
     ones, whose weights are then scaled to a sum of 1.
 
     Source: Wang et al. 2003.
