@@ -68,6 +68,15 @@ def test_command(ckpt):
         assert tensors[ours].dtype == tensor.dtype
 
 
+def test_the_name_of_a_folder_has_no_ending(tmp_path, monkeypatch):
+    folder = tmp_path / "sd1.5"
+    folder.mkdir()
+    save_file(WEIGHTS, folder / "all.safetensors")
+    monkeypatch.chdir(folder)
+    assert convert(folder) == tmp_path / "sd1.5.safetensors"
+    assert convert(".", force=True) == tmp_path / "sd1.5.safetensors"
+
+
 def test_command_refuses_in_one_line(ckpt, tmp_path):
     target = tmp_path / "there.safetensors"
     target.write_text("precious")
