@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from ldm.errors import InputError
@@ -71,6 +72,12 @@ class ToMeConfig:
         values.setdefault("window", 3 if values["method"] == "grid" else None)
         _set_metric(values)
         rules = tuple(_rule(spelled_out(entry), given) for entry in values.pop("rules", ()))
+        for first, second in pairwise(rules):
+            if second.min_tokens >= first.min_tokens:
+                raise InputError(
+                    f"ToMe rules: the entry from {second.min_tokens} tokens would never act after "
+                    f"that from {first.min_tokens}; begin with the most tokens"
+                )
         if values.get("hires") is not None:
             values["hires"] = _second_pass(values["hires"], given)
         return cls(**values, rules=rules)

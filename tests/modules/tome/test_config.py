@@ -109,6 +109,10 @@ def test_none_is_off() -> None:
         ({"rules": 3}, ["rules", "3"]),
         ({"rules": [{"ratio": 0.5}]}, ["rules", "min_tokens"]),
         ({"rules": [{"min_tokens": 1, "seed": 3}]}, ["rules", "seed"]),
+        (
+            {"rules": [{"min_tokens": 64, "ratio": 0.5}, {"min_tokens": 4096, "ratio": 0.2}]},
+            ["rules", "4096", "never", "64"],
+        ),
         ({"rules": [{"min_tokens": 1, "ratio": 2}]}, ["ratio", "2"]),
         ({"proportional": "yes"}, ["proportional", "yes", "true"]),
         ({"reuse_steps": 0}, ["reuse_steps", "0", "1"]),
