@@ -418,7 +418,7 @@ class LatentDiffusion(nn.Module):
         lost = [n for n in missing if n.startswith(wanted) and not n.startswith(tuple(ignore_keys))]
         if lost:
             logger.warning(
-                "%s lacks %d weights, which begin as random numbers: %s, ...",
+                "%s lacks weights of this model, which stay as they began: %d, such as %s",
                 *(escaped(path), len(lost), lost[0]),
             )
         said = decide_prediction(weights)
