@@ -414,8 +414,9 @@ class LatentDiffusion(nn.Module):
             raise InputError(f"{escaped(path)} has no weights of this model in it")
         if self.use_ema and not any(name.startswith("model_ema.") for name in state):
             self.model_ema = LitEma(self.model)  # an average of these weights, not of random ones
-        wanted = UNET if only_model else tuple(COMPONENTS)
-        lost = [n for n in missing if n.startswith(wanted) and not n.startswith(tuple(ignore_keys))]
+        # whole components may come from elsewhere
+        begun = tuple(part for part in COMPONENTS if any(name.startswith(part) for name in state))
+        lost = [n for n in missing if n.startswith(begun) and not n.startswith(tuple(ignore_keys))]
         if lost:
             logger.warning(
                 "%s lacks weights of this model, which stay as they began: %d, such as %s",
