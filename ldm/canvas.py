@@ -30,8 +30,8 @@ class PictureNoise:
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
         """Unit normal noise of a shape (B, ...) with a row for each seed."""
-        rows = [torch.randn(tuple(shape[1:]), generator=g) for g in self.generators]
-        return torch.stack(rows)
+        size, kind = tuple(shape[1:]), torch.float32  # whatever the default is
+        return torch.stack([torch.randn(size, generator=g, dtype=kind) for g in self.generators])
 
 
 @dataclass(frozen=True)

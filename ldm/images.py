@@ -69,7 +69,7 @@ def load_mask(path: str | Path, tell: bool = True) -> Mask:
     Raises:
         InputError: the file is missing or is no picture that can be read.
     """
-    mask, part = painted(*_values(path))
+    mask, part = painted(*_values(path, is_mask=True))
     if tell:
         share = 100 * float(mask.mean())
         logger.info("The mask %s: %.1f %% is painted, %s", path, share, part)
@@ -79,15 +79,20 @@ def load_mask(path: str | Path, tell: bool = True) -> Mask:
     return mask
 
 
-def _values(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Colours (H, W, 3) of a picture, 0 to 1, and how opaque they are, (H, W), if that is said."""
+def _values(
+    path: str | Path, is_mask: bool = False
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Colours (H, W, 3) of a picture, 0 to 1, and how opaque they are, (H, W), if that is said.
+
+    The 16 bits of a mask are scaled by the largest value that there is.
+    """
     image = _open(path)
     if image.mode.startswith(("I", "F")):  # 16 and 32 bits a pixel, which PIL would clip
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise InputError(f"{path}: not a picture that can be read (values are not numbers)")
         highest = float(values.max())
-        if image.mode.startswith("I") and 1 < highest <= 65535:
+        if image.mode.startswith("I") and 1 < highest <= 65535 and not is_mask:
             highest = 65535.0
         grey = np.clip(values / max(1.0, highest), 0, 1).astype(np.float32)
         clear = image.info.get("transparency")

@@ -31,6 +31,7 @@ OTHERS = {
     "sd-metadata": "InvokeAI's settings",
     "Dream": "InvokeAI's settings",
     "fooocus_scheme": "Fooocus's settings",
+    "prompt": "a ComfyUI graph",
 }
 _PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _NAMES = {name: own for own, name in WEB_UI_SAMPLERS.items()}  # of two, the last
@@ -73,12 +74,21 @@ def understood(texts: Mapping[str, str], where: str) -> Found:
     """
     if "ldm" in texts:
         return _own(parse_json(texts["ldm"], f"{where}, its settings"))
-    if "parameters" in texts:
+    if "parameters" in texts and not _is_json(texts["parameters"]):
         return _web_ui(check_text(texts["parameters"], f"{where}, its settings"), where)
     for keyword, kind in OTHERS.items():
         if keyword in texts:
             raise InputError(f"{where}: this picture holds {kind}, which cannot be read here")
+    if "parameters" in texts:  # so do SwarmUI and Fooocus
+        raise InputError(f"{where}: this picture holds JSON of another program, not read here")
     raise InputError(f"{where}: this picture does not say how it was made")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return text.lstrip().startswith("{") and bool(parse_json(text, ""))
+    except InputError:
+        return False
 
 
 # --- our own ------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def painted(colours: Values, alpha: Values | None = None) -> tuple[Mask, str]:
     Returns:
         The mask (H, W), True where to paint, and which part of the file that is.
     """
-    visible = None if alpha is None else alpha >= 0.5
+    visible = None if alpha is None else alpha >= _half(alpha)
     if visible is None or visible.all():
         return _by_colour(colours)
     if not visible.any():
@@ -38,6 +38,14 @@ def painted(colours: Values, alpha: Values | None = None) -> tuple[Mask, str]:
     if is_picture or border.mean() >= 0.5:
         return ~visible, "its transparent part"
     return visible, "its strokes"
+
+
+def _half(alpha: Values) -> float:
+    """From where on something is visible: strokes, or what an eraser left, may be faint."""
+    low, high = float(alpha.min()), float(alpha.max())
+    if low < 0.5 <= high:
+        return 0.5
+    return (low + high) / 2 if high - low > _NOISE else min(low, 0.5) or 0.5
 
 
 def _by_colour(colours: Values) -> tuple[Mask, str]:

@@ -72,7 +72,8 @@ def decode_text(data: bytes, where: str, limit: int = MAX_BYTES) -> str:
         raise InputError(f"{where}: larger than {limit} bytes, which is the limit for text")
     if data.startswith(_UTF16):
         raise InputError(f"{where}: this is UTF-16, not a text file in UTF-8; save it as UTF-8")
-    data = data.removeprefix(codecs.BOM_UTF8)
+    while data.startswith(codecs.BOM_UTF8):  # two, where a program wrote it before the first
+        data = data.removeprefix(codecs.BOM_UTF8)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -89,9 +90,10 @@ def decode_text(data: bytes, where: str, limit: int = MAX_BYTES) -> str:
 def split_lines(text: str) -> list[str]:
     """The lines of a text; nothing but a newline (``\\n``, ``\\r\\n``, ``\\r``) ends one.
 
-    ``str.splitlines`` would also take form feeds and U+2028, which are part of a text here.
+    ``str.splitlines`` would also take form feeds and U+2028, which are part of a text here. A mark
+    (BOM) that begins a line is where files were put together, and no part of it.
     """
-    lines = _LINE_END.split(text)
+    lines = [line.lstrip("\ufeff") for line in _LINE_END.split(text)]
     return lines[:-1] if lines[-1] == "" else lines
 
 

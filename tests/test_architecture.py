@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each layer may import those before it. A module belongs to the layer with the longest match.
 LAYERS = [
-    ["ldm.errors", "ldm.text", "ldm.checkpoint.files", "ldm.checkpoint.pickles"],
+    [
+        *("ldm.errors", "ldm.text", "ldm.checkpoint.files", "ldm.checkpoint.pickles"),
+        *("ldm.checkpoint.keys", "ldm.checkpoint.prediction"),  # what names and metadata say
+    ],
     ["ldm.util", "ldm.modules.tome", "ldm.models.diffusion.schedule", "ldm.lr_scheduler"],
     ["ldm.numbered"],
     ["ldm.modules", "ldm.images", "ldm.demo.scenes", "ldm.demo.landscape", "ldm.demo.drawing"],

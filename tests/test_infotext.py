@@ -77,6 +77,8 @@ def test_a_value_that_cannot_be_used_is_named_and_the_rest_stands(line, left_out
 
 
 def test_a_prompt_alone_is_a_prompt():
+    choice = "{red|blue} hills\nSteps: 20, Sampler: DDIM, Seed: 1"
+    assert understood({"parameters": choice}, "x").settings["prompt"] == "{red|blue} hills"
     assert understood({"parameters": "hills: a view"}, "x").settings["prompt"] == "hills: a view"
 
 
@@ -85,6 +87,9 @@ def test_a_prompt_alone_is_a_prompt():
     [
         ({}, "x.png: this picture does not say how it was made"),
         ({"prompt": "{}", "workflow": "{}"}, "a ComfyUI graph"),
+        ({"prompt": '{"3": {"class_type": "KSampler"}}'}, "a ComfyUI graph"),
+        ({"parameters": '{"sui_image_params": {"prompt": "hills"}}'}, "JSON of another program"),
+        ({"parameters": '{"base_model": "x"}', "fooocus_scheme": "fooocus"}, "Fooocus's settings"),
         ({"sd-metadata": "{}"}, "InvokeAI's settings"),
         ({"ldm": "[" * 9999}, "x.png, its settings: JSON nested deeper"),
         ({"ldm": "[1]"}, "must be an object"),

@@ -45,6 +45,8 @@ FILES = {
     "erased from a photo": with_alpha(PHOTO, ~SQUARE),
     "erased from black": with_alpha(colour((0, 0, 0), (0, 0, 0)), ~SQUARE),
     "erased from white": with_alpha(colour((255,) * 3, (255,) * 3), ~SQUARE),
+    "faint strokes": np.dstack([colour((255, 0, 0), (0, 0, 0)), grey(77, 0)]),
+    "half erased from a photo": np.dstack([PHOTO, grey(150, 255)]),
     "white on black, all visible": with_alpha(colour((255,) * 3, (0,) * 3), SQUARE | True),
 }
 
@@ -66,6 +68,17 @@ def test_strokes_in_several_colours_and_a_soft_edge(tmp_path):
     pixels[7, 12:30] = (255, 0, 0, 60)
     Image.fromarray(pixels).save(tmp_path / "m.png")
     np.testing.assert_array_equal(load_mask(tmp_path / "m.png"), SQUARE)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float32])
+def test_a_soft_edge_in_each_kind_of_numbers(tmp_path, kind):
+    """Values up to 255, which in 16 and 32 bits is almost black."""
+    pixels = grey(255, 0, kind)
+    pixels[7, 12:30] = 60
+    pixels[19, 12:30] = 200
+    path = tmp_path / "m.tiff"
+    Image.fromarray(pixels).save(path)
+    np.testing.assert_array_equal(load_mask(path), SQUARE)
 
 
 def test_what_is_to_be_added_around_a_photo_is_painted(tmp_path):

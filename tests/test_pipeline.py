@@ -88,6 +88,11 @@ def test_picture_noise_is_that_of_a_cpu_generator():
     expected = torch.randn((4, 2, 2), generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(noise((2, 4, 2, 2))[1], expected, rtol=0, atol=0)
     assert not torch.equal(noise((2, 4, 2, 2))[1], expected)  # the stream goes on
+    torch.set_default_dtype(torch.bfloat16)  # which is for what has no type of its own
+    try:
+        assert torch.equal(PictureNoise([2])((1, 4, 2, 2))[0], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_upstream_s_noise_is_one_stream_from_the_seed(pipeline):

@@ -19,6 +19,12 @@ def test_a_mark_at_the_beginning_is_no_part_of_the_text(tmp_path):
     assert text.read_json(path) == {"a": 1}
 
 
+def test_nor_is_one_that_came_there_twice_or_between_two_files(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    read = text.read_text(written(tmp_path, mark + mark + b"a\r\n" + mark + b'{"b": 1}'))
+    assert text.split_lines(read) == ["a", '{"b": 1}']
+
+
 def test_nothing_but_a_newline_ends_a_line():
     lines = "a\u2028b\x0cc\x85d\x1ee\nf\r\ng\rh\n"
     assert text.split_lines(lines) == ["a\u2028b\x0cc\x85d\x1ee", "f", "g", "h"]

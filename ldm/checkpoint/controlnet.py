@@ -38,6 +38,10 @@ def load_controlnet(
         InputError: the file is none, or was made for another model.
     """
     weights = open_state_dict(path)
+    if "difference" in weights:  # a tensor without meaning but this
+        raise InputError(
+            f"{path} holds what a ControlNet differs from its model by; take the whole ControlNet"
+        )
     arguments = {name: value for name, value in unet.items() if name not in UNUSED}
     with torch.device("meta"):
         net = ControlNet(**{**arguments, "in_channels": 4})

@@ -61,7 +61,13 @@ def convert(
         InputError: the source cannot be read, or the target is there already or cannot be written.
     """
     suffix = ".safetensors" if split is None else ""
-    target = Path(source).with_suffix(suffix) if target is None else Path(target)
+    if target is None:
+        base = Path(source)
+        if base.name in ("", ".."):
+            base = Path(os.path.abspath(base))
+        stem = base.name if base.is_dir() else base.stem
+        target = base.parent / (stem + suffix)
+    target = Path(target)
     _check_target(target, split, force)
     weights = open_state_dict(source)
     shapes = keys.canonical_shapes(weights)

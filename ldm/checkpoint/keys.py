@@ -142,6 +142,7 @@ OTHER_FAMILIES = [
     (r"^depth_model\.", "a Stable Diffusion 2 depth model"),
     (r"^(embedder\.model|noise_augmentor)\.", "a Stable unCLIP model"),
     (r"^first_stage_model\.quantize\.", "a model with a VQ first stage"),
+    (r"(^|\.)(scaled_fp8|scale_weight|weight_scale)$", "a model of scaled 8-bit numbers"),
 ]
 # What a file is that holds no U-Net under upstream's names.
 PARTS = [

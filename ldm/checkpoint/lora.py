@@ -290,14 +290,16 @@ def _change(
 
 
 def _scaled(
-    file: StateDict, layer: str, change: Change, said: Callable[[str, int], float]
+    file: StateDict, layer: str, change: Change, said: Callable[[str, int | None], float]
 ) -> Change:
     """The change with its scale, and without the tensor that said so."""
     tensors = dict(change.tensors)
     alpha = tensors.pop("alpha", None)
     scale = 1.0
-    if change.rank is not None:
-        scale = said(layer, change.rank) if alpha is None else _alpha(file, alpha) / change.rank
+    if alpha is None and change.kind in ("LoRA", "LoHa", "LoKr"):
+        scale = said(layer, change.rank)
+    elif alpha is not None and change.rank is not None:
+        scale = _alpha(file, alpha) / change.rank
     return dataclasses.replace(change, tensors=tensors, scale=scale)
 
 

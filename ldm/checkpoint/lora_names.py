@@ -5,6 +5,7 @@ Spellings are those of diffusers, PEFT, kohya-ss/sd-scripts, LyCORIS, ComfyUI an
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from ldm.checkpoint.files import StateDict
 from ldm.checkpoint.keys import TEXT_ENCODER, UNET, Shape
 from ldm.errors import InputError, escaped, shown
 from ldm.text import parse_json, read_json
+
+logger = logging.getLogger(__name__)
 
 _SUFFIXES = [
     (r"\.lora_(?:down|A)(?:\.default)?\.weight", "down"),
@@ -34,11 +37,12 @@ _SUFFIXES = [
 _ROLES = [(re.compile(rf"(?P<layer>.+?){suffix}"), role) for suffix, role in _SUFFIXES]
 _MAX_PATTERN = 200
 ADAPTER_CONFIG = "adapter_config.json"
+_PEFT = "base_model.model."  # before the names of layers in PEFT's own files
 
 
 def role_of(name: str) -> tuple[str, str] | None:
     """(layer, role) of a tensor's name; None where it is no part of an adapter."""
-    plain = name.removeprefix("base_model.model.").replace(".processor.", ".")
+    plain = name.removeprefix(_PEFT).replace(".processor.", ".")
     for pattern, role in _ROLES:
         if match := pattern.fullmatch(plain):
             own = match.groups()[1] if len(match.groups()) > 1 else ""
@@ -93,6 +97,7 @@ class Strength:
 
     Attributes:
         alpha: of all layers; None: the rank.
+        rank: of layers whose tensors have none, as LoKr's whole factors; None: nobody says.
         patterns: regular expression of the end of a layer's name -> its alpha.
         is_rank_stabilised: alpha is divided by the root of the rank.
     """
@@ -100,17 +105,19 @@ class Strength:
     alpha: float | None = None
     patterns: tuple[tuple[re.Pattern[str], float], ...] = ()
     is_rank_stabilised: bool = False
+    rank: float | None = None
 
-    def scale(self, layer: str, rank: int) -> float:
+    def scale(self, layer: str, rank: float | None) -> float:
         """By what a layer's product is multiplied."""
+        rank = rank or self.rank
         fitting = (value for pattern, value in self.patterns if pattern.fullmatch(layer))
         alpha = next(fitting, self.alpha)
-        if alpha is None:
+        if alpha is None or rank is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
 
 
-def said_scale(file: StateDict) -> Callable[[str, int], float]:
+def said_scale(file: StateDict) -> Callable[[str, int | None], float]:
     """The scale of a layer without an alpha in the file: from what PEFT or diffusers wrote.
 
     That is PEFT's adapter_config.json beside an adapter of its own, or a field in the header.
@@ -119,23 +126,30 @@ def said_scale(file: StateDict) -> Callable[[str, int], float]:
     Raises:
         InputError: it says something that cannot be.
     """
-    beside = file.path.with_name(ADAPTER_CONFIG)
-    is_peft = file.path.stem == "adapter_model" or any(
-        name.startswith("base_model.model.") for name in file
-    )
-    if is_peft and beside.exists():
-        whole = _strength(read_json(beside), "", escaped(beside))
-        return whole.scale
+    is_bare = any(name.startswith(_PEFT) for name in file)
+    if is_bare or file.path.stem == "adapter_model":
+        for path in (file.path, file.path.resolve()):  # a link may lead to PEFT's own folder
+            beside = path.with_name(ADAPTER_CONFIG)
+            if beside.exists():
+                return _strength(read_json(beside), "", escaped(beside)).scale
     text = file.metadata.get("lora_adapter_metadata")
     if text is None:
+        if is_bare and not any(name.endswith("alpha") for name in file):
+            logger.warning(
+                "%s is an adapter of PEFT without its %s, which says how strong it is; its alpha "
+                "is taken to be its rank",
+                *(escaped(file.path), ADAPTER_CONFIG),
+            )
         return Strength().scale
     where = f"{file.path}: lora_adapter_metadata"
     said = parse_json(text, where)
+    # of a pipeline's parts, or of one U-Net alone
     parts = {part: _strength(said, f"{part}.", where) for part in ("unet", "text_encoder")}
+    whole = _strength(said, "", where)
 
-    def scale(layer: str, rank: int) -> float:
+    def scale(layer: str, rank: int | None) -> float:
         part, _, inner = layer.partition(".")
-        return parts[part].scale(inner, rank) if part in parts else 1.0
+        return parts[part].scale(inner, rank) if part in parts else whole.scale(layer, rank)
 
     return scale
 
@@ -148,6 +162,9 @@ def _strength(said: Mapping[str, Any], prefix: str, where: str) -> Strength:
         return float(value)
 
     alpha = said.get(f"{prefix}lora_alpha")
+    rank = None
+    if said.get(f"{prefix}peft_type") in ("LOHA", "LOKR"):
+        alpha, rank = said.get(f"{prefix}alpha"), said.get(f"{prefix}r")
     patterns = said.get(f"{prefix}alpha_pattern") or {}
     stabilised = said.get(f"{prefix}use_rslora") or False
     if not isinstance(patterns, Mapping) or not isinstance(stabilised, bool):
@@ -160,6 +177,7 @@ def _strength(said: Mapping[str, Any], prefix: str, where: str) -> Strength:
             for key, value in patterns.items()
         ),
         stabilised,
+        None if rank is None else max(number(rank, "r"), 1.0),
     )
 
 

@@ -23,21 +23,32 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint.files import StateDict
+from ldm.checkpoint.keys import canonical_names
 from ldm.errors import InputError, escaped, shown
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("eps", "x0", "v")
+_V_PRED = r"v[-_ ]?(pred(iction)?|param(eteri[sz]ation)?)"
 _SPELLINGS = {
-    "eps": "eps", "epsilon": "eps", "x0": "x0", "sample": "x0",
-    "v": "v", "v_prediction": "v", "v-prediction": "v", "v_pred": "v", "velocity": "v",
-}  # fmt: skip
+    "eps": r"(eps(ilon)?|noise)([-_ ]?pred(iction)?)?",
+    "x0": r"x0|sample",
+    "v": rf"v|velocity|{_V_PRED}",
+}
 METADATA_KEYS = (
     "modelspec.prediction_type",
     "modelspec.predict_key",
     "prediction_type",
     "parameterization",
 )
+_SAID_ELSEWHERE = {
+    "modelspec.architecture": {
+        "stable-diffusion-v2-512": "eps",
+        "stable-diffusion-v2-768-v": "v",
+    },
+    "ss_v_parameterization": {"true": "v", "false": "eps"},
+}
+"""Metadata that say it in passing, or say nothing of it: key -> value -> kind."""
 ZERO_SNR_KEYS = ("zero_snr", "ztsnr", "zero_terminal_snr", "rescale_betas_zero_snr")
 ZERO_SNR_METADATA = (*ZERO_SNR_KEYS, "modelspec.ztsnr", "ss_zero_terminal_snr")
 MARKERS = ("v_pred", "ztsnr")
@@ -57,9 +68,12 @@ _PUBLISHED = {
     "v2-1_768-nonema-pruned": "v",
 }
 _STORAGE = re.compile(r"([-_.](fp16|fp32|bf16|half|float16|float32))+$", re.IGNORECASE)
-_V_WORD = re.compile(r"(?<![a-z0-9])v[-_ ]?pred(iction)?(?![a-z0-9])", re.IGNORECASE)
-_EPS_WORD = re.compile(r"(?<![a-z0-9])eps(ilon)?([-_ ]?pred(iction)?)?(?![a-z0-9])", re.IGNORECASE)
-_ZERO_WORD = re.compile(r"(?<![a-z0-9])zt?snr(?![a-z0-9])", re.IGNORECASE)
+_WORD = r"((?<![a-z0-9])|(?-i:(?<=[a-z0-9])(?=[A-Z])))"  # where a word begins: myModelVPred10
+_V_WORD = re.compile(rf"{_WORD}{_V_PRED}(?-i:(?![a-z]))", re.IGNORECASE)
+_EPS_WORD = re.compile(rf"{_WORD}eps(ilon)?([-_ ]?pred(iction)?)?(?-i:(?![a-z]))", re.IGNORECASE)
+_ZERO_WORD = re.compile(
+    rf"{_WORD}(zt?|zero[-_ ]?(terminal[-_ ]?)?)snr(?-i:(?![a-z]))", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -170,7 +184,8 @@ def record(metadata: Mapping[str, str], prediction: Prediction | None) -> dict[s
         key: value
         for key, value in metadata.items()
         if key not in ZERO_SNR_METADATA
-        and not (key in METADATA_KEYS and _SPELLINGS.get(_plain(value)) != prediction.kind)
+        and not (key in METADATA_KEYS and _kind(value) != prediction.kind)
+        and _said_elsewhere(key, value) in (None, prediction.kind)
     }
     names = {"v": "v", "eps": "epsilon", "x0": "sample"}
     kept["modelspec.prediction_type"] = names[prediction.kind]
@@ -193,13 +208,14 @@ def prediction_in_metadata(metadata: Mapping[str, str], whose: str = "the") -> s
     """
     for key in METADATA_KEYS:
         if key in metadata:
-            if found := _SPELLINGS.get(_plain(metadata[key])):
+            if found := _kind(metadata[key]):
                 return found
             raise InputError(
                 f"{whose} metadata say {escaped(key)}: {shown(metadata[key])}, and supported are "
                 "epsilon and v: give --parameterization to decide"
             )
-    return None
+    said = (_said_elsewhere(key, metadata.get(key, "")) for key in _SAID_ELSEWHERE)
+    return next(filter(None, said), None)
 
 
 def _statements(
@@ -208,10 +224,13 @@ def _statements(
     """What each source says, in the order in which they count."""
     yield _Statement(
         asked or prediction_in_metadata(weights.metadata, f"{weights.path}: its"),
-        any(_plain(weights.metadata.get(key, "")) in ("true", "1") for key in ZERO_SNR_METADATA),
+        any(
+            _plain(weights.metadata.get(key, "")) in ("true", "1", "yes")
+            for key in ZERO_SNR_METADATA
+        ),
         "metadata",
     )
-    found = {name for name in MARKERS if name in weights}
+    found = set(MARKERS) & canonical_names(weights).keys()
     yield _Statement("v" if "v_pred" in found else None, "ztsnr" in found, "keys")
     if beside is not None:
         name, whole = beside
@@ -219,6 +238,16 @@ def _statements(
         yield _Statement(kind_of(whole), has_zero_terminal(whole), f"configuration {name}", literal)
     stem = weights.path.name if weights.path.is_dir() else Path(weights.path).stem
     yield _Statement(prediction_in_name(stem), bool(_ZERO_WORD.search(stem)), "name")
+
+
+def _kind(text: str) -> str | None:
+    """What a word in metadata means: ``eps``, ``x0`` or ``v``."""
+    spelt = (kind for kind, form in _SPELLINGS.items() if re.fullmatch(form, _plain(text)))
+    return next(spelt, None)
+
+
+def _said_elsewhere(key: str, value: str) -> str | None:
+    return _SAID_ELSEWHERE.get(key, {}).get(_plain(value).partition("/")[0])
 
 
 def _plain(text: str) -> str:

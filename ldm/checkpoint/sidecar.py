@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from ldm.util import get_obj_from_str
 
 logger = logging.getLogger(__name__)
 
+# What a whole configuration has; scripts/train.py reads some of it.
+SECTIONS = {"model", "data", "lightning", "defaults", "shared", "seed"}
 # What forks of the training program keep in model.params, and no picture needs.
 TRAINING_KEYS = {
     *("personalization_config", "embedding_reg_weight", "unfreeze_model", "unfreeze_unet"),
@@ -44,23 +46,29 @@ def neighbouring_config(
     Raises:
         InputError: it cannot be read.
     """
-    found = path.with_suffix(".yaml")
-    if not found.is_file():
-        # scripts/train.py writes logs/RUN/checkpoints/last.ckpt and logs/RUN/configs/...
-        is_run = path.parent.name == "checkpoints"
-        stored = path.parent.parent.glob("configs/*-project.yaml") if is_run else ()
-        newest = max(stored, default=None)
-        if newest is None:
-            return None
-        found = newest
+    found = next(filter(None, map(_beside, (path, path.resolve()))), None)  # links lead home
+    if found is None:
+        return None
     return str(found), _values(load_yaml(found), str(found), shapes)
 
 
+def _beside(path: Path) -> Path | None:
+    """NAME.yaml beside a file; or what scripts/train.py stored for it: logs/RUN/configs/..."""
+    stem = path if path.is_dir() else path.with_suffix("")
+    named = [stem.parent / (stem.name + ending) for ending in (".yaml", ".yml")]
+    runs = [folder.parent for folder in path.parents[:2] if folder.name == "checkpoints"]
+    stored = [file for run in runs for file in run.glob("configs/*-project.yaml")]
+    return next((file for file in named if file.is_file()), max(stored, default=None))
+
+
 def without_training_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A configuration less what only training needs, with a line that says so."""
+    """A configuration less what only training needs, with a line that says so.
+
+    The line also names what stands where nothing reads it.
+    """
     params = _section(config, "model")
     left_out = sorted(set(params) & TRAINING_KEYS)
-    _say(left_out, name)
+    _say([*left_out, *_misplaced(config)], name)
     kept = {key: value for key, value in params.items() if key not in left_out}
     model = config.get("model")
     return {**config, "model": {**model, "params": kept}} if isinstance(model, Mapping) else {}
@@ -103,9 +111,24 @@ def _values(config: Mapping[str, Any], name: str, shapes: Mapping[str, Shape]) -
         ),
     }
     whole["params"].pop("scheduler_config", None)
-    _say(dropped, name)
+    _say([*dropped, *_misplaced(config)], name)
     defaults = config.get("defaults")
     return {"model": whole, "defaults": dict(defaults) if isinstance(defaults, Mapping) else {}}
+
+
+def _misplaced(config: Mapping[str, Any]) -> list[str]:
+    """Keys at the top that are no section, and those beside the target and params of a model."""
+
+    def beside(node: Mapping[str, Any], place: str) -> Iterator[str]:
+        for key, value in node.items():
+            if "target" in node and key not in ("target", "params", "base_learning_rate"):
+                yield place + key
+            elif isinstance(value, Mapping):
+                yield from beside(value, f"{place}{key}.")
+
+    model = config.get("model")
+    strange = beside(model, "model.") if isinstance(model, Mapping) else ()
+    return [*(key for key in config if key not in SECTIONS), *strange]
 
 
 def _section(holder: Mapping[str, Any], key: str) -> Mapping[str, Any]:

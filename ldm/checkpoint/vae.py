@@ -28,7 +28,7 @@ _DIFFUSERS = [
 def find_vae(checkpoint: Path) -> Path | None:
     """The VAE that belongs to a checkpoint by its name, such as MODEL.vae.safetensors."""
     stem = checkpoint if checkpoint.is_dir() else checkpoint.with_suffix("")
-    beside = (stem.with_name(stem.name + ending) for ending in _ENDINGS)
+    beside = (stem.parent / (stem.name + ending) for ending in _ENDINGS)  # "." has no name
     return next((file for file in beside if file.is_file() and file != checkpoint), None)
 
 

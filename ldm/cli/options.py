@@ -289,6 +289,8 @@ def gallery(args: Arguments) -> Gallery:
         InputError: pictures cannot be written there.
     """
     check_writable(args.outdir)
+    if not args.skip_save:
+        check_writable(str(Path(args.outdir) / "samples"))
     return Gallery(
         folder=Path(args.outdir),
         n_columns=args.n_rows or min(args.n_samples, 10_000),
@@ -304,6 +306,8 @@ def check_writable(outdir: str) -> None:
         Path(outdir).exists()  # complains of what can be no path
         folder = Path(outdir).absolute()
         while not folder.exists():
+            if folder.is_symlink():
+                raise ValueError(f"{escaped(folder)} is a link to nothing")
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder):
             pass

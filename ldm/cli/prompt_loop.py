@@ -35,7 +35,7 @@ def prompt_loop(
     print(HELP)
     while True:
         try:
-            line = input("prompt> ").strip()
+            line = input("prompt> ").lstrip("\ufeff").strip()  # a piped file's mark (BOM)
         except EOFError:
             print()
             return

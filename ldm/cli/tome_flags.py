@@ -72,6 +72,8 @@ def literal(text: str) -> Any:
         return None
     if not re.fullmatch(r"[\w.+~-]+", word):
         return word
+    if re.fullmatch(r"[+-]?\d{1,100}", word, re.ASCII):  # 010 is ten, which YAML takes for eight
+        return int(word)
     try:
         value = yaml.safe_load(word)
     except (yaml.YAMLError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ class FolderPictures(Dataset):
         first_stage_key: the item's key for the picture.
         flip: whether to mirror half of the items; not for captions that say left or right.
 
+    Attributes:
+        version: changes with any of the files, so that nothing made of others is taken for theirs.
+
     Raises:
         InputError: the folder is missing or has no picture, a picture has no caption, or a
             caption is no text in UTF-8.
@@ -49,6 +53,8 @@ class FolderPictures(Dataset):
         if not self.items:
             known = ", ".join(sorted(SUFFIXES))
             raise InputError(f"{escaped(folder)}: no pictures in it ({known})")
+        files = [_state(path) for path, _ in self.items]
+        self.version = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         """How many pictures there are."""
@@ -64,6 +70,15 @@ class FolderPictures(Dataset):
             self.first_stage_key: pixels.astype(np.float32) / 127.5 - 1.0,
             "caption": caption,
         }
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    """What changes with a file."""
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise InputError(f"{escaped(path)}: cannot be read ({error.strerror})") from None
+    return str(path), about.st_size, about.st_mtime_ns
 
 
 def _beside(root: Path) -> list[tuple[Path, str]]:

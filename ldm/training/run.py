@@ -73,7 +73,9 @@ def run_of(resume: str) -> tuple[Path, Path | None]:
     """
     path = Path(resume)
     if os.path.isfile(path):
-        return path.absolute().parent.parent, path
+        above = path.absolute().parents
+        runs = (folder.parent for folder in above if folder.name == "checkpoints")
+        return next(runs, above[min(1, len(above) - 1)]), path
     if not os.path.isdir(path):
         raise InputError(f"--resume {escaped(resume)}: there is no such folder; name that of a run")
     return path, None

@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     port = _checked(args)
     options.wishes(args).check()
     model = {**options.model_arguments(args), "tome": None}  # each job has its own
-    options.check_writable(args.outdir)
+    for folder in (args.outdir, str(Path(args.outdir) / "samples")):
+        options.check_writable(folder)
     if importlib.util.find_spec("gradio") is None:
         raise InputError('the page needs gradio: pip install -e ".[web]"')
     with tempfile.TemporaryDirectory(prefix="ldm-webui-") as uploads:

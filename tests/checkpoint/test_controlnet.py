@@ -63,3 +63,6 @@ def test_files_for_other_models_are_refused(files, tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="is no ControlNet"):
         load_controlnet(tmp_path / "other.safetensors", unet)
+    save_file({"difference": torch.zeros(0)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="what a ControlNet differs from its model by"):
+        load_controlnet(tmp_path / "other.safetensors", unet)

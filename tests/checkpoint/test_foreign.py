@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -203,6 +204,20 @@ def test_nor_do_they_in_a_configuration_that_is_given(tmp_path, caplog, config, 
     )
     assert is_same(load_model(path, tmp_path / "run.yaml"), weights)
     assert "left out: embedding_reg_weight" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["m.yaml", "run.yaml"])
+def test_what_stands_where_nothing_reads_it_is_named(tmp_path, caplog, config, weights, name):
+    def change(model, params):
+        model["steps"] = 3
+        params["unet_config"]["use_fp16"] = True
+
+    path = beside(tmp_path, config, weights, change, name)
+    with (tmp_path / name).open("a") as file:
+        file.write("\ndefault: {steps: 3}\n")
+    load_model(path, tmp_path / name if name == "run.yaml" else None)
+    for key in ("default", "model.steps", "model.params.unet_config.use_fp16"):
+        assert re.search(rf"left out: .*\b{key}\b", caplog.text)
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,7 @@ def test_small_model_is_custom():
         ({"control_model.input_blocks.0.0.weight": (1,), IN: (320, 4, 3, 3)}, "a ControlNet"),
         ({"input_hint_block.0.weight": (16, 3, 3, 3)}, "a ControlNet"),
         ({"down_blocks.0.motion_modules.0.x": (1,)}, "an AnimateDiff motion module"),
+        ({IN: (320, 4, 3, 3), f"{UNET}scaled_fp8": (2,)}, "a model of scaled 8-bit numbers"),
         ({"emb_params": (3, 768)}, "a textual-inversion embedding"),
         ({"encoder.conv_in.weight": (128, 3, 3, 3)}, "a VAE in a file of its own"),
         ({"down_blocks.0.resnets.0.conv1.weight": (1,)}, "a diffusers U-Net"),

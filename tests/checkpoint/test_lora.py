@@ -244,6 +244,19 @@ def test_scales_in_diffusers_metadata(shapes, tmp_path):
         assert scale == pytest.approx(1 / RANK if "attn2.to_k" in name else expected)
 
 
+def test_scales_in_the_metadata_of_a_unet_alone(shapes, tmp_path):
+    """diffusers' U-Net writes its adapter without the names of a pipeline's parts."""
+    tensors = {
+        name.removeprefix("unet."): tensor
+        for name, tensor in dotted(*all_factors(shapes), "lora_A", "lora_B").items()
+        if name.startswith("unet.")
+    }
+    said = {"lora_alpha": 6, "alpha_pattern": {"attn2.to_k": 1}}
+    path = write(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(said)})
+    for change in read_lora(path, 1, shapes).changes:
+        assert change.scale == (1 if "attn2.to_k" in change.place.name else 6) / RANK
+
+
 def test_several_add_up_and_the_next_set_replaces_them(model, shapes, tmp_path):
     unet, text = all_factors(shapes)
     first = write(tmp_path, kohya(unet, {}, None), name="first.safetensors")
@@ -490,6 +503,38 @@ def test_strength_is_what_the_adapters_configuration_says(shapes, tmp_path):
         assert change.scale == alpha / RANK
     adapter(tmp_path, shapes, lora_alpha=32, use_rslora=True)
     assert {c.scale for c in read_lora(path, 1, shapes).changes} == {32 / math.sqrt(RANK)}
+
+
+def test_an_adapters_configuration_lies_beside_what_a_link_leads_to(shapes, tmp_path):
+    (tmp_path / "run").mkdir()
+    link = tmp_path / "style.safetensors"
+    link.symlink_to(adapter(tmp_path / "run", shapes, lora_alpha=32))
+    assert {change.scale for change in read_lora(link, 1, shapes).changes} == {32 / RANK}
+
+
+def test_an_adapter_without_its_configuration_is_said(shapes, tmp_path, caplog):
+    path = adapter(tmp_path, shapes)
+    (tmp_path / "adapter_config.json").unlink()
+    assert {change.scale for change in read_lora(path, 1, shapes).changes} == {1.0}
+    assert "without its adapter_config.json" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr, whole"])
+def test_the_strength_of_pefts_other_kinds(shapes, tmp_path, kind):
+    """Their alpha has a name of its own; the rank may be in the configuration alone."""
+    layer = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
+    n, _ = shapes[f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight"]
+    low = {"a": (n, RANK), "b": (RANK, n)}
+    sizes = {
+        "LoHa": {f"hada_w{i}_{side}": low[side] for i in (1, 2) for side in "ab"},
+        "LoKr": {"lokr_w1": (2, 2), "lokr_w2_a": (n // 2, RANK), "lokr_w2_b": (RANK, n // 2)},
+        "LoKr, whole": {"lokr_w1": (2, 2), "lokr_w2": (n // 2, n // 2)},
+    }[kind]
+    said = {"peft_type": kind[:4].upper(), "r": RANK, "alpha": 32}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    tensors = {f"{layer}.{role}": torch.ones(size) for role, size in sizes.items()}
+    path = write(tmp_path, tensors, name="adapter_model.safetensors")
+    assert [change.scale for change in read_lora(path, 1, shapes).changes] == [32 / RANK]
 
 
 def test_an_adapters_configuration_is_not_that_of_a_file_beside_it(shapes, tmp_path):

@@ -58,6 +58,11 @@ def stored(path):
         ("mix vPrediction zsnr", "v"),
         ("eps-vpred", None),
         ("improved", None),
+        ("mixXL_vPred10Version", "v"),
+        ("mixXL_epsilonPred11Version", "eps"),
+        ("sd15Vpred", "v"),
+        ("style v predator", None),
+        ("preview", None),
     ],
 )
 def test_prediction_in_a_files_name(stem, prediction):
@@ -73,6 +78,13 @@ def test_prediction_in_a_files_name(stem, prediction):
         ({"parameterization": "eps"}, "eps"),
         ({"prediction_type": "sample"}, "x0"),
         ({"modelspec.predict_key": " V "}, "v"),
+        ({"prediction_type": "vpred"}, "v"),
+        ({"prediction_type": "eps_prediction"}, "eps"),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v"),
+        ({"modelspec.architecture": "stable-diffusion-v2-512"}, "eps"),
+        ({"modelspec.architecture": "stable-diffusion-v1"}, None),
+        ({"ss_v_parameterization": "True"}, "v"),
+        ({"ss_v_parameterization": "False", "prediction_type": "v"}, "v"),
         ({"format": "pt"}, None),
         ({}, None),
     ],
@@ -101,6 +113,9 @@ def test_metadata_that_say_something_else_are_not_passed_by(tmp_path):
         ("m-vpred", {}, "v", False, "by its name"),
         ("m v-pred ztsnr", {}, "v", True, "by its name"),
         ("m-vpred", {"prediction_type": "epsilon"}, "eps", False, "by its metadata"),
+        ("m", {"ss_v_parameterization": "true", "ztsnr": "yes"}, "v", True, "by its metadata"),
+        ("m", {"markers": ["module.v_pred", "module.ztsnr"]}, "v", True, "by its keys"),
+        ("mVPred_zeroSnr", {}, "v", True, "by its name"),
     ],
 )
 def test_loading_and_converting_decide_alike(tmp_path, family, name, facts, kind, zero_snr, source):
@@ -140,6 +155,20 @@ def test_the_configuration_beside_a_file_is_recorded(tmp_path):
     assert info.prediction_source == f"by its configuration {tmp_path / 'm.yaml'}"
     _, written = stored(convert(write_header(path, BIAS), tmp_path / "b.safetensors"))
     assert written["modelspec.prediction_type"] == "v"
+
+
+def test_the_configuration_of_a_link_is_that_of_its_file(tmp_path):
+    """Also with the other ending; one beside the link itself comes first."""
+    whole = load_config("configs/stable-diffusion/v1-inference.yaml")
+    whole["model"]["params"]["parameterization"] = "v"
+    (tmp_path / "m.yml").write_text(yaml.safe_dump(whole))
+    (tmp_path / "models").mkdir()
+    link = tmp_path / "models" / "model.safetensors"
+    link.symlink_to(model(tmp_path / "m.safetensors"))
+    assert inspect_checkpoint(link).prediction == "v"
+    whole["model"]["params"]["parameterization"] = "eps"
+    link.with_suffix(".yaml").write_text(yaml.safe_dump(whole))
+    assert inspect_checkpoint(link).prediction == "eps"
 
 
 def test_the_first_in_the_order_holds_and_a_contradiction_is_said(tmp_path, caplog):

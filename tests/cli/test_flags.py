@@ -163,6 +163,17 @@ def test_outdir_is_checked_without_a_trace(tmp_path):
         options.gallery(parse("--outdir", str(tmp_path / "file" / "b")))
 
 
+def test_outdir_that_leads_nowhere_is_found_before_anything_is_drawn(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    for outdir in ("link", "link/b"):
+        with pytest.raises(InputError, match=r"cannot write there \(.*link is a link to nothing"):
+            options.gallery(parse("--outdir", str(tmp_path / outdir)))
+    (tmp_path / "samples").touch()
+    with pytest.raises(InputError, match="samples: cannot write there"):
+        options.gallery(parse("--outdir", str(tmp_path)))
+    options.gallery(parse("--outdir", str(tmp_path), "--skip_save"))
+
+
 # --- prompts and Token Merging ----------------------------------------------------------------
 
 

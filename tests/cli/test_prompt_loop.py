@@ -32,14 +32,14 @@ def loop(monkeypatch):
 
 
 def test_each_line_is_drawn_until_the_input_ends(loop):
-    drawn, tome = loop("hills", "", "  the sea ", "none", flags=["--steps", "7"])
+    drawn, tome = loop("\ufeffhills", "", "  the sea ", "none", flags=["--steps", "7"])
     assert [settings.prompt for settings in drawn] == ["hills", "the sea", "none"]
     assert {settings.steps for settings in drawn} == {7}
     assert tome == []
 
 
 def test_settings_hold_until_they_are_taken_back(loop):
-    drawn, _ = loop("a", "!set steps 30", "!set dpm", "b", "!unset steps", "c", "!quit", "d")
+    drawn, _ = loop("a", "!set steps 030", "!set dpm", "b", "!unset steps", "c", "!quit", "d")
     made = [(s.prompt, s.steps, s.sampler) for s in drawn]
     assert made == [("a", None, None), ("b", 30, "dpm_solver"), ("c", None, "dpm_solver")]
 

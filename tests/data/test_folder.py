@@ -57,6 +57,21 @@ def test_a_mark_at_the_beginning_is_no_caption_and_only_newlines_end_a_line(tmp_
     assert FolderPictures(str(tmp_path), size=8)[0]["caption"] == "a house"
 
 
+def test_other_pictures_have_another_version(tmp_path):
+    """So that latents of those before are not taken for theirs, also where there are as many."""
+    for name in ("a.png", "b.png"):
+        write_picture(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("a house")
+    before = FolderPictures(str(tmp_path)).version
+    assert FolderPictures(str(tmp_path)).version == before
+    write_picture(tmp_path / "b.png", width=60)
+    assert FolderPictures(str(tmp_path)).version != before
+    (tmp_path / "b.png").unlink()
+    (tmp_path / "b.png").symlink_to("none.png")
+    with pytest.raises(InputError, match=r"b\.png: cannot be read"):
+        FolderPictures(str(tmp_path))
+
+
 def test_a_flip_mirrors_half_of_the_items(tmp_path):
     write_picture(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a")

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ldm.checkpoint.files import INDEX, open_state_dict
+from ldm.checkpoint.vae import find_vae
 from ldm.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,16 @@ def test_command(ckpt):
         ours = name.replace("transformer.encoder", "transformer.text_model.encoder")
         assert torch.equal(tensors[ours], tensor)
         assert tensors[ours].dtype == tensor.dtype
+
+
+def test_the_name_of_a_folder_has_no_ending(tmp_path, monkeypatch):
+    folder = tmp_path / "sd1.5"
+    folder.mkdir()
+    save_file({"model.diffusion_model.out.2.bias": torch.ones(4)}, folder / "all.safetensors")
+    monkeypatch.chdir(folder)
+    assert convert(folder) == tmp_path / "sd1.5.safetensors"
+    assert convert(".", force=True) == tmp_path / "sd1.5.safetensors"
+    assert find_vae(Path(".")) is None
 
 
 def test_command_refuses_in_one_line(ckpt, tmp_path):

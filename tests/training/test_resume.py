@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.training.run import main
+from ldm.training.run import main, run_of
 from tests.training.toy import diffusion_config, pictures, toy_config, train, write
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -65,3 +65,12 @@ def test_losses_are_those_of_the_unbroken_run(kind: str, n_first: int, tmp_path:
     stopped = train(path, tmp_path / "stopped", "--max_steps", str(n_first))
     main(["--resume", str(stopped), "--train", "--max_steps", str(N_STEPS)])
     check_same(unbroken, stopped)
+
+
+def test_the_run_of_a_checkpoint_is_above_its_checkpoints(tmp_path):
+    """However deep they are kept: upstream's trainstep_checkpoints are a folder below."""
+    for name in ("last.ckpt", "trainstep_checkpoints/a.ckpt"):
+        path = tmp_path / "run" / "checkpoints" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        assert run_of(str(path)) == (tmp_path / "run", path)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.files import open_state_dict
+from ldm.checkpoint.keys import COMPONENTS, UNET, canonical_names, is_weight
+from ldm.checkpoint.prediction import decide_prediction
 from ldm.errors import InputError, escaped
 from ldm.models.diffusion.arguments import INERT_ARGUMENTS, check_choice, check_inert
 from ldm.models.diffusion.denoiser import DiffusionWrapper
@@ -401,15 +403,32 @@ class LatentDiffusion(nn.Module):
             InputError: there is nothing to load.
         """
         weights = open_state_dict(path)
-        names = [name for name in weights if not name.startswith(tuple(ignore_keys))]
+        stored = canonical_names(weights)
+        names = [name for name in stored if not name.startswith(tuple(ignore_keys))]
         if only_model:
-            names = [name for name in names if name.startswith("model.diffusion_model.")]
-        state = {name: weights[name] for name in names}
+            names = [name for name in names if name.startswith(UNET)]
+        weights.require_weights(stored[name] for name in names if is_weight(name))
+        state = {name: weights[stored[name]] for name in names}
         missing, unexpected = self.load_state_dict(state, strict=False)
         if len(unexpected) == len(state):
             raise InputError(f"{escaped(path)} has no weights of this model in it")
         if self.use_ema and not any(name.startswith("model_ema.") for name in state):
             self.model_ema = LitEma(self.model)  # an average of these weights, not of random ones
+        # whole components may come from elsewhere
+        begun = tuple(part for part in COMPONENTS if any(name.startswith(part) for name in state))
+        lost = [n for n in missing if n.startswith(begun) and not n.startswith(tuple(ignore_keys))]
+        if lost:
+            logger.warning(
+                "%s lacks weights of this model, which stay as they began: %d, such as %s",
+                *(escaped(path), len(lost), lost[0]),
+            )
+        said = decide_prediction(weights)
+        if said is not None and said.kind != self.parameterization:
+            logger.warning(
+                "%s predicts %s (%s), and is to be trained to predict %s: "
+                "model.params.parameterization decides",
+                *(escaped(path), said.kind, said.source, self.parameterization),
+            )
         counts = len(state), len(missing), len(unexpected)
         logger.info("%s: %d tensors, %d missing, %d without a place", path, *counts)
 

@@ -85,9 +85,10 @@ def embed_prompt(
     if any(weight != 1 for chunk in found for _, weight in chunk):
         if embedding.shape[1] != encoder.max_length:
             raise InputError("emphasis needs a text encoder with an embedding for each token")
-        factors = torch.ones(len(found), encoder.max_length, 1)
+        factors = torch.ones(len(found), encoder.max_length, 1, dtype=torch.float32)
         for row, chunk in zip(factors, found, strict=True):
-            row[1 : 1 + len(chunk), 0] = torch.tensor([weight for _, weight in chunk])
+            weights = [weight for _, weight in chunk]
+            row[1 : 1 + len(chunk), 0] = torch.tensor(weights, dtype=torch.float32)
         empty = encoder.embed([[]], clip_skip)
         embedding = embedding + (factors.to(embedding) - 1) * (embedding - empty)
     return rearrange(embedding, "n l c -> 1 (n l) c")

@@ -5,12 +5,16 @@ Pure Python, so that ``--help`` and configuration errors need no torch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from ldm.errors import InputError
 from ldm.modules.tome.keys import AMOUNTS, KEYS, LARGEST, METHOD_KEYS, METHODS, METRICS, spelled_out
+
+logger = logging.getLogger(__name__)
 
 ROUNDING = 1e-4  # a ratio written with four digits may stand for a fraction such as 8/9
 
@@ -71,6 +75,13 @@ class ToMeConfig:
         values.setdefault("window", 3 if values["method"] == "grid" else None)
         _set_metric(values)
         rules = tuple(_rule(spelled_out(entry), given) for entry in values.pop("rules", ()))
+        for first, second in pairwise(rules):
+            if second.min_tokens >= first.min_tokens:
+                logger.warning(
+                    "ToMe rules: the entry from %d tokens never acts after that from %d; begin "
+                    "with the most tokens",
+                    *(second.min_tokens, first.min_tokens),
+                )
         if values.get("hires") is not None:
             values["hires"] = _second_pass(values["hires"], given)
         return cls(**values, rules=rules)

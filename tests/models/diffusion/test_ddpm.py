@@ -154,6 +154,24 @@ def test_weights_are_loaded_from_a_file(tmp_path, suffix):
         build(ckpt_path=str(tmp_path / "missing.ckpt"))
 
 
+def test_weights_under_other_names_are_loaded_and_what_is_lost_is_said(tmp_path, caplog):
+    source = build()
+    nn.init.constant_(source.model.diffusion_model.conv_in.weight, 7.0)
+    state = {f"module.{name}": tensor for name, tensor in source.state_dict().items()}
+    path = tmp_path / "weights.ckpt"
+    torch.save({"state_dict": state}, path)
+    assert (build(ckpt_path=str(path)).model.diffusion_model.conv_in.weight == 7).all()
+    assert not caplog.records
+    name = "module.first_stage_model.encoder.weight"
+    torch.save({**{n: t for n, t in state.items() if n != name}, "v_pred": torch.ones(())}, path)
+    build(ckpt_path=str(path))
+    assert "which stay as they began: 1, such as first_stage_model.encoder.weight" in caplog.text
+    assert "predicts v (by its keys), and is to be trained to predict eps" in caplog.text
+    torch.save(state | {name: torch.ones(3, dtype=torch.int8)}, path)
+    with pytest.raises(InputError, match=r"first_stage_model\.encoder\.weight is int8"):
+        build(ckpt_path=str(path))
+
+
 def test_a_run_reaches_token_merging():
     class Merger:
         n_runs = 0

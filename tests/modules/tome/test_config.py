@@ -30,6 +30,16 @@ def test_plain_ratio_merges_all_of_attention_at_the_top() -> None:
     assert plain.removed(64, 64) == 2048
 
 
+def test_of_two_rules_that_fit_the_first_wins_and_one_that_never_acts_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    small, large = {"min_tokens": 64, "ratio": 0.5}, {"min_tokens": 4096, "ratio": 0.2}
+    assert config(rules=[large, small]).for_tokens(4096).ratio == 0.2
+    assert not caplog.records
+    assert config(rules=[small, large]).for_tokens(4096).ratio == 0.5
+    assert "the entry from 4096 tokens never acts after that from 64" in caplog.text
+
+
 @pytest.mark.parametrize(
     "keys",
     [
