@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
-from ldm.evaluation.appendix_f.measures import MEASURES
+from ldm.evaluation.appendix_f.measures import FRECHET, MEASURES
 from ldm.text import read_json, read_text
 from ldm.util import written_whole
 
 # A rehearsal goes through everything with as little drawing as possible.
 REHEARSAL = ("--n_prompts", "2", "--n_seeds", "1", "--steps", "2")
 REHEARSED_PICTURE = ("--steps", "2")
+WORK = ("work_left", "saved_work", "saved_whole")  # what a column may have besides measures
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,10 @@ def make_docs(spec: Mapping[str, Any], root: Path, outdir: Path, is_rehearsal: b
     Returns: the files that were written.
 
     Raises:
-        InputError: a document has no place for a table, or an experiment lacks a row.
+        InputError: the list cannot be used, a document has no place for a table, or an experiment
+            lacks a row.
     """
+    check(spec)
     documents = {name: root / table["file"] for name, table in spec["tables"].items()}
     for name, path in documents.items():
         fill(read_text(path), name, "", path)  # complains before anything is drawn
@@ -81,6 +84,37 @@ def make_docs(spec: Mapping[str, Any], root: Path, outdir: Path, is_rehearsal: b
             file.write((folder / picture["take"]).read_bytes())
         written.append(place)
     return written
+
+
+def check(spec: Mapping[str, Any]) -> None:
+    """Complain of a list of tables and pictures that cannot be made, before anything is drawn.
+
+    Raises:
+        InputError: of the first thing that is wrong.
+    """
+    experiments, measures = spec["experiments"], (*WORK, *MEASURES, FRECHET)
+    for name, table in spec["tables"].items():
+        keys = {*table} if isinstance(table, Mapping) else set()
+        is_whole = {"file", "columns", "rows"} <= keys
+        if not is_whole or not all(isinstance(table[k], Mapping) for k in ("columns", "rows")):
+            raise InputError(f"table {name}: it needs file, columns and rows")
+        for title, what in table["columns"].items():
+            words = str(what).split()
+            if len(words) != 3 or words[0] not in experiments or not words[1].isdecimal():
+                raise InputError(
+                    f"table {name}: {title}: {what}: allowed is an experiment "
+                    f"({', '.join(experiments)}), a size and a measure"
+                )
+            measure = words[2].partition("@")[0].removesuffix("+")
+            if measure not in measures:
+                raise InputError(
+                    f"table {name}: {title}: {measure}: measures are {', '.join(measures)}"
+                )
+    for name, picture in spec["pictures"].items():
+        keys = {*picture} if isinstance(picture, Mapping) else set()
+        is_known = "experiment" in keys and picture["experiment"] in experiments
+        if "take" not in keys or not (is_known or {"program", "flags"} <= keys):
+            raise InputError(f"picture {name}: it needs take, and experiment or program and flags")
 
 
 def _run(program: str, flags: Sequence[Any], folder: Path, more: Sequence[str]) -> None:
@@ -147,10 +181,10 @@ def cell(row: Mapping[str, Any], what: str) -> str:
 
     Grey, here in italics, is what is above the precision floor.
     """
-    if what == "work_left":
+    if what == WORK[0]:
         return f"{1 - row['saved_work']:.0%}".replace("%", " %")
-    if what in ("saved_work", "saved_whole"):
-        return f"{row[what]:.0%}".replace("%", " %")
+    if what in WORK:
+        return "" if row[what] is None else f"{row[what]:.0%}".replace("%", " %")
     name = what.removesuffix("+")
     one = row["measures"].get(name)
     if one is None:

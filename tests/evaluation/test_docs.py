@@ -6,7 +6,7 @@ import yaml
 from ldm.config import load_config
 from ldm.errors import InputError
 from ldm.evaluation.appendix_f import program
-from ldm.evaluation.docs import fill, make_docs, markdown
+from ldm.evaluation.docs import check, fill, make_docs, markdown
 from ldm.images import load_rgb
 
 ROOT = Path(__file__).parents[2]
@@ -43,9 +43,31 @@ def test_a_document_without_a_place_is_named():
         fill(TEXT, "other", "", Path("a.md"))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tables": {"a": {"file": "a.md", "rows": {}}}}, "table a: it needs file, columns and"),
+        ({"columns": {"dB": "all psnr_db"}}, "table main: dB: all psnr_db: allowed is an exper"),
+        ({"columns": {"dB": "other 16 psnr_db"}}, r"allowed is an experiment \(all\), a size"),
+        ({"columns": {"dB": "all 16 psnr"}}, "table main: dB: psnr: measures are work_left, "),
+        ({"pictures": {"a.png": {"take": "b.png"}}}, "picture a.png: it needs take, and"),
+        ({"pictures": {"a.png": {"experiment": "all"}}}, "picture a.png: it needs take, and"),
+        ({"pictures": {"a.png": None}}, "picture a.png: it needs take, and"),
+    ],
+)
+def test_a_list_that_cannot_be_made_is_said_before_anything_is_drawn(wrong, message, tmp_path):
+    columns = {"dB": "all 16 psnr_db+@0.5", **wrong.pop("columns", {})}
+    table = {"file": "a.md", "columns": columns, "rows": {"it": "half"}}
+    spec = {"experiments": {"all": []}, "tables": {"main": table}, "pictures": {}, **wrong}
+    with pytest.raises(InputError, match=message):
+        make_docs(spec, tmp_path, tmp_path / "out", True)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["docs", "ranking"])
 def test_the_shipped_lists_fit_the_documents(name):
     spec = load_config(f"configs/study/{name}.yaml")
+    check(spec)
     for name, table in spec["tables"].items():
         fill((ROOT / table["file"]).read_text(encoding="utf-8"), name, "", Path(table["file"]))
         for what in table["columns"].values():

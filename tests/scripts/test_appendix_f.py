@@ -171,6 +171,9 @@ def test_the_published_protocol_has_the_published_settings(tiny_checkpoint, caps
     n_of_a_control = 4  # pictures of two of the 40 classes
     n_all = 12 * 80 + told.count("  control: ") * n_of_a_control
     assert f"\n{n_all} pictures," in told
+    fewer = len(re.findall(r"^  control: 1 steps", told, re.MULTILINE)) * n_of_a_control
+    assert f"{2 * n_all - fewer} steps in all" in told
+    assert "There is no FID without --fid-weights" in told
 
 
 def test_prompts_are_spread_over_the_classes_and_more_can_be_added():
@@ -286,6 +289,9 @@ def wait_for_pictures(process, folder, n):
         (["--sizes", "16392"], "--sizes 16392: allowed are multiples of 8 from 8 to 16384"),
         (["--seed", "-1"], "--seed -1: allowed is 0 or more"),
         (["--speed", "sdxl"], "--speed sdxl: allowed is own"),
+        (["--fid-weights", __file__], "--fid-weights: FID needs --fid-reference, too"),
+        (["--fid-reference", "."], "--fid-reference: FID needs --fid-weights, too"),
+        (["--table-only"], "--table-only: there are no pictures in"),
         (["--fid-weights", "nowhere.pth"], "--fid-weights nowhere.pth: there is no such file"),
     ],
 )

@@ -13,7 +13,6 @@ import torch
 from ldm.demo.classifier import load_classifier
 from ldm.demo.scenes import Scene
 from ldm.distributed import Process
-from ldm.errors import InputError
 from ldm.evaluation.appendix_f.draw import Experiment
 from ldm.evaluation.appendix_f.measures import FRECHET
 from ldm.evaluation.appendix_f.networks import (
@@ -28,6 +27,7 @@ from ldm.evaluation.appendix_f.plan import Batch, Plan, Setting
 from ldm.evaluation.appendix_f.plots import write_plots
 from ldm.evaluation.appendix_f.report import report_page
 from ldm.evaluation.appendix_f.speed import OWN, measure_speed
+from ldm.evaluation.appendix_f.statistics import Statistics
 from ldm.evaluation.appendix_f.store import Store
 from ldm.evaluation.appendix_f.table import (
     add_equal_time,
@@ -121,6 +121,8 @@ def conduct(
     if process.is_first:
         store.remove_leftovers()
         store.claim(common, plan.prompts)
+        if extras.fid_reference is not None:  # complains before hours of drawing
+            references(plan, store, judges, extras)
     process.wait()
     if not process.is_first:
         store.claim(common, plan.prompts)
@@ -138,8 +140,6 @@ def make_judges(extras: Extras, has_scenes: bool, device: torch.device) -> list[
     Raises:
         InputError: one cannot be used.
     """
-    if extras.fid_weights is not None and extras.fid_reference is None:
-        raise InputError("--fid-weights: FID needs --fid-reference, too")
     judges = attribute_judges(load_classifier()) if has_scenes else []
     if extras.fid_weights is not None:
         judges = [judge for judge in judges if judge.name != FRECHET]
@@ -169,14 +169,8 @@ def finish(
     results = read(plan, store, experiment.process, judges)
     if not experiment.process.is_first:
         return
-    judge = next((one for one in judges if one.name == FRECHET), None)
-    references = {}
-    if judge is not None:
-        for size in plan.sizes:
-            cache = store.folder / "reference"
-            found = reference(judge, extras.fid_reference, extras.n_rendered, size, cache)
-            references[size] = found
-    table = make_table(plan, results, work, references, extras.against)
+    known = references(plan, store, judges, extras)
+    table = make_table(plan, results, work, known, extras.against)
     speed = _speed(experiment, extras) if extras.speed else {"rows": []}
     own = {(row["size"], row["key"]): row for row in speed["rows"] if row["model"] == OWN}
     for row in table:
@@ -205,18 +199,32 @@ def finish(
     print(f"Open {path}; the table is {path.with_name('table.csv')}")
 
 
+def references(
+    plan: Plan, store: Store, judges: Sequence[Judge], extras: Extras
+) -> dict[int, Statistics]:
+    """What is known of the reference pictures of each size, if one of the judges compares them.
+
+    Raises:
+        InputError: they cannot be used.
+    """
+    judge = next((one for one in judges if one.name == FRECHET), None)
+    if judge is None:
+        return {}
+    source, n, cache = extras.fid_reference, extras.n_rendered, store.folder / "reference"
+    return {size: reference(judge, source, n, size, cache) for size in plan.sizes}
+
+
 def _time_that_counts(
     plan: Plan, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[str, dict[tuple[int, str], float]]:
-    """The model whose time tells how many fewer steps are as fast: SD's shapes, else our own."""
-    names = dict.fromkeys(row["model"] for row in rows)
-    name = next((one for one in names if one != OWN), OWN)
-    found: dict[tuple[int, str], float] = {}
-    for row in rows:
-        if row["model"] == name and row["speedup"] is not None:
-            sizes = (row["size"],) if name == OWN else plan.sizes
-            found |= {(size, row["key"]): row["speedup"] for size in sizes}
-    return name, found
+    """The model whose time tells how many fewer steps are as fast: SD's shapes, else our own.
+
+    Merging gains more in larger pictures, so a time counts for those of its own size.
+    """
+    fits = [row for row in rows if row["size"] in plan.sizes and row["speedup"] is not None]
+    name = next((row["model"] for row in fits if row["model"] != OWN), OWN)
+    speedups = {(r["size"], r["key"]): r["speedup"] for r in fits if r["model"] == name}
+    return name, speedups
 
 
 def _about(experiment: Experiment, command: str, where: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ from ldm.demo.scenes import Scene
 from ldm.errors import InputError
 from ldm.evaluation.appendix_f.measures import FRECHET
 from ldm.evaluation.appendix_f.statistics import Statistics
+from ldm.evaluation.appendix_f.store import read_arrays
 from ldm.images import load_rgb, to_pixels, to_unit
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -60,7 +61,7 @@ class Judge:
 
     Attributes:
         name: of the measure, or `FRECHET` for features that a Fréchet distance compares.
-        key: a hash of its weights.
+        key: a hash of its weights, and how it is used where there is a choice.
         title: what the network is.
         width: numbers for each picture.
         look: a value, or None where there is none.
@@ -133,12 +134,14 @@ def inception_judge(weights: str | Path, device: torch.device) -> Judge:
         except (OSError, RuntimeError, KeyError) as error:
             raise _unusable("--fid-weights", weights, error) from None
     network = metric.inception.to(device)
+    network.use_antialias = False  # published FIDs make pictures smaller without
 
     def features(looked: Looked) -> Tensor:
         pixels = torch.from_numpy(to_pixels(looked.picture.cpu())).movedim(-1, 1)
         return network(pixels.to(device))
 
-    return Judge(FRECHET, weights_key(stored.items()), "Inception", INCEPTION_WIDTH, features)
+    key = f"{weights_key(stored.items())}-bilinear"
+    return Judge(FRECHET, key, "Inception", INCEPTION_WIDTH, features)
 
 
 def lpips_judge(weights: str | Path) -> Judge:
@@ -219,7 +222,13 @@ def clip_judge(folder: str | Path) -> Judge:
 
     options: dict[str, Any] = {"local_files_only": True}
     try:
-        model = CLIPModel.from_pretrained(str(folder), use_safetensors=True, **options).eval()
+        found: Any = CLIPModel.from_pretrained(
+            str(folder), use_safetensors=True, output_loading_info=True, **options
+        )
+        model, loaded = found
+        if loaded["missing_keys"]:  # these would be random
+            raise ValueError(f"it lacks {min(loaded['missing_keys'])}")
+        model.eval()
         processor = CLIPProcessor.from_pretrained(str(folder), **options)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise _unusable("--clip", folder, error) from None
@@ -290,11 +299,14 @@ def reference(
         pictures = (picture_of(i, PROMPT_SEED + 2, "held_out", size) for i in range(n))
     else:
         folder = Path(source).resolve()
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+        found = (file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+        files = sorted(file for file in found if not file.is_dir())
         if len(files) < 2:
-            raise InputError(f"--fid-reference {source}: there are no pictures in it")
-        stats = [(str(file), file.stat()) for file in files]
-        identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+            raise InputError(
+                f"--fid-reference {source}: pictures in it: {len(files)}; at least two are needed "
+                f"({', '.join(PICTURES)})"
+            )
+        identity = [_stamp(file) for file in files]
         n, pictures = len(files), (load_rgb(file) for file in files)
     key = hashlib.sha256(repr([judge.entry, *identity]).encode()).hexdigest()[:16]
     path = cache / f"{key}.npz"
@@ -305,9 +317,18 @@ def reference(
             path.unlink()
     unit = (torch.from_numpy(to_unit(pixels[None])) for pixels in pictures)
     rows = [judge(Looked(one, None, "", None)) for one in _shown(unit, n)]
-    found = Statistics.of(torch.from_numpy(np.stack(rows)))
-    found.save(path)
-    return found
+    statistics = Statistics.of(torch.from_numpy(np.stack(rows)))
+    statistics.save(path)
+    return statistics
+
+
+def _stamp(file: Path) -> list[Any]:
+    """What changes with a file."""
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise InputError(f"--fid-reference {file}: cannot be read ({error.strerror})") from None
+    return [str(file), stat.st_size, stat.st_mtime_ns]
 
 
 def _shown(pictures: Iterable[Tensor], n: int) -> Iterable[Tensor]:
@@ -316,9 +337,11 @@ def _shown(pictures: Iterable[Tensor], n: int) -> Iterable[Tensor]:
 
 def _read(path: Path, judge: Judge) -> Statistics:
     try:
-        with np.load(path) as there:
-            mean, covariance = (torch.from_numpy(there[name]).double() for name in ("mu", "sigma"))
-    except (OSError, ValueError, KeyError, TypeError):
+        there = read_arrays(path)
+        mean, covariance = (torch.from_numpy(there[name]).double() for name in ("mu", "sigma"))
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError("not numbers")
+    except (ValueError, KeyError, TypeError):
         raise InputError(
             f"--fid-reference {path}: allowed is a folder of pictures, or an .npz file with mu "
             "and sigma"

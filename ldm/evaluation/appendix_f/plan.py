@@ -35,6 +35,7 @@ FLOORS = ("again", "rounding", "precision")  # controls that save nothing
 CONTROL_RATIO = 0.5
 FEWER_STEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the plan's steps
 BEST_SAMPLER = "dpm_solver"  # nearest to its own limit after few steps; see docs/performance.md
+LONGEST = 100  # letters of a setting's name in that of its folder
 _ROUNDING = 1e-4
 
 
@@ -75,7 +76,8 @@ class Setting:
     @property
     def folder(self) -> str:
         """Name of the folder of its pictures."""
-        return f"{re.sub('[^a-z0-9.]+', '-', self.name.lower()).strip('-')}-{self.key}"
+        words = re.sub("[^a-z0-9.]+", "-", self.name.lower()).strip("-")
+        return f"{words[:LONGEST]}-{self.key}"
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ def control_setting(control: str, ratio: float = CONTROL_RATIO, name: str = "") 
     """A control; ratio is the share of tokens that are merged or dropped.
 
     Raises:
-        InputError: there is no such control.
+        InputError: there is no such control, or it cannot have that ratio.
     """
     allowed = [name for name in CONTROLS if name != "steps"]
     if control not in allowed:
@@ -244,6 +246,8 @@ def control_setting(control: str, ratio: float = CONTROL_RATIO, name: str = "") 
     elif control in ("random", "drop"):
         config = {"method": "random", "ratio": ratio, "proportional": False}
     has_ratio = control in ("random", "drop")
+    if has_ratio and not (isinstance(ratio, float) and 0 < ratio < 1):
+        raise InputError(f"ratio {ratio!r}: a control takes a number above 0 and below 1")
     name = name or (f"control: {control} {ratio:g}" if has_ratio else f"control: {control}")
     return Setting(name, ToMeConfig.from_mapping(config), control, family="controls")
 
@@ -294,7 +298,9 @@ def read_settings(path: str | Path) -> list[Setting]:
         try:
             control = keys.pop("control", None)
             if control is not None:
-                found.append(control_setting(control, keys.pop("ratio", CONTROL_RATIO), name))
+                has_ratio = control in ("random", "drop")
+                ratio = keys.pop("ratio", CONTROL_RATIO) if has_ratio else CONTROL_RATIO
+                found.append(control_setting(control, ratio, name))
                 if keys:
                     raise InputError(f"a control takes no {next(iter(keys))}")
                 continue

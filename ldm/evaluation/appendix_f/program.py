@@ -191,6 +191,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     unet = unet_outline(info.config)
     plan, scenes, work = make_plan(args, protocol, info.defaults, unet, process)
     against = chosen_against(args.against, plan)
+    has_features = args.fid_weights is not None or scenes is not None  # the demo's classifier
+    if args.fid_reference is not None and not has_features:
+        raise InputError("--fid-reference: FID needs --fid-weights, too")
 
     from ldm.evaluation.appendix_f.experiment import Extras, conduct, expected_cost, finish, load
 
@@ -208,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = filled(plan, args, pipeline)
     if args.statistics:
         return statistics(plan, pipeline)
+    if not has_features and process.is_first:
+        print("There is no FID without --fid-weights and --fid-reference; both may be given later")
     if args.dry_run:
         print("\n".join(dry_run(plan, protocol, args)))
         hours, gib = expected_cost(pipeline, plan)

@@ -37,6 +37,7 @@ class Published:
         return None if self.seconds is None else _UNMERGED[1] / self.seconds
 
 
+SIZE = 512  # of the papers' pictures
 _PAPER = "Bolya and Hoffman 2023 (arXiv 2303.17604)"
 _NAIVE = f"{_PAPER}, table 1 (naive), known second-hand"
 _FINAL = f"{_PAPER}, table 4 (tomesd)"
@@ -69,7 +70,9 @@ def paper_rows(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for theirs in PUBLISHED:
         preset = theirs.setting.split()[0]
         own = [r for r in table if r["setting"] == theirs.setting]
-        own += [r for r in table if r["setting"] == preset and r["tome"]["ratio"] == theirs.ratio]
+        as_it_is = (r for r in table if r["setting"] == preset)
+        own += [r for r in as_it_is if r["tome"].get("ratio") == theirs.ratio]
+        own.sort(key=lambda r: r["size"] != SIZE)  # theirs before others
         row = {**asdict(theirs), "speedup": theirs.speedup, "size": None}
         if own:
             row |= {

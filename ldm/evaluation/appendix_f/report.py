@@ -64,7 +64,7 @@ def report_page(
         "unmerged": UNMERGED,
         "floors": FLOORS,
         "sizes": list(plan.sizes),
-        "model": about.split(" ")[0],
+        "model": about.partition(" (")[0],
         "entries": list(table),
         "pictures": _pictures(plan, store, judges),
         "machine": speed.get("machine", ""),

@@ -51,7 +51,7 @@ def measure_speed(
         for size in sizes:
             made = {"keys": [s.key for s in merging], "rounds": rounds, "device": where["device"]}
             kept = f"speed/{name}-{size}-{dtype}.json"
-            found = _kept(store, kept, made)
+            found = _kept(store, kept, made, where)
             if found is None:
                 case = Case(name, size, BATCH, dtype, "sdpa")
                 found = _rows(case, config, merging, weight, rounds)
@@ -76,13 +76,21 @@ def _shapes(path: str) -> tuple[dict[str, Any], list[int]]:
     return config, [model_defaults(config)["H"]]
 
 
-def _kept(store: Store, name: str, made: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Rows of an earlier run, if it measured the same."""
+def _kept(
+    store: Store, name: str, made: Mapping[str, Any], where: Mapping[str, Any]
+) -> list[dict[str, Any]] | None:
+    """Rows of an earlier run, if it measured the same on such a machine."""
     try:
         there = read_json(store.folder / name)
     except InputError:  # new, or damaged
         return None
-    return there["rows"] if {key: there.get(key) for key in made} == dict(made) else None
+    is_same = {key: there.get(key) for key in made} == dict(made)
+    return there["rows"] if is_same and _place(there.get("machine", {})) == _place(where) else None
+
+
+def _place(machine: Mapping[str, Any]) -> list[Any]:
+    """What a time depends on, of where it was measured."""
+    return [machine.get(name) for name in ("processor", "threads", "gpu")]
 
 
 def _rows(

@@ -155,9 +155,8 @@ class Store:
     def judged(self, setting: Setting, batch: Batch) -> dict[str, NDArray[Any]]:
         """What networks said of a batch's pictures, as they are now: name -> (n, ...)."""
         try:
-            with self._beside(setting, batch).open("rb") as opened, np.load(opened) as file:
-                found = {name: file[name] for name in file.files}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            found = read_arrays(self._beside(setting, batch))
+        except ValueError:  # new, or damaged
             return {}
         is_current = np.array_equal(found.pop("pictures", ()), self._marks(setting, batch))
         return found if is_current else {}
@@ -181,3 +180,18 @@ class Store:
         """Check sums of the batch's files, which change where one was replaced."""
         files = (self.path(setting, batch.size, number) for number in batch.numbers)
         return np.array([zlib.crc32(file.read_bytes()) for file in files], dtype=np.int64)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or something else.
+    """
+    try:
+        with path.open("rb") as opened, np.load(opened) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from None
+    except (NotImplementedError, zipfile.BadZipFile, zlib.error) as error:  # of a damaged archive
+        raise ValueError(str(error)) from None

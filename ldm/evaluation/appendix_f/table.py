@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ldm.distributed import Process
 from ldm.evaluation.appendix_f.measures import FRECHET, MEASURES, badness, is_above_floor
 from ldm.evaluation.appendix_f.networks import Judge
-from ldm.evaluation.appendix_f.plan import Batch, Plan, Setting
+from ldm.evaluation.appendix_f.plan import UNMERGED, Batch, Plan, Setting
 from ldm.evaluation.appendix_f.statistics import (
     Estimate,
     FrechetDistance,
@@ -133,7 +133,9 @@ def make_table(
         if setting.control == "steps":
             share = 1 - setting.sampling["steps"] / (plan.sampling.steps or 1)
             own = Work(share, share)
-        n_together = plan.sampling.n_samples
+        n_together = min(plan.sampling.n_samples, plan.n_pictures)
+        # How much goes at a similarity depends on the pictures, of which the count knows nothing.
+        is_known = all(c.similarity is None for c in (setting.config, *setting.config.rules))
         table.append(
             {
                 "size": size,
@@ -145,7 +147,7 @@ def make_table(
                 "source": setting.source,
                 "key": setting.key,
                 "saved_work": own.saved_attention if saved is None else saved,
-                "saved_whole": own.saved_whole,
+                "saved_whole": own.saved_whole if is_known else None,
                 "n_prompts": len(values),
                 "seconds": seconds,
                 "gib": None if peak is None else peak / 1024 / n_together,
@@ -223,7 +225,7 @@ def add_equal_time(
     for row in table:
         speedup = speedups.get((row["size"], row["key"]))
         row["equal_time"] = {}
-        if row["control"] or speedup is None:
+        if row["control"] or row["setting"] == UNMERGED or speedup is None:
             continue
         others: dict[str, dict[str, Any]] = {}
         for other in table:
@@ -271,9 +273,9 @@ def _columns(name: str, one: Mapping[str, float] | None) -> dict[str, float | No
 
 
 def to_csv(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of the same keys as CSV, numbers in full."""
+    """Rows of the same keys as CSV, numbers in full; nothing where there are none."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(lines[0]) if lines else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()

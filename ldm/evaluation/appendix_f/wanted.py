@@ -49,6 +49,10 @@ def check(args: Arguments) -> None:
         value = getattr(args, flag)
         if value is not None and not Path(value).exists():
             raise InputError(f"--{flag.replace('_', '-')} {value}: there is no such file")
+    if args.fid_weights is not None and args.fid_reference is None:
+        raise InputError("--fid-weights: FID needs --fid-reference, too")
+    if args.table_only and not any(Path(args.outdir).glob("pictures/*/*/*.png")):
+        raise InputError(f"--table-only: there are no pictures in {args.outdir}; draw them first")
     speed_models(args)
     if args.sizes is not None:
         numbers(args.sizes, "--sizes", SIZE_STEP, most=MOST_PIXELS)
@@ -117,23 +121,25 @@ def filled(plan: Plan, args: Arguments, pipeline: Pipeline) -> Plan:
     if args.n_samples is not None:
         return plan
     try:
-        n_samples = json.loads((Path(args.outdir) / "about.json").read_text())["about"]["n_samples"]
+        about = json.loads((Path(args.outdir) / "about.json").read_text())["about"]
+        n_samples = int(about["n_samples"])
     except (OSError, ValueError, KeyError, TypeError):
         from ldm.evaluation.appendix_f.experiment import pictures_together
 
         n_samples = pictures_together(pipeline, plan, max(plan.sizes))
-    return replace(plan, sampling=replace(plan.sampling, n_samples=int(n_samples)))
+    return replace(plan, sampling=replace(plan.sampling, n_samples=n_samples))
 
 
 def dry_run(plan: Plan, protocol: Protocol, args: Arguments) -> list[str]:
     """What would be drawn, what it takes, and txt2img commands that draw the same."""
     sampling = plan.sampling
-    n_all = sum(len(b.pictures) * len(plan.settings_of(b)) for b in plan.batches())
+    drawn = [(len(b.pictures), s.sampling) for b in plan.batches() for s in plan.settings_of(b)]
+    n_all = sum(n for n, _ in drawn)
+    n_steps = sum(n * changes.get("steps", sampling.steps or 0) for n, changes in drawn)
     lines = [
         f"{protocol.title}: {len(plan.prompts)} prompts x {plan.n_seeds} seeds, {sampling.steps} "
         f"steps of {sampling.sampler}, guidance {sampling.scale:g}",
-        f"{n_all} pictures, {n_all * (sampling.steps or 0)} calls of the U-Net for a picture and "
-        "its guidance",
+        f"{n_all} pictures, {n_steps} steps in all",
         f"The prompts, one a line for PROMPTS.txt, begin with: {plan.prompts[0]!r}",
     ]
     for size, settings in plan.settings.items():

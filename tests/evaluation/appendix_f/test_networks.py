@@ -1,12 +1,15 @@
+import io
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchmetrics
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ldm.errors import InputError
 from ldm.evaluation.appendix_f.networks import (
@@ -50,9 +53,11 @@ def test_a_reference_is_kept_for_its_own_files_and_network_alone(tmp_path):
     save_image(np.zeros((8, 8, 3), np.uint8), a / "1.png")
     changed = mean(a)
     assert changed != first
-    for path in cache.iterdir():
-        path.write_bytes(b"damaged")
-    assert mean(a) == changed
+    whole = next(cache.iterdir()).read_bytes()
+    for content in (b"damaged", b"", whole[:4], whole[: len(whole) // 2]):
+        for path in cache.iterdir():
+            path.write_bytes(content)
+        assert mean(a) == changed
 
 
 def test_statistics_of_others_are_read_and_checked(tmp_path):
@@ -63,13 +68,37 @@ def test_statistics_of_others_are_read_and_checked(tmp_path):
     np.savez(path, mu=np.arange(4.0), sigma=np.eye(4))
     with pytest.raises(InputError, match="is of 4 features, not of 3"):
         reference(mean_judge(), path, 0, 0, tmp_path / "cache")
-    for content in (b"no", pickle.dumps([1])):
+    whole, damaged = path.read_bytes(), io.BytesIO()
+    np.savez(damaged, mu=np.full(3, np.nan), sigma=np.eye(3))
+    array = io.BytesIO()
+    np.save(array, np.eye(3))
+    wrong = (b"", b"no", pickle.dumps([1]), whole[:4], whole[:-9], array.getvalue())
+    for content in (*wrong, damaged.getvalue()):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"allowed is a folder of pictures, or an .npz"):
             reference(mean_judge(), path, 0, 0, tmp_path / "cache")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="there are no pictures in it"):
+    with pytest.raises(InputError, match="pictures in it: 0; at least two are needed"):
         reference(mean_judge(), tmp_path / "empty", 0, 0, tmp_path / "cache")
+
+
+def test_a_reference_picture_that_cannot_be_read_is_named(tmp_path):
+    folder, cache = folder_of(tmp_path / "some", 1), tmp_path / "cache"
+    (folder / "folder.png").mkdir()
+    plain = reference(mean_judge(), folder, 0, 0, cache).mean
+    (folder / "3.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"--fid-reference .*3\.png: cannot be read"):
+        reference(mean_judge(), folder, 0, 0, cache)
+    (folder / "3.png").unlink()
+    (folder / "3.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"3\.png: not a picture"):
+        reference(mean_judge(), folder, 0, 0, cache)
+    (folder / "3.png").unlink()
+    for mode in ("L", "LA", "RGBA", "CMYK", "P"):  # all are seen as RGB
+        Image.new(mode, (8, 8)).save(folder / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
+    found = reference(mean_judge(), folder, 0, 0, cache).mean
+    assert found.isfinite().all()
+    assert not torch.equal(found, plain)
 
 
 class _Runs:
@@ -99,6 +128,22 @@ def test_inception_is_checked_before_its_package_opens_anything(tmp_path, monkey
     with pytest.raises(InputError, match=r"--fid-weights .*: cannot be used"):
         inception_judge(tmp_path / "weights.pth", torch.device("cpu"))
     assert not (tmp_path / "executed").exists()
+
+
+def test_inception_makes_pictures_smaller_as_published_numbers_do(tmp_path, monkeypatch):
+    class Inception(torch.nn.Module):
+        use_antialias = True
+
+        def forward(self, pixels):
+            assert pixels.dtype == torch.uint8
+            return torch.full((1, 2048), float(self.use_antialias))
+
+    monkeypatch.setattr("ldm.evaluation.appendix_f.networks.find_spec", lambda name: name)
+    name = "torchmetrics.image.fid.FrechetInceptionDistance"
+    monkeypatch.setattr(name, lambda *_, **__: SimpleNamespace(inception=Inception()))
+    torch.save({"fc.weight": torch.ones(2, 2)}, tmp_path / "weights.pth")
+    judge = inception_judge(tmp_path / "weights.pth", torch.device("cpu"))
+    assert (judge(Looked(torch.zeros(1, 3, 64, 64), None, "", None)) == 0).all()
 
 
 def test_lpips_is_that_of_torchmetrics(tmp_path):
@@ -140,3 +185,8 @@ def test_a_clip_score_is_the_cosine_of_picture_and_prompt(tmp_path):
     transformers.CLIPProcessor(images, tokenizer).save_pretrained(tmp_path)
     score = clip_judge(tmp_path)(Looked(torch.zeros(1, 3, 32, 32), None, "a " * 99, None)).item()
     assert 0 <= score <= 100
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"--clip .*it lacks visual_projection\.weight"):
+        clip_judge(tmp_path)

@@ -82,6 +82,10 @@ def test_what_is_wrong_in_a_file_is_said(tmp_path):
         ("bad: {control: magic}", "mine.yaml: bad: control 'magic': the controls are again"),
         ("bad: {reuse_deep: 0}", "mine.yaml: bad: .*reuse_deep.* 0: allowed is 1 to 1000"),
         ("bad: {control: none, reuse_deep: 2}", "mine.yaml: bad: a control takes no reuse_deep"),
+        ("bad: {control: none, ratio: 0.3}", "mine.yaml: bad: a control takes no ratio"),
+        ("bad: {control: random, ratio: auto}", "mine.yaml: bad: ratio 'auto': a control takes"),
+        ("bad: {control: drop, ratio: 0}", "mine.yaml: bad: ratio 0: a control takes a number"),
+        ("bad: {control: drop, ratio: null}", "mine.yaml: bad: ratio None: a control takes"),
         ("bad: {control: none, window: 3}", "mine.yaml: bad: a control takes no window"),
     ):
         path.write_text(text)
@@ -99,6 +103,13 @@ def test_deep_features_may_be_reused_alone_and_with_merging(tmp_path):
     assert len({Setting("unmerged").key, a.key, b.key, c.key}) == 4
     assert a.flags == ("--reuse_deep", "2")
     assert b.flags == ("--tome-preset", "todo", "--reuse_deep", "2")
+
+
+def test_a_long_name_fits_the_name_of_a_folder():
+    one, other = (Setting("n" * 300 + end, ToMeConfig(ratio=0.5)) for end in ("a", "b"))
+    assert len(one.folder) < 120
+    assert one.folder == other.folder  # which do the same
+    assert Setting("ToDo 2x2").folder.startswith("todo-2x2-")
 
 
 def test_flags_of_nothing_are_none():

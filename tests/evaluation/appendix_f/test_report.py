@@ -92,7 +92,7 @@ def page(tmp_path):
             about = {"prompt": batch.pictures[0][0], "seed": batch.pictures[0][1]}
             store.add(setting, batch, [pixels], [about], [{"psnr_db": 30.0}])
     speed = {"rows": [timed(s, i) for i, s in enumerate(SETTINGS[:3])], "machine": "a card"}
-    return report_page(plan, store, [], table(), speed, "a-model made by a test")
+    return report_page(plan, store, [], table(), speed, "a model (0123abcd), made by a test")
 
 
 def timed(setting, i):
@@ -180,7 +180,7 @@ def test_the_page_works_in_a_browser(page, tmp_path, width):
     assert told["steps"] == 3  # down, and along
     assert told["differences"] == ["most", "-10.00-12.00 to -8.00", "-0.1000-0.2000 to 0.1000"]
     assert told["equal"] == ["most", "ddim", "7"]
-    assert told["titles"] == ["Fidelity (a-model model)", "Speed (sd1.5 shapes; a card)"]
+    assert told["titles"] == ["Fidelity (a model model)", "Speed (sd1.5 shapes; a card)"]
     assert len(told["colours"]) == len(set(told["colours"]))
     assert told["prompt"] == "a house </script> (16x16, seed 42)".replace("</", "&lt;/").replace(
         "t>", "t&gt;"
@@ -217,3 +217,7 @@ def test_the_paper_has_its_thirteen_rows_and_ours_beside_them():
     assert (ours["own_fid"]["mean"], ours["own_seconds"], ours["own_gib"]) == (30.0, 3.0, 1.5)
     assert ours["speedup"] == pytest.approx(1.87, abs=0.01)
     assert "own_fid" not in next(r for (_, name), r in found.items() if name == "tomesd 0.4")
+    rows.append({**rows[1], "size": 512, "seconds": 9.0})
+    rows.append({**rows[3], "setting": "tomesd", "tome": {"control": "random"}})
+    ours = next(row for row in paper_rows(rows) if row["setting"] == "tomesd 0.5")
+    assert (ours["size"], ours["own_seconds"]) == (512, 9.0)  # of their size, if it is there

@@ -10,7 +10,7 @@ from ldm.evaluation.appendix_f.networks import Judge
 from ldm.evaluation.appendix_f.plan import Plan, Setting, control_settings
 from ldm.evaluation.appendix_f.statistics import Statistics
 from ldm.evaluation.appendix_f.store import Store
-from ldm.evaluation.appendix_f.table import add_equal_time, make_table, read, table_csv
+from ldm.evaluation.appendix_f.table import add_equal_time, make_table, read, table_csv, to_csv
 from ldm.evaluation.appendix_f.work import Work
 from ldm.modules.tome.config import ToMeConfig
 from ldm.settings import Settings
@@ -84,14 +84,35 @@ def test_fewer_steps_are_compared_where_they_take_as_much_time(store):
     results = read(plan, store, ALONE, [JUDGE])
     work = {(16, setting.key): Work() for setting in plan.settings[16]}
     table = make_table(plan, results, work, {})
-    half, most = (setting.key for setting in SETTINGS[1:])
-    add_equal_time(table, results, {(16, half): 1.5, (16, most): 3.0}, 10, "sd1.5")
+    unmerged, half, most = (setting.key for setting in SETTINGS)
+    speedups = {(16, unmerged): 1.0, (16, half): 1.5, (16, most): 3.0}
+    add_equal_time(table, results, speedups, 10, "sd1.5")
     by_name = {row["setting"]: row["equal_time"] for row in table}
     assert by_name["unmerged"] == by_name["fewer"] == {}
     found = by_name["half"]["ddim"]  # 10 / 1.5 leaves time for 6 of the 6 and 3 that were drawn
     assert (found["steps"], found["model"]) == (6, "sd1.5")
     assert found["differences"]["psnr_db"]["mean"] == 10
     assert by_name["most"]["ddim"]["steps"] == 3
+
+
+def test_memory_is_shared_by_the_pictures_that_are_drawn_together(tmp_path):
+    similar = Setting("similar", ToMeConfig(ratio=0.5, metric="hidden", similarity=0.9))
+    plan = Plan({16: (SETTINGS[0], similar)}, ("a",), 2, Settings(n_samples=8))
+    store = Store(tmp_path)
+    (batch,) = plan.batches()
+    for setting in plan.settings_of(batch):
+        about = [{"prompt": prompt, "seed": seed} for prompt, seed in batch.pictures]
+        pixels = [np.zeros((16, 16, 3), np.uint8)] * 2
+        store.add(setting, batch, pixels, about, [{"peak_mib": 4096.0}] * 2)
+    work = {(16, setting.key): Work(0.25, 0.1) for setting in plan.settings[16]}
+    table = make_table(plan, read(plan, store, ALONE), work, {})
+    assert [row["gib"] for row in table] == [2.0, 2.0]
+    # how much goes is known of no picture before it is drawn
+    assert [row["saved_whole"] for row in table] == [0.1, None]
+
+
+def test_a_table_of_nothing_has_no_rows():
+    assert to_csv([]).strip() == ""
 
 
 def test_what_each_process_read_is_put_together(store, monkeypatch):

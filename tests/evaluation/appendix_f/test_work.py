@@ -27,3 +27,7 @@ def test_what_reused_deep_features_save_grows_with_the_steps_that_reuse_them():
         # blocks at full size are merged whether or not the others are reused
         assert max(alone) < getattr(found["both"], name) <= sum(alone) + 1e-9
     assert unet.reuse.every == 1
+    similar = Setting("similar", ToMeConfig(ratio=0.5, metric="hidden", similarity=0.9))
+    most = Setting("most", ToMeConfig(ratio=0.5, metric="hidden"))
+    found = count_work(unet, {"similar": similar, "most": most}, 16, 16)
+    assert found["similar"].saved_attention == found["most"].saved_attention > 0
