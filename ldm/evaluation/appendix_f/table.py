@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,9 +170,10 @@ def _mark_floor(rows: Sequence[dict[str, Any]]) -> None:
     floors: dict[str, float] = {}
     for row in rows:
         if row["control"] in ("precision", "rounding"):
-            for name, one in row["measures"].items():
-                known = floors.get(name, one["mean"])
-                floors[name] = max(known, one["mean"], key=lambda v: badness(MEASURES[name], v))
+            for name, measure in MEASURES.items():
+                if measure.is_distance and (one := row["measures"].get(name)):
+                    known = floors.get(name, one["mean"])
+                    floors[name] = max(known, one["mean"], key=partial(badness, measure))
     for row in rows:
         row["above_floor"] = [
             name

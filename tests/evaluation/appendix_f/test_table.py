@@ -111,6 +111,25 @@ def test_memory_is_shared_by_the_pictures_that_are_drawn_together(tmp_path):
     assert [row["saved_whole"] for row in table] == [0.1, None]
 
 
+def test_of_two_floors_the_worse_one_counts(tmp_path):
+    floors = Setting("other type", control="precision"), Setting("formula", control="rounding")
+    psnr = {"half": 58.0, "most": 56.0, "other type": 57.0, "formula": 90.0}
+    plan = Plan({16: (*SETTINGS, *floors)}, ("a", "b"), 1, Settings(n_samples=2))
+    store = Store(tmp_path)
+    (batch,) = plan.batches()
+    for setting in plan.settings_of(batch):
+        about = [{"prompt": prompt, "seed": seed} for prompt, seed in batch.pictures]
+        rows = [{"psnr_db": psnr[setting.name]} if setting.name in psnr else {}] * 2
+        store.add(setting, batch, [np.zeros((16, 16, 3), np.uint8)] * 2, about, rows)
+        store.add_judged(setting, batch, {JUDGE.entry: np.eye(2, dtype=np.float32)})
+    work = {(16, setting.key): Work(0.25, 0.1) for setting in plan.settings[16]}
+    reference = {16: Statistics(torch.zeros(2).double(), torch.eye(2).double())}
+    table = make_table(plan, read(plan, store, ALONE, [JUDGE]), work, reference)
+    assert all("frechet" in row["measures"] for row in table)
+    assert [row["setting"] for row in table if row["above_floor"]] == ["half"]
+    assert table[1]["above_floor"] == ["psnr_db"]
+
+
 def test_a_table_of_nothing_has_no_rows():
     assert to_csv([]).strip() == ""
 
