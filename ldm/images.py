@@ -174,8 +174,9 @@ def _comment(data: bytes) -> str:
     kind, text = data[:8], data[8:]
     if kind != b"UNICODE\0":
         return (text if kind == b"ASCII\0\0\0" else data).decode("utf-8", "replace").strip("\0 ")
-    is_little = text[1:2] == b"\0"  # the standard leaves the order open, and writers differ
-    return text.decode("utf-16-le" if is_little else "utf-16-be", "replace").strip("\0 ")
+    # the standard leaves the order open, and writers differ; the names of settings are ASCII
+    is_little = text[1::2].count(0) > text[::2].count(0)
+    return text.decode("utf-16-le" if is_little else "utf-16-be", "replace").strip("\0 \ufeff")
 
 
 def fit(pixels: Pixels, height: int, width: int) -> Pixels:

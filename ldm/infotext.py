@@ -20,7 +20,7 @@ from ldm.errors import InputError, shown
 from ldm.modules.encoders.emphasis import syntax_remarks
 from ldm.modules.tome.config import ToMeConfig, overlay
 from ldm.modules.tome.keys import KEYS
-from ldm.settings import SAMPLERS, SCHEDULES, Settings
+from ldm.settings import SAMPLERS, SCHEDULES, SIGMA_SAMPLERS, Settings
 from ldm.text import MAX_CHARACTERS, check_text, parse_json
 from ldm.web_ui import WEB_UI_SAMPLERS, WEB_UI_UPSCALERS
 
@@ -34,6 +34,7 @@ OTHERS = {
     "prompt": "a ComfyUI graph",
 }
 _PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_NEGATIVE = re.compile(r"^[ \t]*Negative prompt:", re.MULTILINE)
 _NAMES = {name: own for own, name in WEB_UI_SAMPLERS.items()}  # of two, the last
 _FIELDS = {field.name for field in dataclasses.fields(Settings)}
 
@@ -73,15 +74,26 @@ def understood(texts: Mapping[str, str], where: str) -> Found:
         InputError: it does not say how it was made, or what it says is damaged.
     """
     if "ldm" in texts:
-        return _own(parse_json(texts["ldm"], f"{where}, its settings"))
+        return _fitting(_own(parse_json(texts["ldm"], f"{where}, its settings")))
     if "parameters" in texts and not _is_json(texts["parameters"]):
-        return _web_ui(check_text(texts["parameters"], f"{where}, its settings"), where)
+        return _fitting(_web_ui(check_text(texts["parameters"], f"{where}, its settings"), where))
     for keyword, kind in OTHERS.items():
         if keyword in texts:
             raise InputError(f"{where}: this picture holds {kind}, which cannot be read here")
     if "parameters" in texts:  # so do SwarmUI and Fooocus
         raise InputError(f"{where}: this picture holds JSON of another program, not read here")
     raise InputError(f"{where}: this picture does not say how it was made")
+
+
+def _fitting(found: Found) -> Found:
+    """This without what its sampler does not have, or one that is taken instead might not have."""
+    given = found.settings
+    sampler = given.get("sampler")
+    if given.get("schedule", "uniform") != "uniform" and sampler not in SIGMA_SAMPLERS:
+        found.left_out.append(f"schedule {shown(given.pop('schedule'))} (not with this sampler)")
+    if given.get("eta") and sampler != "ddim":
+        found.left_out.append(f"eta {shown(given.pop('eta'))} (not with this sampler)")
+    return found
 
 
 def _is_json(text: str) -> bool:
@@ -201,7 +213,8 @@ def _web_ui(text: str, where: str) -> Found:
     pairs = {name: _unquoted(value) for name, value in _PAIR.findall(last)}
     if len(pairs) < 3:
         lines, pairs = [*lines, last], {}
-    prompt, _, negative = "\n".join(lines).partition("Negative prompt:")
+    prompt, *others = _NEGATIVE.split("\n".join(lines), maxsplit=1)
+    negative = "".join(others)
     found = Found({"prompt": prompt.strip(), "negative_prompt": negative.strip()})
     # the web UIs always read weights and the whole of a prompt
     found.settings |= {"emphasis": True, "long_prompt": True}

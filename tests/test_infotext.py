@@ -76,6 +76,15 @@ def test_a_value_that_cannot_be_used_is_named_and_the_rest_stands(line, left_out
     assert len(one) < 200
 
 
+def test_a_negative_prompt_begins_a_line():
+    text = (
+        "a sign that says Negative prompt: none\n  Negative prompt: fog\nSteps: 2, Seed: 1, Eta: 0"
+    )
+    said = understood({"parameters": text}, "x.png").settings
+    assert said["prompt"] == "a sign that says Negative prompt: none"
+    assert said["negative_prompt"] == "fog"
+
+
 def test_a_prompt_alone_is_a_prompt():
     choice = "{red|blue} hills\nSteps: 20, Sampler: DDIM, Seed: 1"
     assert understood({"parameters": choice}, "x").settings["prompt"] == "{red|blue} hills"
@@ -135,6 +144,14 @@ def test_png_jpeg_and_webp_carry_the_text(tmp_path, name):
     order = "le" if name.startswith("le") else "be"
     path = save(tmp_path / name, A1111.replace("house", "hüte 日本"), order=order)
     assert picture_texts(path)["parameters"].startswith("a (red:1.2) hüte 日本, ((hills))")
+
+
+@pytest.mark.parametrize("order", ["be", "le"])
+@pytest.mark.parametrize("begin", ["日本の家", "\U0001f3e0", "\ufeffhills"])
+def test_a_comment_may_begin_with_any_letter(tmp_path, order, begin):
+    text = f"{begin}\nSteps: 20, Sampler: Euler a, Seed: 1"
+    path = save(tmp_path / "x.jpg", text, order=order)
+    assert picture_texts(path)["parameters"] == text.lstrip("\ufeff")
 
 
 def parse(program, *argv):
@@ -206,13 +223,26 @@ def test_a_hostile_picture_sets_nothing_but_settings(tmp_path, hostile):
     assert (settings.prompt, settings.steps, settings.n_samples) == ("x", None, 1)
 
 
-def test_a_schedule_that_its_sampler_does_not_have_here_is_left_out(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("words", "sampler", "left_out"),
+    [
+        ("DDIM, Schedule type: Karras", "ddim", "schedule 'karras'"),
+        ("DPM++ 2M SDE, Schedule type: Karras", None, "schedule 'karras'"),
+        ("Euler a, Eta: 0.67", "euler_a", "eta 0.67"),
+        ("Restart, Eta: 0.67", None, "eta 0.67"),
+    ],
+)
+def test_what_its_sampler_does_not_have_here_is_left_out(
+    tmp_path, caplog, words, sampler, left_out
+):
     caplog.set_level("INFO", "ldm")
-    line = "Steps: 9, Sampler: DDIM, Schedule type: Karras, Seed: 1, Size: 64x64"
+    line = f"Steps: 9, Sampler: {words}, Seed: 1, Size: 64x64"
     args = parse(txt2img, "--from_picture", save(tmp_path / "x.png", f"hills\n{line}"))
     settings = options.settings(args)
-    assert (settings.sampler, settings.schedule, settings.steps) == ("ddim", "uniform", 9)
-    assert "schedule karras needs one of the samplers" in caplog.text
+    assert (settings.sampler, settings.schedule, settings.steps) == (sampler, "uniform", 9)
+    assert settings.eta == 0
+    assert f"{left_out} (not with this sampler)" in caplog.text
+    settings.filled({"sampler": "ddim", "scale": 3.0, "H": 64, "W": 64})
 
 
 def test_what_was_added_is_named_in_the_prompt_again(tmp_path, monkeypatch, caplog):

@@ -52,12 +52,6 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> Arguments:
             usable[name] = value
         except InputError as error:
             left_out.append(str(error) if name in fields else f"{name} {shown(value)}")
-    for name in ("schedule", "eta"):  # which some samplers do not have
-        try:
-            Wishes(frozenset(fields), usable).check()
-        except InputError as error:
-            if usable.pop(name, None) is not None:
-                left_out.append(str(error))
     tome = found.tome
     if tome:
         try:

@@ -21,7 +21,7 @@ from ldm.errors import InputError, OutOfMemory, is_out_of_memory
 from ldm.images import picture_texts
 from ldm.infotext import understood
 from ldm.text import check_kind
-from ldm.web.bodies import Options, Order, in_their_words, read_body
+from ldm.web.bodies import Options, Order, in_their_words, read_body, switch
 from ldm.web.desk import Desk
 from ldm.web.form import Base
 from ldm.web.pictures import Pictures
@@ -115,7 +115,8 @@ class Api:
             init = picture_of(pictures[0], "init_images")
             if body.get("mask"):
                 mask = mask_of(body["mask"], "mask")
-                mask = ~mask if body.get("inpainting_mask_invert") else mask
+                is_inverted = switch(body.get("inpainting_mask_invert"), "inpainting_mask_invert")
+                mask = ~mask if is_inverted else mask
         draw = Draw(order.wishes.settings(), order.wishes.tome)
         job = self.desk.order(model, [draw], init, mask, "init_images", order.options.vae)
         return order, job
@@ -150,9 +151,12 @@ class Api:
 
     def _options(self) -> dict[str, Any]:
         options = self.options
+        wishes = self.base.wishes.changed(options.changes())
+        config = self.desk.runner.resolve(options.model or self._model(), wishes.tome)
+        is_number = isinstance(config.ratio, int | float)
         return {
             "sd_model_checkpoint": options.model or self._model(),
-            "token_merging_ratio": options.ratio or 0.0,
+            "token_merging_ratio": (0.0 if config.is_off else config.ratio if is_number else None),
             "token_merging_ratio_hr": options.hires_ratio or 0.0,
             "tome": dict(options.tome),
             "CLIP_stop_at_last_layers": options.clip_skip,
@@ -160,7 +164,10 @@ class Api:
         }
 
     def _set_options(self, given: Any) -> None:
-        options = self.options.changed(given, self.desk.runner.models)
+        said = self._options()  # clients read them all, change one, and send all of them back
+        given = check_kind(given, dict, "the request").items()
+        new = {name: value for name, value in given if name not in said or value != said[name]}
+        options = self.options.changed(new, self.desk.runner.models)
         if options.not_used:
             raise InputError(f"{', '.join(options.not_used)}: no option here")
         wishes = self.base.wishes.changed(options.changes())
@@ -260,7 +267,9 @@ async def _body(request: Request) -> Any:
         parts.append(part)
     text = b"".join(parts)
     try:
-        return json.loads(text, parse_constant=_no_number) if text.strip() else {}
+        body = json.loads(text, parse_constant=_no_number) if text.strip() else {}
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # as answers repeat it
+        return body
     except RecursionError:
         raise InputError("the request is nested too deeply") from None
     except ValueError as error:

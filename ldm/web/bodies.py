@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm.addons import find_addons, offered
 from ldm.cli.values import Wishes
-from ldm.errors import InputError, shown
+from ldm.errors import InputError, escaped, shown
 from ldm.settings import SCHEDULES
 from ldm.text import check_kind
 from ldm.web_ui import WEB_UI_SAMPLERS, WEB_UI_SCHEDULES, WEB_UI_UPSCALERS
@@ -28,6 +28,16 @@ SAME = {
     "batch_size": "n_samples",
     "n_iter": "n_iter",
 }
+# Likewise, where more than the name differs.
+THEIRS = {
+    "strength": "denoising_strength",
+    "sampler": "sampler_name",
+    "schedule": "scheduler",
+    "hires_scale": "hr_scale",
+    "hires_strength": "denoising_strength",
+    "hires_steps": "hr_second_pass_steps",
+    "clip_skip": "CLIP_stop_at_last_layers",
+}
 WHOLE = {"seed", "steps", "W", "H", "n_samples", "n_iter", "hires_steps"}
 # Values that change nothing, besides None, "", 0, False and empty lists.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -37,7 +47,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "s_noise": (1,),
     "image_cfg_scale": (1.5,),
     "initial_noise_multiplier": (1,),
-    "inpaint_full_res_padding": (32,),
+    "hr_checkpoint_name": ("Use same checkpoint",),
+    "hr_sampler_name": ("Use same sampler",),
+    "hr_scheduler": ("Use same scheduler",),
 }
 # What says how to answer, not what to draw.
 ABOUT_THE_ANSWER = {
@@ -46,7 +58,10 @@ ABOUT_THE_ANSWER = {
     *("comments", "firstpass_image", "firstphase_width", "firstphase_height"),
 }
 # Of painting inside a mask: done otherwise here, and said so.
-OTHERWISE = ("mask_blur", "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding")
+OTHERWISE = (
+    *("mask_blur", "mask_blur_x", "mask_blur_y", "mask_round"),
+    *("inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding"),
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,7 @@ class Options:
             elif name == "CLIP_stop_at_last_layers":
                 new = replace(new, clip_skip=check_kind(value, int, name))
             else:
-                new = replace(new, not_used=(*new.not_used, str(name)[:80]))
+                new = replace(new, not_used=(*new.not_used, escaped(name, 80)))
         return new
 
     def changes(self) -> Body:
@@ -150,12 +165,14 @@ def read_body(body: Any, base: Wishes, options: Options, models: Mapping[str, Pa
     elif body.pop("eta", None) not in (None, 0, 1):
         not_used.append("eta")
     changes |= _second_pass(body)
-    has_mask = "mask" in body
+    has_mask = bool(body.get("mask"))
     for name in ("init_images", "mask", "inpainting_mask_invert", *ABOUT_THE_ANSWER):
         body.pop(name, None)
-    for name in ("resize_mode", *OTHERWISE):
+    if body.pop("resize_mode", None) not in (None, 0, 1):  # 1 is what is done here
+        not_used.append("resize_mode")
+    for name in OTHERWISE:
         value = body.pop(name, None)
-        if has_mask and name in OTHERWISE and value:
+        if has_mask and value:
             not_used.append(name)
     for name, value in body.items():
         if value and value not in NEUTRAL.get(name, ()):
@@ -163,9 +180,20 @@ def read_body(body: Any, base: Wishes, options: Options, models: Mapping[str, Pa
     return Order(base.changed(changes), options, tuple(not_used))
 
 
+def switch(value: Any, name: str) -> bool:
+    """Whether something is on, which clients write as true or 1.
+
+    Raises:
+        InputError: it is neither on nor off.
+    """
+    if value not in (None, "", False, True):
+        raise InputError(f"{name}: must be true or false, not {shown(value)}")
+    return bool(value)
+
+
 def in_their_words(text: str) -> str:
     """A message with the settings' names at its beginning as the clients have them."""
-    theirs = {ours: name for name, ours in SAME.items()}
+    theirs = THEIRS | {ours: name for name, ours in SAME.items()}
     return re.sub(r"\A\w+(?=[ :])", lambda name: theirs.get(name[0], name[0]), text)
 
 
@@ -179,12 +207,12 @@ def _sampler(body: Body) -> Body:
     if name is not None:
         words = check_kind(name, str, "sampler_name").lower()
         for spacing, label in WEB_UI_SCHEDULES.items():
-            is_open = schedule in (None, "", "Automatic", "automatic")
+            is_open = schedule in (None, "", "Automatic", "automatic", spacing, label)
             before = words.removesuffix(f" {label.lower()}")
             if is_open and before != words and before in known:
                 words, schedule = before, spacing
         if known.get(words, words) not in WEB_UI_SAMPLERS:
-            names = ", ".join(WEB_UI_SAMPLERS.values())
+            names = ", ".join(dict.fromkeys(WEB_UI_SAMPLERS.values()))
             raise InputError(f"sampler_name {shown(name)}: allowed is {names}")
         changes["sampler"] = known.get(words, words)
     if schedule != "":
@@ -198,7 +226,7 @@ def _sampler(body: Body) -> Body:
 
 def _second_pass(body: Body) -> Body:
     """The pass on the enlarged picture; ``denoising_strength`` is its own, where there is one."""
-    is_on = body.pop("enable_hr", None)
+    is_on = switch(body.pop("enable_hr", None), "enable_hr")
     strength, scale = body.pop("denoising_strength", None), body.pop("hr_scale", None)
     steps, upscaler = body.pop("hr_second_pass_steps", None), body.pop("hr_upscaler", None)
     if not is_on:
@@ -206,7 +234,7 @@ def _second_pass(body: Body) -> Body:
             del body[name]
         return {} if strength is None else {"strength": strength}
     names = {theirs: ours for ours, theirs in WEB_UI_UPSCALERS.items()}
-    upscaler = "Latent" if upscaler is None else check_kind(upscaler, str, "hr_upscaler")
+    upscaler = check_kind(_open(upscaler, "Latent"), str, "hr_upscaler")
     if upscaler not in names:
         raise InputError(f"hr_upscaler {shown(upscaler)}: allowed is {', '.join(names)}")
     changes = {"hires_scale": 2.0 if scale is None else scale, "hires_upscaler": names[upscaler]}

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ldm.errors import InputError
+from ldm.text import check_kind
 from ldm.web.desk import Desk
 from ldm.web.form import Base
 from ldm.web.live import Live
@@ -55,7 +56,8 @@ class Endpoints:
             The pictures' addresses below ``/live/picture/``, their settings, and what was said.
         """
         try:
-            changes = {"seed": -1, **(settings or {}), "prompt": prompt}
+            own = check_kind(settings or {}, dict, "settings")
+            changes = {"seed": -1, **own, "prompt": prompt}
             if preset:
                 changes["tome.preset"] = preset
             wishes = self.base.wishes.changed({**changes, **({"tome": tome} if tome else {})})

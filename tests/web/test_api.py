@@ -80,11 +80,28 @@ def test_samplers_go_by_the_names_that_clients_know():
         ("Euler a", "euler_a", None),
         ("heun", "heun", None),
     ):
-        given = read(sampler_name=name, scheduler="automatic", eta=1.0).wishes.given
-        assert (given["sampler"], given.get("schedule")) == (sampler, schedule)
-        assert "eta" not in given
+        for said in ("automatic", schedule or ""):  # a name may end with what is said beside it
+            given = read(sampler_name=name, scheduler=said, eta=1.0).wishes.given
+            assert (given["sampler"], given.get("schedule")) == (sampler, schedule)
+            assert "eta" not in given
     assert read(sampler_name="DDIM", eta=0.5).wishes.given["eta"] == 0.5
     assert read(sampler_name="Euler a", eta=0.5).not_used == ("eta",)
+
+
+def test_what_a1111_has_by_default_asks_for_nothing(base):
+    body = {
+        **{"styles": [], "subseed": -1, "s_tmax": 0, "s_noise": 1, "refiner_switch_at": None},
+        **{"script_args": [], "alwayson_scripts": {}, "resize_mode": 0, "image_cfg_scale": 1.5},
+        **{"mask": None, "mask_blur_x": 4, "mask_blur_y": 4, "mask_round": True, "hr_upscaler": ""},
+        **{"hr_sampler_name": "Use same sampler", "hr_scheduler": "Use same scheduler"},
+        **{"hr_checkpoint_name": "Use same checkpoint", "hr_resize_x": 0, "hr_prompt": ""},
+    }
+    for is_on in (False, True, 0, 1, None):
+        order = read_body({**body, "enable_hr": is_on}, base.wishes, Options(), {})
+        given = {"seed": -1, **({"hires_scale": 2.0, "hires_upscaler": "latent"} if is_on else {})}
+        assert (order.wishes, order.not_used) == (base.wishes.changed(given), ())
+    painted = read_body({**body, "mask": "x", "resize_mode": 2}, base.wishes, Options(), {})
+    assert painted.not_used == ("resize_mode", "mask_blur_x", "mask_blur_y", "mask_round")
 
 
 def test_merging_is_an_override_or_an_object_of_its_own(client):
@@ -110,6 +127,17 @@ def test_options_hold_until_they_are_changed(client):
     answer = client.session.post(f"{client.baseurl}/options", json={"sd_model_checkpoint": "x"})
     assert answer.status_code == 422
     assert "choose one of tiny, broken" in answer.json()["detail"]
+
+
+def test_options_that_are_read_and_sent_back_change_nothing(client):
+    client.set_options({"tome": {"ratio": 0.5}})
+    said = client.get_options()
+    assert said["token_merging_ratio"] == 0.5
+    client.set_options({**said, "sd_vae": "Automatic"})
+    tome = settings_of(client.txt2img(**DRAW).image)["tome"]
+    assert (tome["ratio"], tome["hires"]) == (0.5, None)
+    client.set_options({**said, "tome": {}})
+    assert settings_of(client.txt2img(**DRAW).image)["tome"]["ratio"] is None
 
 
 def test_a_client_redraws_and_paints(client, tmp_path):
@@ -185,6 +213,14 @@ def test_requests_are_drawn_in_the_order_in_which_they_came(client, desk):
         ({"prompt": ["x"]}, "must be a text"),
         ({"prompt": "half \ud800"}, "surrogate"),
         ({"n_iter": 10**6}, "Pictures"),
+        ({"comments": {"x": "half \ud800"}}, "surrogate"),
+        ({"override_settings": {"\ud800": 1}}, "surrogate"),
+        ({"enable_hr": "false"}, "enable_hr: must be true or false, not 'false'"),
+        ({"denoising_strength": 2}, "denoising_strength 2.0: allowed is 0 to 1"),
+        ({"enable_hr": True, "denoising_strength": 2}, "denoising_strength 2.0: allowed is 0 to 1"),
+        ({"enable_hr": True, "hr_scale": 99}, "hr_scale 99.0: allowed is 1"),
+        ({"enable_hr": True, "hr_second_pass_steps": -1}, "hr_second_pass_steps -1: allowed is 1"),
+        ({"sampler_name": "DDIM", "scheduler": "Karras"}, "scheduler karras needs one of"),
         ({"sampler_name": {}}, "sampler_name: must be a text, not {}"),
         ({"scheduler": False}, "scheduler: must be a text, not False"),
         ({"override_settings": []}, "override_settings: must be an object"),
@@ -217,7 +253,7 @@ def test_bad_pictures_and_bad_requests_are_named(client):
         answer = client.session.post(f"{client.baseurl}/img2img", json={"init_images": images})
         assert answer.status_code == 422, images
         assert "init_images" in answer.json()["detail"]
-    for data in (b"{", b"[" * 100_000, b'{"steps": NaN}', b"\xff"):
+    for data in (b"{", b"[" * 100_000, b'{"steps": NaN}', b'{"comments": 1e400}', b"\xff"):
         answer = client.session.post(f"{client.baseurl}/txt2img", data=data)
         assert answer.status_code == 422
         assert "the request" in answer.json()["detail"]

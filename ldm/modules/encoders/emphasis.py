@@ -15,19 +15,21 @@ _PARTS = re.compile(
     r"\\[()\[\]\\]|[(\[]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[)\]]|[^\\()\[\]:]+|[\\:]"
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
-# A pair of brackets with none inside; a backslash makes a bracket a character.
-_INSIDE = r"(?:\\.|[^\[\]\\])*"
+# What is inside a pair of brackets, pairs without any inside included; a backslash makes a bracket
+# a character.
+_PAIR = r"\[(?:\\.|[^\[\]\\])*\]"
+_INSIDE = rf"(?:\\.|[^\[\]\\]|{_PAIR})*"
 _OPEN = rf"(?<!\\)(?:\\\\)*\[(?={_INSIDE}\])"
-_NUMBER = r"\s*\+?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?\s*"
+_NUMBER = r"\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?\s*"
 # What the web UIs read as more than words, and what it is called.
 _EMPHASIS = (
-    (re.compile(r"\([^()]*:\s*[+-]?[\d.]+\s*\)"), "emphasis"),
+    (re.compile(r"[()][^()]*:\s*[+-]?[\d.]+\s*\)"), "emphasis"),
     (re.compile(r"\({2}|\[{2}"), "emphasis"),
     (_BREAK, "BREAK"),
 )
 _OTHERS = (
     (re.compile(rf"{_OPEN}{_INSIDE}:{_NUMBER}\]"), "prompt editing"),
-    (re.compile(rf"{_OPEN}(?:\\.|[^\[\]\\|])*\|{_INSIDE}\]"), "alternating words"),
+    (re.compile(rf"{_OPEN}(?:\\.|[^\[\]\\|]|{_PAIR})*\|{_INSIDE}\]"), "alternating words"),
     (re.compile(r"\bAND\b"), "AND"),
     (re.compile(r"<\w+:[^<>]*>"), "LoRA in a negative prompt"),
 )
@@ -37,8 +39,9 @@ def parse_emphasis(prompt: str) -> list[tuple[str, float]]:
     r"""Split a prompt into pieces of one weight each, as the web UIs read it.
 
     ``(text)`` weighs 1.1, ``((text))`` 1.21, ``(text:1.4)`` 1.4 and ``[text]`` 1 / 1.1; ``\(`` is a
-    bracket that is meant. A bracket that is not closed reaches to the end, a closing one without a
-    partner is a character. The word BREAK is the piece `BREAK`.
+    bracket that is meant, ``\\`` a backslash, and any other backslash is nothing. A bracket that is
+    not closed reaches to the end, a closing one without a partner is a character. The word BREAK is
+    the piece `BREAK`.
 
     Source: AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py, parse_prompt_attention.
 
@@ -62,7 +65,7 @@ def parse_emphasis(prompt: str) -> list[tuple[str, float]]:
             multiply(opened["("].pop(), float(match[1]))
         elif part in PARTNERS and opened[PARTNERS[part]]:
             multiply(opened[PARTNERS[part]].pop(), FACTORS[PARTNERS[part]])
-        elif part[0] == "\\" and len(part) == 2:
+        elif part[0] == "\\":
             pieces.append((part[1:], 1.0))
         else:
             first, *others = _BREAK.split(part)

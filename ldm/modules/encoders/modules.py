@@ -72,8 +72,11 @@ def token_ids(prompt: str, words: Mapping[str, Sequence[int]] | None = None) -> 
     own = {word.lower(): ids for word, ids in words.items()}
     longest_first = sorted(map(re.escape, own), key=len, reverse=True)
     pieces = re.split(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)", prompt, flags=re.IGNORECASE)
-    # every second piece is one of the words
-    texts = (own[piece.lower()] if i % 2 else encode(piece) for i, piece in enumerate(pieces))
+    # every second piece is a word, or like one: regular expressions take a long s for an s
+    texts = (
+        (own.get(piece.lower()) if i % 2 else None) or encode(piece)
+        for i, piece in enumerate(pieces)
+    )
     return [token for ids in texts for token in ids]
 
 

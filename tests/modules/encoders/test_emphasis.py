@@ -20,6 +20,7 @@ from ldm.modules.encoders.emphasis import BREAK, parse_emphasis, plain_text, syn
         ("[(b:2)]", [("b", 2 / 1.1)]),
         ("time 12:30", [("time 12:30", 1)]),
         (r"\(red\) \[b\] \\", [("(red) [b] \\", 1)]),
+        (r"a\b \: (c\:2)\ ", [("ab : ", 1), ("c", 2), (" ", 1)]),
         (r"(a\)b)", [("a)b", 1.1)]),
         ("a smile :) and ) and ]", [("a smile :) and ) and ]", 1)]),
         ("(open [b] :1.2", [("open ", 1.1), ("b", 1), (" :1.2", 1.1)]),
@@ -46,6 +47,13 @@ def test_huge_weights_are_refused():
         parse_emphasis("a (red:1000000)")
 
 
+@pytest.mark.parametrize("prompt", ["a (red:1.2)", "a (red (sun):1.2)", "((red))", "[[red]]"])
+def test_weights_that_are_not_read_are_named(prompt):
+    (said,) = syntax_remarks(prompt)
+    assert "--emphasis reads the web UIs' emphasis" in said
+    assert not list(syntax_remarks(prompt, has_emphasis=True))
+
+
 @pytest.mark.parametrize(
     ("prompt", "kind"),
     [
@@ -58,11 +66,16 @@ def test_huge_weights_are_refused():
         ("a [[cat:dog:0.2]:hen:0.7]", "prompt editing"),
         (r"a [c\]at:dog:0.5]", "prompt editing"),
         ("a [(red:1.2):blue:0.3]", "prompt editing"),
+        ("a [cat:dog:-0.5]", "prompt editing"),
+        ("a [[cat] b:dog:0.5]", "prompt editing"),
         ("a [cat|dog|hen]", "alternating words"),
+        ("a [[cat] b|dog]", "alternating words"),
+        ("a [cat|the [dog]]", "alternating words"),
         ("a [|cat]", "alternating words"),
         ("a cat AND a dog :1.2", "AND"),
         (r"a \[cat:dog:0.5\]", ""),
         (r"a \[cat|dog\]", ""),
+        ("a [cat [dog] hen] 5:0.5", ""),
         ("a [cat] at 5:30, sand|sea", ""),
     ],
 )

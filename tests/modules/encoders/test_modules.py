@@ -169,6 +169,8 @@ def test_words_with_vectors_count_as_so_many_tokens() -> None:
     assert token_ids("a cat", words)[1:] == words["cat"]
     assert truncated_words("one cat two", max_length=6, words=words) == "two"
     assert truncated_words("one Cat two", max_length=4, words=words) == "cat two"
+    for like in ("\u017fun", "\u0131n"):  # a long s, and an i without its dot
+        assert token_ids(like, {"sun": [50000], "in": [50001]}) == token_ids(like)
 
 
 def test_clip_layers(clip: FrozenCLIPEmbedder) -> None:
