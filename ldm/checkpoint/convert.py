@@ -45,7 +45,8 @@ def convert(
     Args:
         source: ``.ckpt``, ``.safetensors`` or a folder of the latter.
         target: a ``.safetensors`` file; by default the source with that suffix.
-        half: store weights as float16; the schedule stays float32, and integers integers.
+        half: store weights as float16; the schedule and single numbers, such as the decay of the
+            averages, stay as they are, and integers integers.
         ema: the U-Net's running averages take the place of its weights.
         parameterization: what the U-Net predicts (``eps`` or ``v``), to be recorded in the
             metadata; by default what the source states (see ``ldm.checkpoint.prediction``), never
@@ -143,8 +144,13 @@ def _tensors(weights: StateDict, half: bool, ema: bool) -> dict[str, Tensor]:
     memory = set()
     for name, raw in names.items():
         tensor = weights[raw].contiguous()
-        if half and tensor.is_floating_point() and name not in keys.SCHEDULE:
-            tensor = tensor.to(torch.float16)
+        if half and tensor.is_floating_point() and tensor.ndim and name not in keys.SCHEDULE:
+            full, tensor = tensor, tensor.to(torch.float16)
+            if not bool(torch.isfinite(tensor).all()) and bool(torch.isfinite(full.float()).all()):
+                raise InputError(
+                    f"{weights.path}: {escaped(name)} has numbers that are too large for half "
+                    "precision; leave out --half"
+                )
         # safetensors refuses tensors that share memory
         address = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if address in memory else tensor

@@ -294,7 +294,7 @@ def gallery(args: Arguments) -> Gallery:
     )
 
 
-def check_writable(outdir: str) -> None:
+def check_writable(outdir: str, flag: str = "--outdir") -> None:
     """Check that files can be written in a folder, or that it can be made; leave no trace."""
     try:
         Path(outdir).exists()  # complains of what can be no path
@@ -307,4 +307,4 @@ def check_writable(outdir: str) -> None:
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"--outdir {escaped(outdir)}: cannot write there ({reason})") from None
+        raise InputError(f"{flag} {escaped(outdir)}: cannot write there ({reason})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ldm.errors import InputError, escaped
 from ldm.util import locked, written_whole
 
 KEPT_EVERY = 30.0
@@ -32,6 +34,9 @@ def grow(
         shape: of the array.
         dtype: of the array.
         rows: all rows from a number on, in order.
+
+    Raises:
+        InputError: the disk has too little room.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     before = _change_of(path)
@@ -45,6 +50,7 @@ def grow(
         start = _n_done(counter, settings) if unfinished.exists() else 0
         mode: Any = "r+" if start else "w+"
         array = np.lib.format.open_memmap(unfinished, mode, dtype, shape)
+        _reserve(unfinished, path, is_new=start == 0)
         noted = time.monotonic()
         for index, row in enumerate(rows(start), start):
             array[index] = row
@@ -56,6 +62,24 @@ def grow(
         array.flush()
         os.replace(unfinished, path)
         counter.unlink(missing_ok=True)
+
+
+def _reserve(file: Path, path: Path, is_new: bool) -> None:
+    """Take the room on the disk now: where it is short later, the system ends the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with file.open("r+b") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        except OSError as error:  # some disks cannot reserve
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                return
+            size = file.stat().st_size / 1e9
+            if is_new:
+                file.unlink()
+            raise InputError(
+                f"{escaped(path)} needs {size:.1f} GB: {error.strerror}; make room"
+            ) from None
 
 
 def _change_of(path: Path) -> int | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ldm.cli.parser import Parser, number
 from ldm.cli.program import leaving_at_once
-from ldm.demo.recipe import Recipe, alone, check_hours, check_state
+from ldm.demo.recipe import Recipe, alone, check_hours, check_output, check_state
 
 EPILOG = """
 examples:
@@ -63,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = Recipe.load(args.recipe)
     if args.hours is not None:
         check_hours(args.hours)
+    if args.export:
+        check_output(args.export, "--export")
+    elif recipe.writes_model:
+        check_output(args.output, "--output")
     state = Path(args.state).absolute()
     check_state(state, recipe.disk_gb)
     with leaving_at_once():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from ldm.cli.options import check_writable
 from ldm.config import load_config
-from ldm.errors import InputError
+from ldm.errors import InputError, escaped
+from ldm.training.check import check_arguments, pairs
 
 try:
     import fcntl
@@ -20,6 +23,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FOLDER = "configs/demo"
+_OWN_FILE = re.compile(r"(first_stage|text|unet)(-\d+)?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -83,14 +87,18 @@ class Recipe:
         """Read a recipe's YAML.
 
         Raises:
-            InputError: an entry is missing or unknown.
+            InputError: an entry is missing, unknown, or not of its kind.
         """
         content = load_config(path)
-        try:
-            stages = [Stage(name, **entry) for name, entry in content.pop("stages").items()]
-            return cls(stages=stages, **content)
-        except (TypeError, KeyError) as error:
-            raise InputError(f"{path} is no recipe: {error}") from error
+        where = f"{path} is no recipe: "
+        stages = []
+        for name, entry in pairs(content.pop("stages", None), f"{where}stages").items():
+            entry = {"name": name, **pairs(entry, f"{where}{name}")}
+            check_arguments(Stage, entry, f"{where}{name}")
+            stages.append(Stage(**entry))
+        content["stages"] = stages
+        check_arguments(cls, content, f"{where}its settings")
+        return cls(**content)
 
 
 def check_hours(hours: float) -> float:
@@ -102,6 +110,25 @@ def check_hours(hours: float) -> float:
     if not math.isfinite(hours) or hours < 1 / 60:
         raise InputError(f"--hours {hours:g}: give at least a minute, such as 0.02")
     return hours
+
+
+def check_output(output: str, flag: str) -> None:
+    """See whether a model folder can be written, before hours of training.
+
+    Args:
+        output: the folder, whose weights are replaced.
+        flag: that names it.
+
+    Raises:
+        InputError: it cannot be written to, or holds weights of others.
+    """
+    check_writable(output, flag)
+    for file in Path(output).glob("*.safetensors"):
+        if not _OWN_FILE.fullmatch(file.name):
+            raise InputError(
+                f"{flag} {escaped(output)} holds other weights, too ({escaped(file.name)}), which "
+                "would be removed; name another folder"
+            )
 
 
 def check_state(state: Path, disk_gb: float) -> None:

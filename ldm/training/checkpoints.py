@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
+from ldm.checkpoint.keys import SCHEDULE
 from ldm.errors import InputError, escaped
 from ldm.util import written_whole
 
@@ -76,8 +77,13 @@ class RunCheckpoints(ModelCheckpoint):
 
 
 def first_not_finite(state: Mapping[str, Any]) -> str | None:
-    """Name of the first tensor with a value that is no finite number; None without."""
+    """Name of the first weight with a value that is no finite number; None without.
+
+    A schedule that ends in noise alone has 1 / alpha_bar without end, as it should.
+    """
     for name, value in state.items():
+        if name in SCHEDULE:
+            continue
         is_float = isinstance(value, Tensor) and value.is_floating_point()
         if is_float and not bool(torch.isfinite(value).all()):
             return name

@@ -34,12 +34,13 @@ def core_seconds(n_processes: int = 1) -> float:
     return time.process_time() * n_processes / (os.cpu_count() or 1)
 
 
-class Clock(pl.Callback):
+class Clock(pl.callbacks.Checkpoint):
     """Sets the learning rate by the time spent, stops in time, and saves in between.
 
     The clock counts training alone and is kept in the checkpoint, so that a run may be stopped and
     resumed at any time, also with another amount of time in all. On a CPU it counts what this
     process had of the cores, so that a busy machine does not mean a worse model, only a later one.
+    As a Checkpoint it comes after what else follows a step: the average is that of the weights.
 
     Args:
         seconds: of training, in all; None leaves learning rate and end to the run itself.

@@ -126,7 +126,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
             if buckets is None
             else partial(buckets.draw, n_ranks)
         )
-        batches = EpochBatches(draw, self.seed, self._n_done, rank, n_ranks)
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        batches = EpochBatches(draw, self.seed, self._n_done, rank, n_ranks, limit)
         items = SeededItems(dataset, self.seed)
         return self._loader(items, self.num_workers, batch_sampler=batches)
 

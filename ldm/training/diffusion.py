@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +17,8 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.training.module import Training
+
+logger = logging.getLogger(__name__)
 
 
 class DiffusionTraining(Training):
@@ -41,6 +44,29 @@ class DiffusionTraining(Training):
         key = model.model.conditioning_key
         if key not in (None, "crossattn"):
             raise InputError(f"conditioning_key {key!r} cannot be trained, only 'crossattn' can")
+        encoder = model.cond_stage_model
+        if model.cond_stage_trainable and not _has_trainable(encoder):
+            logger.warning(
+                "cond_stage_trainable: nothing of the text encoder is trained, it is frozen; "
+                "cond_stage_config.params.freeze: false would train it"
+            )
+
+    def take_over(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The trainer's settings.
+
+        Args:
+            settings: of the trainer.
+
+        Raises:
+            InputError: schedule and averages would not be kept in 32 bits.
+        """
+        precision = settings.get("precision", "32-true")
+        if precision.endswith("-true") and precision != "32-true":
+            raise InputError(
+                f"lightning.trainer.precision {precision}: a diffusion model's schedule and "
+                "averages need 32 bits; give 32-true, bf16-mixed or 16-mixed"
+            )
+        return super().take_over(settings)
 
     # --- loss -----------------------------------------------------------------------------------
 
@@ -150,7 +176,8 @@ class DiffusionTraining(Training):
         Steps and noise depend on the number of the batch alone: losses of different epochs can
         be compared (upstream draws them anew each time).
         """
-        z, c = self.get_input(batch)
+        # the trial of a training set finds out whether it has what is to be dropped
+        z, c = self.get_input(self._drop_captions(batch) if split == "train" else batch)
         generator = torch.Generator().manual_seed(index)
         t = torch.randint(0, self.net.num_timesteps, (len(z),), generator=generator).to(z.device)
         noise = torch.randn(z.shape, generator=generator).to(z)
@@ -164,13 +191,22 @@ class DiffusionTraining(Training):
         return terms | {f"{name}_ema": value for name, value in averaged.items()}
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """With ``scale_by_std``, set the scale factor from the first batch of a new run."""
+        """With ``scale_by_std``, set the scale factor from the first batch of a new run.
+
+        Of several processes the first one's holds for all; that of a checkpoint which the run
+        began with stays.
+        """
         net = self.net
-        if net.scale_by_std and self.global_step == 0 and batch_idx == 0:
-            if net.scale_factor != 1.0:
-                raise InputError("scale_by_std measures the scale factor: leave scale_factor at 1")
-            z = net.get_first_stage_encoding(net.encode_first_stage(self.pictures(batch)))
-            net.scale_factor = 1.0 / z.flatten().std().detach()
+        if not net.scale_by_std or self.global_step > 0 or batch_idx > 0 or net.has_loaded_scale:
+            return
+        assert isinstance(net.scale_factor, Tensor)
+        if net.scale_factor != 1.0:
+            raise InputError("scale_by_std measures the scale factor: leave scale_factor at 1")
+        if "latent" in batch:
+            raise InputError("scale_by_std needs pictures: these latents have their scale already")
+        z = net.get_first_stage_encoding(net.encode_first_stage(self.pictures(batch)))
+        scale = 1.0 / float(z.std())
+        net.scale_factor.fill_(self.trainer.strategy.broadcast(scale))
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The average follows each step before a checkpoint of it is written."""
@@ -252,6 +288,10 @@ class AverageWeights(pl.Callback):
         """Move it by one step."""
         assert isinstance(pl_module, DiffusionTraining)
         pl_module.net.model_ema(pl_module.net.model)
+
+
+def _has_trainable(module: nn.Module | None) -> bool:
+    return module is not None and any(p.requires_grad for p in module.parameters())
 
 
 def _blanks(config: Mapping[str, Any]) -> dict[str, tuple[float, str]]:

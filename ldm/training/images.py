@@ -80,6 +80,7 @@ class ImageLogger(pl.Callback):
                 logger.info("log_images_kwargs.%s has no meaning here and is left out", name)
         self.kwargs = {name: value for name, value in given.items() if name not in INERT}
         self.kwargs["N"] = min(max_images, self.kwargs.get("N", max_images))
+        self.last_step = 0
 
     @rank_zero_only
     def on_train_batch_end(
@@ -90,7 +91,11 @@ class ImageLogger(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Draw if it is time."""
+        """Draw if it is time; once a step, however many batches it has."""
+        is_same_step = trainer.global_step == self.last_step
+        self.last_step = trainer.global_step
+        if is_same_step and not self.log_on_batch_idx:
+            return
         count = batch_idx + 1 if self.log_on_batch_idx else trainer.global_step
         if count % self.batch_frequency == 0 or count in self.early:
             self._save(trainer, pl_module, batch, batch_idx, "train")

@@ -14,6 +14,9 @@ from ldm.errors import InputError
 from ldm.lr_scheduler import Schedule
 from ldm.util import instantiate_from_config
 
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+"""What optimisers and their schedules store of the learning rate, by parameter group."""
+
 
 class Training(pl.LightningModule):
     """A model with ``terms(batch, split)`` and ``optimizer(learning_rate, n_steps)``.
@@ -93,6 +96,21 @@ class Training(pl.LightningModule):
     ) -> Any:
         """Into the model."""
         return self.net.load_state_dict(state_dict, strict, assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the rate, see `on_load_checkpoint`."""
+        checkpoint["learning_rate"] = self.learning_rate
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the rate of now, where optimisers and schedules have stored another."""
+        factor = self.learning_rate / checkpoint.get("learning_rate", self.learning_rate)
+        for optimizer in checkpoint["optimizer_states"]:
+            for group in optimizer["param_groups"]:
+                group.update({name: factor * group[name] for name in RATES if name in group})
+        for schedule in checkpoint["lr_schedulers"]:
+            for name in ("base_lrs", "_last_lr"):
+                if name in schedule:
+                    schedule[name] = [factor * rate for rate in schedule[name]]
 
     def terms(self, batch: dict[str, Any], split: str, index: int) -> dict[str, Tensor]:
         """Terms of the loss of a batch of ``train``, ``val`` or ``test``."""

@@ -79,6 +79,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         n_done: how many batches the run has had.
         rank: of this process; of every ``n_ranks`` batches it takes one.
         n_ranks: how many processes there are.
+        limit: how many of an epoch's batches the run takes, or which share of them: Lightning's
+            ``limit_train_batches``.
     """
 
     def __init__(
@@ -88,12 +90,14 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         n_done: Callable[[], int],
         rank: int = 0,
         n_ranks: int = 1,
+        limit: float = 1.0,
     ) -> None:
         self.draw = draw
         self.seed = seed
         self.n_done = n_done
         self.rank = rank
         self.n_ranks = n_ranks
+        self.limit = limit
         self.length = len(self._batches(0))
 
     def __len__(self) -> int:
@@ -102,7 +106,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """The rest of the epoch."""
-        epoch, n_done = divmod(self.n_done(), max(self.length, 1))
+        n, limit = self.length, self.limit
+        taken = min(n, limit) if isinstance(limit, int) else int(n * limit)
+        epoch, n_done = divmod(self.n_done(), max(taken, 1))
         for batch in self._batches(epoch)[n_done:]:
             yield [(epoch, index) for index in batch]
 

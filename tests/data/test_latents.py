@@ -1,3 +1,5 @@
+import errno
+import os
 import threading
 import time
 
@@ -5,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ldm.data.growing import grow
 from ldm.data.latents import EncodedPictures
 from ldm.errors import InputError
 from ldm.models.autoencoder import AutoencoderKL
@@ -108,3 +111,16 @@ def test_of_two_processes_one_encodes(weights, tmp_path, monkeypatch):
         thread.join()
     assert sorted(n_encoded) == [1, 1, 5]  # each looked at one picture's shape
     assert len(list((tmp_path / "c").iterdir())) == 1
+
+
+def test_a_full_disk_is_said_before_anything_is_encoded(tmp_path, monkeypatch):
+    """A memory map of a file without room would end the process with SIGBUS."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    rows = pytest.fail
+    with pytest.raises(InputError, match=r"a\.npy needs 0\.0 GB: No space left on device"):
+        grow(tmp_path / "a.npy", "settings", (2, 3), "float16", rows)
+    assert not any(tmp_path.iterdir())

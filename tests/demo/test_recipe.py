@@ -20,7 +20,7 @@ from ldm.demo import check, export, make
 from ldm.demo.export import level_latents
 from ldm.demo.finish import export_so_far, finish
 from ldm.demo.quality import renders
-from ldm.demo.recipe import Recipe, alone, check_state
+from ldm.demo.recipe import Recipe, alone, check_output, check_state
 from ldm.demo.stages import check_keys, progress_of, run_stages, seconds_for, stage_config
 from ldm.errors import InputError
 from ldm.models.autoencoder import AutoencoderKL
@@ -256,6 +256,30 @@ def test_a_recipe_that_is_none(tmp_path):
     (tmp_path / "x.yaml").write_text("hours: 1\nstages: {a: {colour: red}}\n")
     with pytest.raises(InputError, match=r"x\.yaml is no recipe: .*colour"):
         Recipe.load(tmp_path / "x.yaml")
+    for text, message in {
+        "hours: soon\nhours_cuda: 1\ndisk_gb: 1\nstages: {}": "hours 'soon': must be a number",
+        "stages: [a, b]": "stages .*must be 'key: value' pairs",
+    }.items():
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(InputError, match=rf"x\.yaml is no recipe: .*{message}"):
+            Recipe.load(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("flag", ["--output", "--export"])
+def test_a_folder_of_other_weights_is_left_alone(flag, tmp_path):
+    """It is said before anything is trained."""
+    other = tmp_path / "models" / "sd-v1-5.safetensors"
+    other.parent.mkdir()
+    other.write_bytes(b"weights")
+    state = tmp_path / "state"
+    with pytest.raises(InputError, match=rf"{flag} .*other weights, too \(sd-v1-5\.safetensors\)"):
+        make.main([flag, str(other.parent), "--state", str(state)])
+    with pytest.raises(InputError, match=f"{flag} .*cannot write there"):
+        make.main([flag, str(other), "--state", str(state)])
+    assert not state.exists()
+    (other.parent / "unet-1.safetensors").touch()
+    other.unlink()
+    check_output(str(other.parent), flag)
 
 
 def test_nothing_to_export_yet(tmp_path):

@@ -20,6 +20,7 @@ WEIGHTS = {
     "model_ema.diffusion_modelout2weight": torch.randn(4, 3),
     "model_ema.diffusion_modelout2bias": torch.randn(4),
     "model_ema.num_updates": torch.tensor(5),
+    "model_ema.decay": torch.tensor(0.9999),
     "betas": torch.full((3,), 0.00085),
     "cond_stage_model.transformer.encoder.x": torch.randn(2, 2).t(),
     "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(4)[None],
@@ -102,8 +103,18 @@ def test_half_leaves_schedule_and_integers(ckpt):
     name = f"{UNET}out.2.weight"
     assert torch.equal(tensors[name], WEIGHTS[name].half())
     assert tensors["betas"].dtype == torch.float32
+    assert tensors["model_ema.decay"] == WEIGHTS["model_ema.decay"]  # as a half it would be 1
     ids = "cond_stage_model.transformer.text_model.embeddings.position_ids"
     assert tensors[ids].dtype == torch.int64
+
+
+def test_half_cannot_hold_everything(tmp_path):
+    name = f"{UNET}out.2.weight"
+    torch.save({name: torch.tensor([1.0, 7e4])}, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match=r"out\.2\.weight has numbers that are too large for half"):
+        convert(tmp_path / "a.ckpt", half=True)
+    tensors, _ = content(convert(tmp_path / "a.ckpt"))
+    assert tensors[name].tolist() == [1.0, 7e4]
 
 
 def test_ema_takes_the_place_of_the_weights(ckpt):

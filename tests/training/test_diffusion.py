@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ldm.errors import InputError
+from ldm.training.clock import Clock
 from ldm.training.diffusion import DiffusionTraining
 from tests.tiny_diffusion import CAPTIONS, WIDTH
 from tests.tiny_diffusion import build as build_model
@@ -185,6 +186,63 @@ def test_scale_by_std_gives_latents_unit_variance(batch):
     assert model.net.scale_factor != 1
     z, _ = model.get_input(batch)
     assert z.std() == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_scale_by_std_leaves_a_checkpoints_scale(batch, tmp_path):
+    first = build(scale_by_std=True, scale_factor=1.0)
+    first.net.scale_factor.fill_(0.5)
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": first.state_dict()}, path)
+    model = build(scale_by_std=True, scale_factor=1.0, ckpt_path=str(path))
+    fit(model, batch, 1, limit_val_batches=0)
+    assert model.net.scale_factor == 0.5
+    latents = {"latent": torch.randn(4, 4, 4, 4), "caption": CAPTIONS}
+    with pytest.raises(InputError, match="scale_by_std needs pictures"):
+        fit(build(scale_by_std=True, scale_factor=1.0), latents, 1, limit_val_batches=0)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_schedule_and_averages_stay_in_32_bits(precision):
+    with pytest.raises(InputError, match=f"precision {precision}: .*need 32 bits"):
+        build().take_over({"precision": precision})
+    assert build().take_over({"precision": "bf16-mixed"}) == {"precision": "bf16-mixed"}
+
+
+def test_what_is_dropped_must_be_there(batch):
+    with pytest.raises(KeyError, match="txt"):
+        build(ucg_training={"txt": {"p": 0.1}}).terms(batch, "train", 0)
+
+
+def test_a_frozen_text_encoder_that_is_to_be_trained_is_said(caplog):
+    net = build_model(cond_stage_trainable=True)
+    DiffusionTraining(net)
+    assert not caplog.messages
+    net.cond_stage_model.requires_grad_(False)
+    DiffusionTraining(net)
+    assert "nothing of the text encoder is trained" in caplog.text
+
+
+class Noting(Clock):
+    """Notes, in place of saving, the run's steps and those that its average has followed."""
+
+    def __init__(self):
+        super().__init__(save_every=0)
+        self.noted = []
+
+    def save(self, trainer):
+        n_averaged = int(trainer.lightning_module.net.model_ema.num_updates)
+        self.noted.append((trainer.global_step, n_averaged))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_clock_saves_the_average_of_the_same_step(batch):
+    clock = Noting()
+    trainer = quiet_trainer(2, limit_val_batches=0)
+    trainer.callbacks = [clock, *trainer.callbacks]
+    loader = torch.utils.data.DataLoader([batch] * 2, batch_size=None)
+    trainer.fit(build(use_ema=True), loader)
+    assert clock.noted == [(1, 1), (2, 2), (2, 2)]
 
 
 def test_log_images_draws_pictures(batch):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from ldm.training.order import EpochBatches, shuffled
 from ldm.training.run import main, run_of
 from tests.training.toy import diffusion_config, pictures, toy_config, train, write
 
@@ -65,6 +67,34 @@ def test_losses_are_those_of_the_unbroken_run(kind: str, n_first: int, tmp_path:
     stopped = train(path, tmp_path / "stopped", "--max_steps", str(n_first))
     main(["--resume", str(stopped), "--train", "--max_steps", str(N_STEPS)])
     check_same(unbroken, stopped)
+
+
+@pytest.mark.parametrize("has_schedule", [False, True])
+def test_a_run_goes_on_with_the_rate_that_it_is_given(has_schedule: bool, tmp_path: Path) -> None:
+    config = toy_config(pictures(tmp_path / "pictures"), max_steps=1)
+    schedule = {"f_start": [0.1], "f_max": [1.0], "f_min": [1.0]}
+    schedule |= {"warm_up_steps": [4], "cycle_lengths": [100]}
+    if has_schedule:
+        scheduler = {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": schedule}
+        config["model"]["params"]["scheduler_config"] = scheduler
+    run = train(write(tmp_path / "toy.yaml", config), tmp_path / "logs")
+    change = ["--max_steps", "2", "model.base_learning_rate=0.00001"]
+    main(["--resume", str(run), "--train", *change])
+    kept = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    (group,) = kept["optimizer_states"][0]["param_groups"]
+    factor = 0.1 + 0.9 * 2 / 4 if has_schedule else 1
+    assert group["lr"] == pytest.approx(2e-5 * factor)  # of batches of two
+
+
+def test_each_epoch_begins_anew_where_only_some_batches_are_taken() -> None:
+    """Lightning's epoch has three batches then, not three and the two that are left."""
+    draw = partial(shuffled, 10, 2)
+    whole = EpochBatches(draw, 0, lambda: 5)
+    for limit in (3, 0.7):
+        some = EpochBatches(draw, 0, lambda: 3, limit=limit)
+        assert list(some) == list(whole)
+        assert [len(some), len(list(some))] == [5, 5]
+        assert list(EpochBatches(draw, 0, lambda: 4, limit=limit)) == list(whole)[1:]
 
 
 def test_the_run_of_a_checkpoint_is_above_its_checkpoints(tmp_path):

@@ -305,3 +305,12 @@ def test_upstreams_autoencoder_configuration_trains(tmp_path):
     assert set(steps) == {3}  # the discriminator begins one step later
     metrics = next(run.rglob("metrics.csv")).read_text()
     assert "train/disc_loss" in metrics
+
+
+def test_a_step_of_several_batches_is_drawn_once(tmp_path):
+    config = toy_config(pictures(tmp_path / "pictures", 8), max_steps=2, accumulate_grad_batches=2)
+    config["lightning"]["callbacks"] = {"image_logger": {"params": {"batch_frequency": 1}}}
+    config["data"]["params"].pop("validation")
+    run = train(write(tmp_path / "toy.yaml", config), tmp_path / "logs")
+    drawn = sorted(path.name for path in (run / "images" / "train").glob("inputs*"))
+    assert drawn == [f"inputs_gs-{n:06}_e-000000_b-{2 * n - 1:06}.png" for n in (1, 2)]

@@ -90,6 +90,8 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
 
 def test_checkpoints_are_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
+    endless = {"sqrt_recip_alphas_cumprod": torch.tensor([1.0, torch.inf])}  # of zero_snr
+    WholeCheckpoints().save_checkpoint({"state_dict": endless, "global_step": 3}, path)
     path.write_bytes(b"before")
     state = {"weight": torch.tensor([1.0, torch.nan])}
     with pytest.raises(Diverged, match="after step 3 the weights weight are no numbers"):

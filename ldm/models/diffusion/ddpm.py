@@ -204,6 +204,7 @@ class LatentDiffusion(nn.Module):
         for name, buffer in self._schedule().items():
             self.register_buffer(name, buffer, persistent=name not in ("lvlb_weights", "logvar"))
         self.scale_by_std = scale_by_std
+        self.has_loaded_scale = False
         if scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
         else:
@@ -410,6 +411,7 @@ class LatentDiffusion(nn.Module):
         weights.require_weights(stored[name] for name in names if is_weight(name))
         state = {name: weights[stored[name]] for name in names}
         missing, unexpected = self.load_state_dict(state, strict=False)
+        self.has_loaded_scale = self.scale_by_std and "scale_factor" in state
         if len(unexpected) == len(state):
             raise InputError(f"{escaped(path)} has no weights of this model in it")
         if self.use_ema and not any(name.startswith("model_ema.") for name in state):
