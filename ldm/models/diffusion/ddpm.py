@@ -228,7 +228,9 @@ class LatentDiffusion(nn.Module):
     def _schedule(self) -> dict[str, Tensor]:
         """The buffers that have a value for each step, always on the CPU."""
         buffers = schedule_buffers(self.given_betas, self.v_posterior)
-        buffers["lvlb_weights"] = variational_weights(self.given_betas, self.parameterization)
+        buffers["lvlb_weights"] = variational_weights(
+            self.given_betas, self.parameterization, self.v_posterior
+        )
         if not isinstance(getattr(self, "logvar", None), nn.Parameter):
             buffers["logvar"] = torch.full((self.num_timesteps,), self.logvar_init, device="cpu")
         return buffers

@@ -115,24 +115,33 @@ def schedule_buffers(betas: npt.ArrayLike, v_posterior: float = 0.0) -> dict[str
     return {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
 
 
-def variational_weights(betas: npt.ArrayLike, parameterization: str) -> Tensor:
+def variational_weights(
+    betas: npt.ArrayLike, parameterization: str, v_posterior: float = 0.0
+) -> Tensor:
     """Weight of each step's squared error in the variational bound, (T,) float32.
 
     eps: beta^2 / (2 posterior_variance alpha (1 - alpha_bar)), x0: 0.5 sqrt(alpha_bar) /
-    (2 - alpha_bar) as upstream has it, v: one. Step 0, whose posterior variance is 0, takes the
-    weight of step 1. Source: Ho et al. 2020 eq. 12; CompVis ddpm.py.
+    (2 - alpha_bar) as upstream has it, v: one. Step 0, whose posterior variance may be 0, takes
+    the weight of step 1. Source: Ho et al. 2020 eq. 12; CompVis ddpm.py.
+
+    Args:
+        betas: noise variances, (T,).
+        parameterization: eps, x0 or v.
+        v_posterior: see `schedule_buffers`.
     """
     beta = np.asarray(betas, dtype=np.float64)
-    if parameterization == "v":
-        return torch.from_numpy(np.ones(len(beta), dtype=np.float32))
     alpha_bar = np.cumprod(1 - beta)
-    if parameterization == "x0":
-        return torch.from_numpy((0.5 * np.sqrt(alpha_bar) / (2 - alpha_bar)).astype(np.float32))
-    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
-    # beta^2 / posterior_variance = beta (1 - alpha_bar) / (1 - alpha_bar_prev)
-    with np.errstate(divide="ignore"):
-        weights = beta / (2 * (1 - beta) * (1 - alpha_bar_prev))
-    weights[0] = weights[1]
+    if parameterization == "v":
+        weights = np.ones(len(beta))
+    elif parameterization == "x0":
+        weights = 0.5 * np.sqrt(alpha_bar) / (2 - alpha_bar)
+    else:
+        alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+        # posterior_variance (1 - alpha_bar) / beta
+        variance = (1 - v_posterior) * (1 - alpha_bar_prev) + v_posterior * (1 - alpha_bar)
+        with np.errstate(divide="ignore"):
+            weights = beta / (2 * (1 - beta) * variance)
+    weights[0] = weights[min(1, len(weights) - 1)]
     return torch.from_numpy(weights.astype(np.float32))
 
 

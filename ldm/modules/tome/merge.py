@@ -397,14 +397,18 @@ def merge_wavg(merge: Merge, x: Tensor, size: Tensor | None = None) -> tuple[Ten
         size: (B, N, 1) from the last merge; None: ones.
 
     Returns:
-        The merged tokens, (B, N', C), and their sizes, (B, N', 1).
+        The merged tokens, (B, N', C), of the type of x * size, or float32 where both are whole
+        numbers; and their sizes, (B, N', 1), of the type that they had, or else of that of x.
     """
     if size is None:
         size = torch.ones_like(x[..., :1])
-    size = size.to(torch.promote_types(x.dtype, torch.float32))  # half types overflow in sums
-    merged = merge(x * size, mode="sum")
-    size = merge(size, mode="sum")
-    return (merged / size).to(x.dtype), size.to(x.dtype)
+    dtype = torch.promote_types(x.dtype, size.dtype)
+    if not dtype.is_floating_point:
+        dtype = torch.float32
+    weights = size.to(torch.promote_types(dtype, torch.float32))  # half types overflow in sums
+    merged = merge(x * weights, mode="sum")
+    total = merge(weights, mode="sum")
+    return (merged / total).to(dtype), total.to(size.dtype)
 
 
 def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tensor:

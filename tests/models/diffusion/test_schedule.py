@@ -103,7 +103,18 @@ def test_variational_weights():
     assert torch.isfinite(weights).all()
     assert (variational_weights(BETAS, "v") == 1).all()
     a = ALPHA_BAR[500].item()
-    assert variational_weights(BETAS, "x0")[500] == pytest.approx(0.5 * a**0.5 / (2 - a), rel=1e-5)
+    of_pictures = variational_weights(BETAS, "x0")
+    assert of_pictures[500] == pytest.approx(0.5 * a**0.5 / (2 - a), rel=1e-5)
+    assert of_pictures[0] == of_pictures[1]
+
+
+@pytest.mark.parametrize("v_posterior", [0.25, 1.0])
+def test_variational_weights_are_those_of_the_posterior_in_force(v_posterior):
+    variance = schedule_buffers(BETAS, v_posterior)["posterior_variance"].double().numpy()
+    expected = BETAS**2 / (2 * variance * (1 - BETAS) * (1 - np.cumprod(1 - BETAS)))
+    weights = variational_weights(BETAS, "eps", v_posterior)
+    np.testing.assert_allclose(weights[1:], expected[1:], rtol=1e-5)
+    assert weights[0] == weights[1]
 
 
 def test_timesteps_are_upstreams_wherever_those_exist():

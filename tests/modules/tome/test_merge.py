@@ -246,6 +246,23 @@ def test_wavg_of_half_does_not_overflow() -> None:
     assert size.item() == 64
 
 
+def test_wavg_has_the_types_of_its_tensors() -> None:
+    """Tokens and sizes are 1 to 4; means of whole numbers are not rounded, nor are given sizes."""
+    merge, _ = kth_bipartite_soft_matching(torch.ones(1, 4, 2), 4)
+    x, half = torch.arange(1, 5)[None, :, None], torch.float16
+    for tokens, sizes, mean, total in (
+        (x, None, torch.tensor(2.5), torch.tensor(4)),
+        (x, x, torch.tensor(3.0), torch.tensor(10)),
+        (x, x / 4, torch.tensor(3.0), torch.tensor(2.5)),
+        (x.to(half), None, torch.tensor(2.5, dtype=half), torch.tensor(4, dtype=half)),
+        (x.to(half), x.float(), torch.tensor(3.0), torch.tensor(10.0)),
+        (x.float(), x.to(half), torch.tensor(3.0), torch.tensor(10, dtype=half)),
+    ):
+        merged, size = merge_wavg(merge, tokens, sizes)
+        torch.testing.assert_close(merged[0, 0, 0], mean)
+        torch.testing.assert_close(size[0, 0, 0], total)
+
+
 @pytest.mark.parametrize("mode", ["amax", "amin", "prod"])
 def test_other_modes(mode: str) -> None:
     merge, _ = kth_bipartite_soft_matching(torch.ones(1, 4, 2), 4)
