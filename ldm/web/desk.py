@@ -82,7 +82,7 @@ class Desk:
         info = self.runner.info(model)
         self.runner.resolve(model, draw.tome)
         settings = draw.settings
-        prompt = str(settings.prompt or info.defaults["prompt"])
+        prompt = str(info.defaults["prompt"] if settings.prompt is None else settings.prompt)
         lora_files(taken_loras(prompt)[1])  # which have to be there
         settings = dataclasses.replace(settings, prompt=prompt)
         if init is not None and settings.hires_scale > 1:

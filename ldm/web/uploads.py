@@ -34,7 +34,8 @@ def file_of(text: object, name: str) -> Iterator[Path]:
     if len(text) > MOST * 4 // 3:
         raise InputError(f"{name}: larger than {MOST // 2**20} MiB")
     try:
-        data = base64.b64decode(_HEAD.sub("", text, count=1), validate=True)
+        code = "".join(_HEAD.sub("", text, count=1).split())  # some writers break the lines
+        data = base64.b64decode(code, validate=True)
     except (binascii.Error, ValueError):
         raise InputError(f"{name}: not base64") from None
     with tempfile.TemporaryDirectory(prefix="ldm-picture-") as folder:

@@ -11,6 +11,7 @@ from ldm.web.address import free_port
 from ldm.web.api import Api
 from ldm.web.bodies import Options, read_body
 from ldm.web.server import Server
+from ldm.web.uploads import file_of
 
 webuiapi = pytest.importorskip("webuiapi")
 gr = pytest.importorskip("gradio")
@@ -64,6 +65,7 @@ def test_a_client_draws(client):
     assert (about["prompt"], about["seed"]) == ("a (red:1.2) house", 5)
     assert (about["sampler"], about["steps"], about["scale"]) == ("euler_a", 2, 3.0)
     assert about["emphasis"]
+    assert settings_of(client.txt2img(prompt="", **DRAW).image)["prompt"] == ""
     assert result.info["all_seeds"] == [5, 6]
     assert result.info["infotexts"][0] == result.image.info["parameters"]
 
@@ -257,6 +259,13 @@ def test_bad_pictures_and_bad_requests_are_named(client):
         answer = client.session.post(f"{client.baseurl}/txt2img", data=data)
         assert answer.status_code == 422
         assert "the request" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.encodebytes])
+def test_base64_may_have_lines(encode):
+    data = bytes(range(256))
+    with file_of("data:image/png;base64," + encode(data).decode(), "mask") as path:
+        assert path.read_bytes() == data
 
 
 def test_nobody_without_the_password_draws(client, desk):
