@@ -177,7 +177,7 @@ def _is_at(row: Mapping[str, Any], preset: str, ratio: str) -> bool:
 
 
 def cell(row: Mapping[str, Any], what: str) -> str:
-    """A number of a row: a share of work, or a measure, with its interval if it ends in ``+``.
+    """A number of a row: a share, or another measure, with its interval if it ends in ``+``.
 
     Grey, here in italics, is what is above the precision floor.
     """
@@ -191,6 +191,8 @@ def cell(row: Mapping[str, Any], what: str) -> str:
         return ""
     digits = MEASURES[name].digits if name in MEASURES else 1
     digits = 1 if name == "psnr_db" else digits
+    if name == "attributes":
+        return f"{one['mean']:.1%}".replace("%", " %")
     text = f"{one['mean']:.{digits}f}"
     if name in row.get("above_floor", ()):
         text = f"*{text}*"

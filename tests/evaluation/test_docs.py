@@ -15,6 +15,7 @@ TEXT = "before\n<!-- table main -->\n| old |\n<!-- end of table -->\nafter\n"
 
 def row(setting, psnr, ratio=None, above=()):
     measures = {"psnr_db": {"mean": psnr, "low": psnr - 1, "high": psnr + 1}}
+    measures["attributes"] = {"mean": 0.9938, "low": 0.9, "high": 1.0}
     own = {"tome": {"ratio": ratio}, "saved_work": 0.66, "above_floor": list(above)}
     return {"size": 16, "setting": setting, "measures": measures, **own}
 
@@ -26,12 +27,13 @@ def test_a_table_has_what_its_columns_name():
         "25 %": "all 16 psnr_db@0.25",
         "50 %": "all 16 psnr_db+@0.5",
         "75 %": "all 16 psnr_db@0.75",
+        "found": "all 16 attributes@0.5",
     }
     table = {"columns": columns, "rows": {"`half`": "half"}}
     assert markdown(table, {"all": rows}, "main").splitlines() == [
-        "| | left | 25 % | 50 % | 75 % |",
-        "|---|---|---|---|---|",
-        "| `half` | 34 % | *60.0* | 40.0 [39.0, 41.0] |  |",
+        "| | left | 25 % | 50 % | 75 % | found |",
+        "|---|---|---|---|---|---|",
+        "| `half` | 34 % | *60.0* | 40.0 [39.0, 41.0] |  | 99.4 % |",
     ]
     with pytest.raises(InputError, match="table main: all has no setting 'most' at 16"):
         markdown({"columns": columns, "rows": {"most": "most"}}, {"all": rows}, "main")
