@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ldm import __version__
+from ldm.checkpoint.files import stem_of
 from ldm.checkpoint.load import CheckpointInfo
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.emphasis import parse_emphasis, plain_text, syntax_remarks
@@ -77,7 +78,7 @@ def model_notes(
     unet = next(model.model.parameters())
     return {
         "model": {
-            "name": info.path.stem,
+            "name": stem_of(info.path),
             "hash": file_hash,
             "family": info.family,
             "parameterization": model.parameterization,

@@ -178,6 +178,23 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>part|old)", re.DO
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
+def file_stamp(path: Path, name: str) -> tuple[str, int, int]:
+    """What changes with a file: its path, its size in bytes, and when it was changed in ns.
+
+    Args:
+        path: of the file.
+        name: what to call it in messages.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from None
+    return str(path), about.st_size, about.st_mtime_ns
+
+
 @contextmanager
 def written_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """A file to write to, which gets its name once the block has ended without an error.

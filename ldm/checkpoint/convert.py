@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint import keys
-from ldm.checkpoint.files import INDEX, SPLIT_ID, StateDict, open_state_dict
+from ldm.checkpoint.files import INDEX, SPLIT_ID, StateDict, open_state_dict, stem_of
 from ldm.checkpoint.prediction import MARKERS, decide_prediction, record
 from ldm.checkpoint.sidecar import neighbouring_config
 from ldm.errors import InputError, escaped
@@ -66,8 +66,7 @@ def convert(
         base = Path(source)
         if base.name in ("", ".."):
             base = Path(os.path.abspath(base))
-        stem = base.name if base.is_dir() else base.stem
-        target = base.parent / (stem + suffix)
+        target = base.parent / (stem_of(base) + suffix)
     target = Path(target)
     _check_target(target, split, force)
     weights = open_state_dict(source)

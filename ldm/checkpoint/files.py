@@ -115,6 +115,11 @@ class StateDict(Mapping[str, Tensor]):
                 raise InputError(f"{self.path}: {escaped(name)} is {kind}, not a table of numbers")
 
 
+def stem_of(path: Path) -> str:
+    """A checkpoint's name without its ending; that of a folder has none (``sd1.5``)."""
+    return path.name if path.is_dir() else path.stem
+
+
 def open_state_dict(path: str | os.PathLike[str]) -> StateDict:
     """Open a checkpoint file, or a folder of safetensors files that make up one model.
 

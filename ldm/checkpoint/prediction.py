@@ -19,10 +19,9 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint.files import StateDict
+from ldm.checkpoint.files import StateDict, stem_of
 from ldm.checkpoint.keys import canonical_names
 from ldm.errors import InputError, escaped, shown
 
@@ -236,7 +235,7 @@ def _statements(
         name, whole = beside
         literal = "parameterization" in whole["model"]["params"]
         yield _Statement(kind_of(whole), has_zero_terminal(whole), f"configuration {name}", literal)
-    stem = weights.path.name if weights.path.is_dir() else Path(weights.path).stem
+    stem = stem_of(weights.path)
     yield _Statement(prediction_in_name(stem), bool(_ZERO_WORD.search(stem)), "name")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint.files import stem_of
 from ldm.checkpoint.keys import TEXT_ENCODER, Shape
 from ldm.checkpoint.prediction import ZERO_SNR_KEYS
 from ldm.config import load_yaml
@@ -54,8 +55,7 @@ def neighbouring_config(
 
 def _beside(path: Path) -> Path | None:
     """NAME.yaml beside a file; or what scripts/train.py stored for it: logs/RUN/configs/..."""
-    stem = path if path.is_dir() else path.with_suffix("")
-    named = [stem.parent / (stem.name + ending) for ending in (".yaml", ".yml")]
+    named = [path.parent / (stem_of(path) + ending) for ending in (".yaml", ".yml")]
     runs = [folder.parent for folder in path.parents[:2] if folder.name == "checkpoints"]
     stored = [file for run in runs for file in run.glob("configs/*-project.yaml")]
     return next((file for file in named if file.is_file()), max(stored, default=None))

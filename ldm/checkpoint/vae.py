@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ldm.checkpoint.files import StateDict
+from ldm.checkpoint.files import StateDict, stem_of
 from ldm.checkpoint.keys import FIRST_STAGE, canonical_name
 from ldm.errors import InputError
 
@@ -27,8 +27,7 @@ _DIFFUSERS = [
 
 def find_vae(checkpoint: Path) -> Path | None:
     """The VAE that belongs to a checkpoint by its name, such as MODEL.vae.safetensors."""
-    stem = checkpoint if checkpoint.is_dir() else checkpoint.with_suffix("")
-    beside = (stem.parent / (stem.name + ending) for ending in _ENDINGS)  # "." has no name
+    beside = (checkpoint.parent / (stem_of(checkpoint) + ending) for ending in _ENDINGS)
     return next((file for file in beside if file.is_file() and file != checkpoint), None)
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from ldm.errors import InputError, escaped, shown
 from ldm.images import fit, load_rgb
 from ldm.text import check_kind, check_text, parse_json, read_text, split_lines
+from ldm.util import file_stamp
 
 MAX_LISTING = 2**30  # bytes
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
@@ -53,7 +54,7 @@ class FolderPictures(Dataset):
         if not self.items:
             known = ", ".join(sorted(SUFFIXES))
             raise InputError(f"{escaped(folder)}: no pictures in it ({known})")
-        files = [_state(path) for path, _ in self.items]
+        files = [file_stamp(path, escaped(path)) for path, _ in self.items]
         self.version = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -70,15 +71,6 @@ class FolderPictures(Dataset):
             self.first_stage_key: pixels.astype(np.float32) / 127.5 - 1.0,
             "caption": caption,
         }
-
-
-def _state(path: Path) -> tuple[str, int, int]:
-    """What changes with a file."""
-    try:
-        about = path.stat()
-    except OSError as error:
-        raise InputError(f"{escaped(path)}: cannot be read ({error.strerror})") from None
-    return str(path), about.st_size, about.st_mtime_ns
 
 
 def _beside(root: Path) -> list[tuple[Path, str]]:

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ldm.addons import embedding_words, find_addons
+from ldm.checkpoint.files import stem_of
 from ldm.errors import InputError, OutOfMemory, is_out_of_memory
 from ldm.images import picture_texts
 from ldm.infotext import understood
@@ -144,7 +145,7 @@ class Api:
 
     def _models(self) -> list[dict[str, Any]]:
         return [
-            {"title": name, "model_name": path.stem, "hash": None, "sha256": None}
+            {"title": name, "model_name": stem_of(path), "hash": None, "sha256": None}
             | {"filename": name, "config": None}
             for name, path in self.desk.runner.models.items()
         ]

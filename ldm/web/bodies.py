@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.addons import find_addons, offered
+from ldm.checkpoint.files import stem_of
 from ldm.cli.values import Wishes
 from ldm.errors import InputError, escaped, shown
 from ldm.settings import SCHEDULES
@@ -269,6 +270,6 @@ def _model(value: Any, models: Mapping[str, Path]) -> str:
     """A checkpoint by its name, its title (name and hash), or its file's name without ending."""
     name = check_kind(value, str, "sd_model_checkpoint").partition(" [")[0]
     for known, path in models.items():
-        if name in (known, path.name, path.stem):
+        if name in (known, path.name, stem_of(path)):
             return known
     raise InputError(f"sd_model_checkpoint {shown(value)}: choose one of {', '.join(models)}")

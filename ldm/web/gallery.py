@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from ldm.checkpoint.files import stem_of
 from ldm.errors import InputError, shown
 from ldm.images import picture_texts
 from ldm.infotext import understood
@@ -144,7 +145,7 @@ class GallerySide:
         model = self.runner.loaded or next(iter(self.runner.models))
         info = self.runner.info(model)
         found = understood(texts, name).without_missing_loras()
-        own = f"its model, {shown(info.path.stem)} (--ckpt)"
+        own = f"its model, {shown(stem_of(info.path))} (--ckpt)"
         found.left_out = [line for line in found.left_out if line != own]
         usual = self.fields.base.first_form(info.defaults)
         resolve = partial(self.runner.resolve, model)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
-from ldm.checkpoint.files import INDEX, open_state_dict
+from ldm.checkpoint.files import INDEX, open_state_dict, stem_of
 from ldm.errors import InputError
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.half)}
@@ -446,3 +446,8 @@ def test_a_clone_that_holds_a_whole_file_is_told_to_name_it(tmp_path):
     (tmp_path / "sd-v1.safetensors").touch()
     with pytest.raises(InputError, match=r"name one of its files, such as .*sd-v1\.safetensors"):
         open_state_dict(tmp_path)
+
+
+def test_a_folder_has_no_ending(tmp_path):
+    (tmp_path / "sd1.5").mkdir()
+    assert stem_of(tmp_path / "sd1.5") == stem_of(tmp_path / "sd1.5.ckpt") == "sd1.5"

@@ -31,6 +31,7 @@ from ldm.evaluation.appendix_f.measures import FRECHET
 from ldm.evaluation.appendix_f.statistics import Statistics
 from ldm.evaluation.appendix_f.store import read_arrays
 from ldm.images import load_rgb, to_pixels, to_unit
+from ldm.util import file_stamp
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 INCEPTION_WIDTH = 2048
@@ -306,7 +307,7 @@ def reference(
                 f"--fid-reference {source}: pictures in it: {len(files)}; at least two are needed "
                 f"({', '.join(PICTURES)})"
             )
-        identity = [_stamp(file) for file in files]
+        identity = [file_stamp(file, f"--fid-reference {file}") for file in files]
         n, pictures = len(files), (load_rgb(file) for file in files)
     key = hashlib.sha256(repr([judge.entry, *identity]).encode()).hexdigest()[:16]
     path = cache / f"{key}.npz"
@@ -320,15 +321,6 @@ def reference(
     statistics = Statistics.of(torch.from_numpy(np.stack(rows)))
     statistics.save(path)
     return statistics
-
-
-def _stamp(file: Path) -> list[Any]:
-    """What changes with a file."""
-    try:
-        stat = file.stat()
-    except OSError as error:
-        raise InputError(f"--fid-reference {file}: cannot be read ({error.strerror})") from None
-    return [str(file), stat.st_size, stat.st_mtime_ns]
 
 
 def _shown(pictures: Iterable[Tensor], n: int) -> Iterable[Tensor]:
