@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.device import memory_format, returned_memory, reused_memory
 from ldm.evaluation.benchmark.breakdown import PARTS, breakdown, synchronize
-from ldm.evaluation.benchmark.memory import peak_memory
+from ldm.evaluation.benchmark.memory import Peak, peak_memory
 from ldm.evaluation.benchmark.oracle import oracle
 from ldm.evaluation.benchmark.peers import diffusers_step
 from ldm.evaluation.benchmark.unets import UNets, context_width
@@ -215,14 +215,17 @@ def _visit(contender: Contender, round_: int, unet: UNetModel, device: torch.dev
 
 
 def _warm_up(contender: Contender, device: torch.device) -> None:
-    with contender.apply() as step:
+    is_graph = contender.row.kind.endswith("graph")
+    peak = Peak()
+    # A graph takes its memory when it is captured, and none that is counted when it is replayed.
+    with peak_memory(device) if is_graph else nullcontext(peak) as peak, contender.apply() as step:
         if contender.row.kind == "compiled":
             step(contender.timesteps[0])  # compiles
-        with peak_memory(device) as peak:
+        with nullcontext(peak) if is_graph else peak_memory(device) as peak:
             seconds = contender.seconds(step, device)
-        contender.row.peak_mib = peak.mib
         if device.type != "cpu":  # where a first call sets much up
             seconds = contender.seconds(step, device)
+    contender.row.peak_mib = peak.mib
     contender.repeats = max(1, min(MAX_REPEATS, round(MIN_SECONDS / seconds)))
 
 

@@ -12,12 +12,13 @@ from ldm.evaluation.benchmark import breakdown as breakdown_module
 from ldm.evaluation.benchmark import speed as speed_module
 from ldm.evaluation.benchmark import suite as benchmark
 from ldm.evaluation.benchmark.breakdown import breakdown
-from ldm.evaluation.benchmark.memory import peak_memory
+from ldm.evaluation.benchmark.memory import Peak, peak_memory
 from ldm.evaluation.benchmark.oracle import FreePlan, oracle
 from ldm.evaluation.benchmark.peers import diffusers_config, diffusers_step, diffusers_unet
 from ldm.evaluation.benchmark.speed import UPSTREAM_STEPS, Case, Contender, Row, compare, contenders
 from ldm.evaluation.benchmark.speed_report import against_upstream, figures, table, write_json
 from ldm.evaluation.benchmark.unets import UNets, build_unet, compiled_unet, upstream_unet
+from ldm.models.diffusion import captures as captures_module
 from ldm.modules.attention import CrossAttention
 from ldm.modules.tome.config import ToMeConfig
 from tests.tiny_models import tiny_config
@@ -326,6 +327,32 @@ def test_kernels_have_rows_where_they_can_match(unet, monkeypatch):
             step(torch.full((2,), 500.0))
     assert seen == ["whole", "triton"]
     assert os.environ["TOME_MATCHING"] == "whole"
+
+
+@pytest.mark.usefixtures("_one_call_a_round")
+def test_the_memory_of_a_graph_is_that_of_its_capture(unet, monkeypatch):
+    class Graphs:
+        def __call__(self, work):
+            return lambda: None, work()
+
+    calls, measured = [], []
+
+    @contextmanager
+    def peak_memory(device):
+        peak, before = Peak(), len(calls)
+        yield peak
+        measured.append(len(calls) - before)
+        peak.mib = float(len(measured))
+
+    forward = type(unet).forward
+    monkeypatch.setattr(captures_module, "CudaGraphs", Graphs)
+    monkeypatch.setattr(speed_module, "peak_memory", peak_memory)
+    monkeypatch.setattr(type(unet), "forward", lambda *args: calls.append(1) or forward(*args))
+    found = contenders(CASE, UNets(unet), 8, {}, has_graphs=True)
+    list(compare(found, unet, rounds=1))
+    assert [c.row.kind for c in found] == ["off", "graph"]
+    assert measured == [1, 2]  # the call; and one call as ever, with the capture
+    assert [c.row.peak_mib for c in found] == [1.0, 2.0]
 
 
 @pytest.mark.usefixtures("_one_call_a_round")
