@@ -89,6 +89,12 @@ def remember_context(model: nn.Module, remembers: bool = True) -> None:
             module._remembers, module._last = remembers, None
 
 
+def remembered(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """What the `ContextLinear` layers of a model know: contexts and their projections."""
+    layers = (module for module in model.modules() if isinstance(module, ContextLinear))
+    return [layer._last for layer in layers if layer._last is not None]
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention of x to a context, or to itself.
 

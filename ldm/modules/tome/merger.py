@@ -68,6 +68,7 @@ class TokenMerger:
     def begin_batch(self) -> None:
         """Keep no plan: what comes next, in training, is another batch."""
         self._kept = {}
+        self.last_decisions = []
 
     def begin_call(self, h: int, w: int, timesteps: Tensor) -> None:
         """Note that the U-Net is called.
