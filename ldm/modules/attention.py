@@ -274,7 +274,8 @@ def compile_blocks(model: nn.Module) -> None:
     For each size and each configuration of merging that is met, blocks are compiled anew, some 10
     to 20 seconds for each of their shapes.
     """
-    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    limits = torch._dynamo.config
+    limits.cache_size_limit = max(256, limits.cache_size_limit)  # its name in all versions
     for module in model.modules():
         if isinstance(module, BasicTransformerBlock):
             module.compile(dynamic=False)  # with sizes unknown, matching takes minutes to compile
