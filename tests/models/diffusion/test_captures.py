@@ -214,6 +214,7 @@ def test_a_graph_is_captured_where_the_model_is(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "_stream", lambda device: f"stream of {device}")
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+
     class Tiny(torch.nn.Module):
         tome, reuse, control = TokenMerger(), DeepReuse(), None
 
