@@ -144,12 +144,15 @@ def test_a_graph_is_the_call_that_it_replays_and_gives_its_memory_back() -> None
     t = torch.tensor([500, 500], device="cuda")
     expected = unet(x, t, context)
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    reserved = [torch.cuda.memory_reserved()]
     captures = Captures(unet)
-    for _ in range(4):
-        assert torch.equal(captures(x, t, context), expected)
-    captures.clear()
-    assert torch.cuda.memory_reserved() <= before + 2**26
+    for _ in range(2):
+        for _ in range(4):
+            assert torch.equal(captures(x, t, context), expected)
+        captures.clear()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[1] <= reserved[0] + 2**27  # libraries keep room for the stream of captures
+    assert reserved[2] <= reserved[1] + 2**24
 
 
 def test_a_graph_with_the_kernels(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

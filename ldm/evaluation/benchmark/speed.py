@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.device import memory_format, returned_memory, reused_memory
+from ldm.errors import is_out_of_memory
 from ldm.evaluation.benchmark.breakdown import PARTS, breakdown, synchronize
 from ldm.evaluation.benchmark.memory import Peak, peak_memory
 from ldm.evaluation.benchmark.oracle import oracle
@@ -187,8 +187,8 @@ def compare(found: Sequence[Contender], unet: UNetModel, rounds: int) -> Iterato
     """Measure contenders in turn, A B C A B C, and fill their rows as it goes.
 
     Args:
-        found: the contenders; those without room in memory, and peers that fail, are left out with
-            the reason in their row.
+        found: the contenders; those without room in memory, and those whose packages, compilers or
+            drivers fail, are left out with the reason in their row.
         unet: the model that ours run in.
         rounds: how often each is measured, after one call to warm up.
 
@@ -314,9 +314,9 @@ def _failures_noted(row: Row) -> Iterator[None]:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        if re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
+        if is_out_of_memory(error):
             row.error = "out of memory"
-        elif row.kind == "peer" or row.kind.startswith("kernels"):  # not ours: packages, compilers
+        elif row.kind not in ("off", "ours", "oracle"):  # not ours: packages, compilers, drivers
             row.error = f"{type(error).__name__}: {text}"[:200]
         else:
             raise

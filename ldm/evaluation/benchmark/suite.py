@@ -168,7 +168,7 @@ def _peer(config: Mapping[str, Any], unet: torch.nn.Module) -> Any:
     """diffusers' model of the configuration; None, with a warning, where there is none."""
     try:
         return diffusers_unet(config["model"]["params"]["unet_config"]["params"], unet)
-    except (ImportError, InputError) as error:
+    except (ImportError, RuntimeError, InputError) as error:  # the second where it is damaged
         logger.warning("diffusers is left out: %s", " ".join(str(error).split()))
         return None
 

@@ -229,9 +229,15 @@ def test_failures_are_noted_and_the_others_go_on(unet):
         contender("large", calls, error=RuntimeError("DefaultCPUAllocator: can't allocate memory")),
         contender("strange", calls, kind="peer", error=AttributeError("no such\nthing")),
         contender("good", calls, kind="off"),
+        contender("larger", calls, error=RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")),
+        contender("odd", calls, kind="compiled", error=RuntimeError("Failed to find C compiler.")),
+        contender("odder", calls, kind="graph", error=RuntimeError("not permitted")),
     ]
     list(compare(found, unet, rounds=2))
-    assert [c.row.error for c in found] == ["out of memory", "AttributeError: no such thing", ""]
+    assert [c.row.error for c in found] == [
+        *("out of memory", "AttributeError: no such thing", "", "out of memory"),
+        *("RuntimeError: Failed to find C compiler.", "RuntimeError: not permitted"),
+    ]
     assert calls.count("large") == calls.count("strange") == 1
     assert len(found[2].row.ms) == 2
 
