@@ -171,16 +171,47 @@ def test_no_plan_outlives_its_graph(model: LatentDiffusion) -> None:
     plans: list[weakref.ref] = []
 
     class Watched(Recorder):
+        def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+            recorded = super().__call__(work)
+            plans.extend(weakref.ref(one.plan) for one in unet.tome.last_decisions if one.plan)
+            return recorded
+
         def release(self) -> None:
             assert all(plan() is None for plan in plans)
             super().release()
 
     recorder = Watched(unet)
-    unet.tome.observer = lambda _, blocks: plans.extend(weakref.ref(b.plan) for b in blocks[:1])
     run(model, {"ratio": 0.5}, Captures(unet, recorder))
-    unet.tome.observer = None
     assert plans
     assert recorder.n_released == 1
+
+
+def test_who_looks_at_the_plans_sees_each_call(model: LatentDiffusion) -> None:
+    """A replay writes its plans after the call is noted, and in a capture nobody may read them."""
+    unet = model.model.diffusion_model
+    recorder = Recorder(unet)
+    seen: list[int] = []
+    unet.tome.observer = lambda number, _: seen.append(number)
+    run(model, {"ratio": 0.5}, Captures(unet, recorder))
+    unet.tome.observer = None
+    assert seen == [0, 1, 2, 3, 4]
+    assert recorder.n_recorded == 0
+
+
+def test_another_network_is_not_replayed(model: LatentDiffusion) -> None:
+    wrapper, unet = model.model, model.model.diffusion_model
+    recorder = Recorder(unet)
+    wrapper.captures = Captures(unet, recorder)
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 16)
+    twin = fill_parameters(copy.deepcopy(unet), 1)
+    with torch.no_grad():
+        wrapper.diffusion_model = twin
+        for _ in range(3):
+            assert torch.equal(model.apply_model(x, t, context), twin(x, t, context))
+        wrapper.diffusion_model = unet
+        for _ in range(3):
+            assert torch.equal(model.apply_model(x, t, context), unet(x, t, context))
+    assert recorder.n_replayed == 2
 
 
 def test_a_graph_is_captured_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
