@@ -25,6 +25,7 @@ from ldm.modules.attention import set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome import backend
 from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.merger import TokenMerger
 
 N_TIMESTEPS = 1000
 CONTEXT_LENGTH = 77  # tokens of a prompt
@@ -136,7 +137,7 @@ def contenders(
         settings: ours, by name.
         tomesd_ratios: run tomesd in diffusers' U-Net at these ratios, too.
         has_oracles: add the oracle of each of our settings.
-        has_graphs: add the CUDA graphs of ours.
+        has_graphs: add the CUDA graphs of ours that there are; see `repeats`.
         has_kernels: add the Triton kernels where they can match.
     """
     set_attention_backend(unets.ours, case.attention)
@@ -163,11 +164,12 @@ def contenders(
             found.append(ours(name, "oracle", config))
         if unets.compiled is not None:
             found.append(ours(name, "compiled", config, unets.compiled))
-        if has_graphs:
+        is_graph = has_graphs and repeats(config)
+        if is_graph:
             found.append(ours(name, "graph", config))
         if has_kernels and backend.takes_kernels(config):
             found.append(ours(name, "kernels", config))
-            if has_graphs:
+            if is_graph:
                 found.append(ours(name, "kernels, graph", config))
     if unets.diffusers is not None and case.attention == "sdpa":
         for ratio in (0.0, *tomesd_ratios):
@@ -180,6 +182,11 @@ def contenders(
             apply = partial(_upstreams_way, unets.upstream, unets.ours, x, context, *way)
             found.append(Contender(Row(case, name, "peer"), apply, once))
     return found
+
+
+def repeats(config: ToMeConfig) -> bool:
+    """Whether calls with a configuration are alike, so that a graph can stand for them."""
+    return TokenMerger(config).call_key() is not None
 
 
 @torch.inference_mode()
