@@ -229,7 +229,9 @@ RandomStates: TypeAlias = "tuple[Tensor, Tensor | None]"
 
 def random_states(device: torch.device) -> RandomStates:
     """What `restore_random_states` takes."""
-    own = torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None
+    own = None
+    if device.type != "cpu":
+        own = torch.get_device_module(device).get_rng_state(*_which(device))
     return torch.get_rng_state(), own
 
 
@@ -237,7 +239,12 @@ def restore_random_states(device: torch.device, states: RandomStates) -> None:
     """Go on with random numbers as from that moment."""
     torch.set_rng_state(states[0])
     if states[1] is not None:
-        torch.get_device_module(device).set_rng_state(states[1])
+        torch.get_device_module(device).set_rng_state(states[1], *_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    """The device as an argument: without, it is the process's current one, which is the first."""
+    return () if device.type == "mps" else (device,)  # there is one, and older torch takes none
 
 
 class NoiseStream:

@@ -55,6 +55,29 @@ def test_auto_takes_the_type_that_is_fast_there(monkeypatch, where, flags, dtype
     assert device.choose_dtype("float32", where) == torch.float32
 
 
+FIRST, SECOND = (torch.device("cuda", i) for i in range(2))
+
+
+def test_random_states_are_those_of_the_device_that_is_meant(monkeypatch):
+    states = {0: torch.tensor(10), 1: torch.tensor(11)}
+
+    class Cuda:
+        @staticmethod
+        def get_rng_state(device=FIRST):
+            return states[device.index]
+
+        @staticmethod
+        def set_rng_state(state, device=FIRST):
+            states[device.index] = state
+
+    monkeypatch.setattr(torch, "get_device_module", lambda _: Cuda)
+    found = device.random_states(SECOND)
+    assert found[1] == 11
+    states[1] = torch.tensor(12)
+    device.restore_random_states(SECOND, found)
+    assert (states[0], states[1]) == (10, 11)
+
+
 def test_float16_needs_a_gpu():
     assert device.choose_dtype("float16", CUDA) == torch.float16
     with pytest.raises(InputError, match="use bfloat16 or float32"):

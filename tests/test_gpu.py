@@ -115,16 +115,38 @@ def test_a_bias_as_a_channel_takes_the_flash_kernel(dtype: torch.dtype) -> None:
     assert (found - exact).abs().mean() < BOUNDS[dtype]
 
 
-def draw(path: Path, compile: str, sampler: str = "ddim", **tome: Any) -> np.ndarray:
-    pipeline = Pipeline.from_checkpoint(path, device="cuda", dtype="float16", compile=compile)
+def draw(
+    path: Path,
+    compile: str,
+    sampler: str = "ddim",
+    device: str = "cuda",
+    dtype: str = "float16",
+    **tome: Any,
+) -> np.ndarray:
+    pipeline = Pipeline.from_checkpoint(path, device=device, dtype=dtype, compile=compile)
     pipeline.set_tome(tome or False)
     return pipeline.txt2img("hills", seed=1, steps=6, scale=3.0, sampler=sampler)[0].pixels
 
 
+def levels_apart(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one.astype(float) - other).mean())
+
+
+@pytest.mark.parametrize(("dtype", "levels"), [("float16", 1), ("bfloat16", 4)])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_makes_the_same_bytes_twice(tiny_checkpoint: Path, sampler: str) -> None:
-    first = draw(tiny_checkpoint, "no", sampler, ratio=0.5)
-    assert np.array_equal(first, draw(tiny_checkpoint, "no", sampler, ratio=0.5))
+def test_every_sampler_is_near_the_processor_and_makes_the_same_bytes_twice(
+    tiny_checkpoint: Path, sampler: str, dtype: str, levels: float
+) -> None:
+    exact = draw(tiny_checkpoint, "no", sampler, "cpu", "float32", ratio=0.5)
+    first = draw(tiny_checkpoint, "no", sampler, "cuda", dtype, ratio=0.5)
+    assert levels_apart(first, exact) <= levels
+    assert np.array_equal(first, draw(tiny_checkpoint, "no", sampler, "cuda", dtype, ratio=0.5))
+
+
+def test_compiled_blocks_make_nearly_the_same_pixels(tiny_checkpoint: Path) -> None:
+    tome = {"ratio": 0.5, "window": 3}
+    compiled = draw(tiny_checkpoint, "blocks", **tome)
+    assert levels_apart(compiled, draw(tiny_checkpoint, "no", **tome)) <= 1
 
 
 @pytest.mark.parametrize("tome", [{}, {"ratio": 0.5}, {"ratio": 0.75, "apply_to": ["kv"]}], ids=str)
@@ -144,12 +166,15 @@ def test_a_graph_is_the_call_that_it_replays_and_gives_its_memory_back() -> None
     t = torch.tensor([500, 500], device="cuda")
     expected = unet(x, t, context)
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    reserved = [torch.cuda.memory_reserved()]
     captures = Captures(unet)
-    for _ in range(4):
-        assert torch.equal(captures(x, t, context), expected)
-    captures.clear()
-    assert torch.cuda.memory_reserved() <= before + 2**26
+    for _ in range(2):
+        for _ in range(4):
+            assert torch.equal(captures(x, t, context), expected)
+        captures.clear()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[1] <= reserved[0] + 2**27  # libraries keep room for the stream of captures
+    assert reserved[2] <= reserved[1] + 2**24
 
 
 def test_a_graph_with_the_kernels(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

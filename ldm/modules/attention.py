@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import InputError
+from ldm.modules.tome import whole
 from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.merge import plan_block
 from ldm.modules.tome.merger import TokenMerger
@@ -87,6 +88,12 @@ def remember_context(model: nn.Module, remembers: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, ContextLinear):
             module._remembers, module._last = remembers, None
+
+
+def remembered(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """What the `ContextLinear` layers of a model know: contexts and their projections."""
+    layers = (module for module in model.modules() if isinstance(module, ContextLinear))
+    return [layer._last for layer in layers if layer._last is not None]
 
 
 class CrossAttention(nn.Module):
@@ -181,7 +188,7 @@ def attend_by_channel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         bias: (B, 1, 1, L).
     """
     d, more = q.shape[3], _n_more(q.shape[3])
-    ones, zeros = _further_channels(d, more, q.dtype, q.device)
+    ones, zeros = further_channels(d, more, q.dtype, q.device)
     twice = bias.mT.expand(-1, k.shape[1], -1, 2)
     q = torch.cat([q, ones.expand(*q.shape[:3], -1)], 3)
     k = torch.cat([k, twice, zeros.expand(*k.shape[:3], -1)], 3)
@@ -192,6 +199,13 @@ def attend_by_channel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 def _n_more(d: int) -> int:
     """How many channels make d a multiple of 8, at least two."""
     return (d + 2 + 7) // 8 * 8 - d
+
+
+def further_channels(
+    d: int, more: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What `attend_by_channel` adds to q, and zeros, kept; in compiled code constants."""
+    return _further_channels(d, more, dtype, device)
 
 
 @lru_cache(maxsize=32)
@@ -268,7 +282,10 @@ def compile_blocks(model: nn.Module) -> None:
     For each size and each configuration of merging that is met, blocks are compiled anew, some 10
     to 20 seconds for each of their shapes.
     """
-    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    limits = torch._dynamo.config
+    limits.cache_size_limit = max(256, limits.cache_size_limit)  # its name in all versions
+    for made_once in (whole.geometry, further_channels):  # on the processor, and copied
+        torch.compiler.assume_constant_result(made_once)
     for module in model.modules():
         if isinstance(module, BasicTransformerBlock):
             module.compile(dynamic=False)  # with sizes unknown, matching takes minutes to compile

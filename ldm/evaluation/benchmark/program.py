@@ -47,7 +47,7 @@ QUICK = {
     "ratios": "",
     "rounds": 3,
 }
-# What `--suite gpu` measures, one after the other, in about ten minutes on one card.
+# What `--suite gpu` measures, one after the other: by estimate, some ten minutes a model.
 GPU_SUITE = [
     {
         **STANDARD,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ldm.device import memory_format, returned_memory, reused_memory
+from ldm.errors import is_out_of_memory
 from ldm.evaluation.benchmark.breakdown import PARTS, breakdown, synchronize
-from ldm.evaluation.benchmark.memory import peak_memory
+from ldm.evaluation.benchmark.memory import Peak, peak_memory
 from ldm.evaluation.benchmark.oracle import oracle
 from ldm.evaluation.benchmark.peers import diffusers_step
 from ldm.evaluation.benchmark.unets import UNets, context_width
@@ -25,6 +25,7 @@ from ldm.modules.attention import set_attention_backend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.tome import backend
 from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.merger import TokenMerger
 
 N_TIMESTEPS = 1000
 CONTEXT_LENGTH = 77  # tokens of a prompt
@@ -136,7 +137,7 @@ def contenders(
         settings: ours, by name.
         tomesd_ratios: run tomesd in diffusers' U-Net at these ratios, too.
         has_oracles: add the oracle of each of our settings.
-        has_graphs: add the CUDA graphs of ours.
+        has_graphs: add the CUDA graphs of ours that there are; see `repeats`.
         has_kernels: add the Triton kernels where they can match.
     """
     set_attention_backend(unets.ours, case.attention)
@@ -163,11 +164,12 @@ def contenders(
             found.append(ours(name, "oracle", config))
         if unets.compiled is not None:
             found.append(ours(name, "compiled", config, unets.compiled))
-        if has_graphs:
+        is_graph = has_graphs and repeats(config)
+        if is_graph:
             found.append(ours(name, "graph", config))
         if has_kernels and backend.takes_kernels(config):
             found.append(ours(name, "kernels", config))
-            if has_graphs:
+            if is_graph:
                 found.append(ours(name, "kernels, graph", config))
     if unets.diffusers is not None and case.attention == "sdpa":
         for ratio in (0.0, *tomesd_ratios):
@@ -182,13 +184,18 @@ def contenders(
     return found
 
 
+def repeats(config: ToMeConfig) -> bool:
+    """Whether calls with a configuration are alike, so that a graph can stand for them."""
+    return TokenMerger(config).call_key() is not None
+
+
 @torch.inference_mode()
 def compare(found: Sequence[Contender], unet: UNetModel, rounds: int) -> Iterator[str]:
     """Measure contenders in turn, A B C A B C, and fill their rows as it goes.
 
     Args:
-        found: the contenders; those without room in memory, and peers that fail, are left out with
-            the reason in their row.
+        found: the contenders; those without room in memory, and those whose packages, compilers or
+            drivers fail, are left out with the reason in their row.
         unet: the model that ours run in.
         rounds: how often each is measured, after one call to warm up.
 
@@ -215,14 +222,17 @@ def _visit(contender: Contender, round_: int, unet: UNetModel, device: torch.dev
 
 
 def _warm_up(contender: Contender, device: torch.device) -> None:
-    with contender.apply() as step:
+    is_graph = contender.row.kind.endswith("graph")
+    peak = Peak()
+    # A graph takes its memory when it is captured, and none that is counted when it is replayed.
+    with peak_memory(device) if is_graph else nullcontext(peak) as peak, contender.apply() as step:
         if contender.row.kind == "compiled":
             step(contender.timesteps[0])  # compiles
-        with peak_memory(device) as peak:
+        with nullcontext(peak) if is_graph else peak_memory(device) as peak:
             seconds = contender.seconds(step, device)
-        contender.row.peak_mib = peak.mib
         if device.type != "cpu":  # where a first call sets much up
             seconds = contender.seconds(step, device)
+    contender.row.peak_mib = peak.mib
     contender.repeats = max(1, min(MAX_REPEATS, round(MIN_SECONDS / seconds)))
 
 
@@ -311,9 +321,9 @@ def _failures_noted(row: Row) -> Iterator[None]:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        if re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
+        if is_out_of_memory(error):
             row.error = "out of memory"
-        elif row.kind == "peer" or row.kind.startswith("kernels"):  # not ours: packages, compilers
+        elif row.kind not in ("off", "ours", "oracle"):  # not ours: packages, compilers, drivers
             row.error = f"{type(error).__name__}: {text}"[:200]
         else:
             raise

@@ -23,6 +23,7 @@ from ldm.evaluation.benchmark.speed import (
     Row,
     compare,
     contenders,
+    repeats,
 )
 from ldm.evaluation.benchmark.speed_report import (
     against_upstream,
@@ -86,9 +87,10 @@ class Scope:
         """How often `compare` comes by, with those packages among the peers."""
         n_ours = 1 + len(self.settings) * (2 if self.has_oracles else 1)
         n_ours += len(UPSTREAM_STEPS) * self.has_upstream
-        n_ours += (self.has_compiled + self.has_graphs) * (1 + len(self.settings))
-        n_fused = sum(map(backend.takes_kernels, self.settings.values())) * self.has_kernels
-        n_ours += n_fused * (1 + self.has_graphs)
+        n_ours += self.has_compiled * (1 + len(self.settings))
+        fused = [c for c in self.settings.values() if self.has_kernels and backend.takes_kernels(c)]
+        n_ours += len(fused)
+        n_ours += self.has_graphs * (1 + sum(map(repeats, [*self.settings.values(), *fused])))
         n_peers = 0
         if "diffusers" in peers:
             n_peers = 1 + len(self.tomesd_ratios) * ("tomesd" in peers)
@@ -168,7 +170,7 @@ def _peer(config: Mapping[str, Any], unet: torch.nn.Module) -> Any:
     """diffusers' model of the configuration; None, with a warning, where there is none."""
     try:
         return diffusers_unet(config["model"]["params"]["unet_config"]["params"], unet)
-    except (ImportError, InputError) as error:
+    except (ImportError, RuntimeError, InputError) as error:  # the second where it is damaged
         logger.warning("diffusers is left out: %s", " ".join(str(error).split()))
         return None
 

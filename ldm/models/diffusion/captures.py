@@ -7,15 +7,17 @@ being whatever is kept from call to call. Captures hold memory, so they end with
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.errors import InputError
-from ldm.modules.attention import compile_blocks
+from ldm.modules.attention import compile_blocks, remembered
 from ldm.modules.tome.decision import Decision
 
 WAYS = ("auto", "no", "blocks", "graph")
@@ -26,12 +28,13 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 @dataclass
 class _Recorded:
-    """One call: its inputs and output, always the same tensors, and what it merges."""
+    """One call: its inputs and output, always the same tensors, and what it merges and reads."""
 
     inputs: tuple[Tensor, ...]
     output: Tensor
     replay: Callable[[], None]
     decisions: list[Decision]
+    read: list[tuple[Tensor, Tensor]]
 
 
 class Captures:
@@ -75,21 +78,32 @@ class Captures:
     def _record(self, inputs: tuple[Tensor, ...], context: Tensor | None) -> _Recorded:
         own = tuple(one.clone() for one in inputs)
         y = own[2] if len(own) > 2 else None
-        replay, output = self.capture(lambda: self.unet(own[0], own[1], context, y))
-        return _Recorded(own, output, replay, self.unet.tome.last_decisions)
+        with torch.cuda.device_of(own[0]):  # else graphs are captured, empty, on another one
+            replay, output = self.capture(lambda: self.unet(own[0], own[1], context, y))
+        return _Recorded(own, output, replay, self.unet.tome.last_decisions, remembered(self.unet))
 
     def clear(self) -> None:
         """Forget all calls, and give their memory back."""
         if not self._seen:
             return
         self._seen, self._recorded = {}, {}
+        self.unet.tome.begin_batch()  # plans are in the memory of the graphs that made them
         release = getattr(self.capture, "release", None)
         if release is not None:
             release()
 
 
+_ALONE = threading.Lock()  # of the graphs of a process one is captured at a time
+
+
+@lru_cache(maxsize=64)
+def _stream(device: int) -> torch.cuda.Stream:
+    """Where graphs are captured: always the same, as libraries keep room for each stream."""
+    return torch.cuda.Stream(device)
+
+
 class CudaGraphs:
-    """Records work as CUDA graphs, which share their memory."""
+    """Records work on the current device as CUDA graphs, which share their memory."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -99,14 +113,19 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        stream = _stream(torch.cuda.current_device())
+        where: dict[str, Any] = {"pool": self._pool, "stream": stream}
+        where["capture_error_mode"] = "thread_local"  # others may use the device meanwhile
+        # The stream twice: torch does not leave it where a capture fails.
+        with _ALONE, torch.cuda.stream(stream), torch.cuda.graph(graph, **where):
             output = work()
         return graph.replay, output
 
     def release(self) -> None:
         """Give the memory of all graphs back, which are over by now."""
         self._pool = None
-        torch.cuda.empty_cache()
+        with _ALONE:
+            torch.cuda.empty_cache()
 
 
 def check_way(way: str, device: torch.device) -> None:

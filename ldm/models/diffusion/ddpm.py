@@ -299,13 +299,13 @@ class LatentDiffusion(nn.Module):
 
     def end_run(self) -> None:
         """End a sampling run; what attention remembers of its prompts is forgotten."""
-        if self.model.captures is not None:
-            self.model.captures.clear()
         if self._tome is not None:
             self._tome.is_guided = False
         if self._reuse is not None:
             self._reuse.end_run()
         remember_context(self.model, False)
+        if self.model.captures is not None:  # last, when nobody else holds what they have made
+            self.model.captures.clear()
 
     def at_step(self, t: float) -> None:
         """Say at which step the next call is, so that nobody has to ask the device for it."""

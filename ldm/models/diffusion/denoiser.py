@@ -59,7 +59,9 @@ class DiffusionWrapper(nn.Module):
         Raises:
             ValueError: a part that the conditioning key needs is missing.
         """
-        network = self.captures or self.diffusion_model
+        network: Any = self.diffusion_model
+        if self.captures is not None and self.captures.unet is network:  # and not put in its place
+            network = self.captures
         key = self.conditioning_key
         if key is None:
             return network(x, t)

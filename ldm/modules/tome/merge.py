@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -42,11 +43,20 @@ def plan_block(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan
     groups of queries: what these get wrong is then alike in both, and guidance, which enlarges
     their difference, does not enlarge it.
 
+    Autocast has no say here: in its half type the nearest cannot be told from the next.
+
     Args:
         decision: what to merge, and how.
         metrics: what is compared, one for each of ``decision.metrics``: (B, N, C), or logits
             (B, N, heads, R).
     """
+    kind = metrics[0].device.type
+    is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
+        return _plans(decision, metrics)
+
+
+def _plans(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan, MergePlan]:
     backend.say_what_is_left(decision.config)
     plan_of, config = _method(decision), decision.config
     logits = dict(zip(decision.metrics, metrics, strict=True))

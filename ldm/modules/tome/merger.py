@@ -68,6 +68,7 @@ class TokenMerger:
     def begin_batch(self) -> None:
         """Keep no plan: what comes next, in training, is another batch."""
         self._kept = {}
+        self.last_decisions = []
 
     def begin_call(self, h: int, w: int, timesteps: Tensor) -> None:
         """Note that the U-Net is called.
@@ -92,10 +93,10 @@ class TokenMerger:
         """What tells the merging of the next call from others', known before the call.
 
         None where two calls are never alike, because numbers are drawn for each, plans are kept,
-        the pictures decide how much is merged, or somebody else makes the plans.
+        the pictures decide how much is merged, or somebody else makes the plans or sees them.
         """
         configs = (self.config, *self.config.rules)
-        if self.planner is not None or self.config.reuse_steps > 1:
+        if self.planner is not None or self.observer is not None or self.config.reuse_steps > 1:
             return None
         if any(
             c.random or c.method in ("random", "guided") or c.similarity is not None

@@ -28,9 +28,16 @@ from ldm.modules.tome.plan import MergePlan
 @lru_cache(maxsize=8)
 def _piece(device: torch.device) -> int:
     """Bytes that one piece of the work may take: a quarter of what is free on a card."""
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.compiler.is_compiling():
         return torch.cuda.mem_get_info(device)[0] // 4
     return 2**30
+
+
+def geometry(
+    size: tuple[int, int], stride: tuple[int, int], window: int | None, device: torch.device
+) -> Grid:
+    """`grid_of`, kept; compiled code has it as a constant, see `attention.compile_blocks`."""
+    return known(grid_of, size, stride, window, device)
 
 
 # --- the metric -----------------------------------------------------------------------------------
@@ -144,7 +151,7 @@ def _groups(
     """
     n_rows, n_tokens, _ = metric.shape
     device = metric.device
-    grid: Grid = known(grid_of, size, stride, window, device)
+    grid = geometry(size, stride, window, device)
     n_kept = max(n_tokens - r, len(grid.first))
     if n_kept == n_tokens:
         return metric.new_empty(0), 0
@@ -162,7 +169,7 @@ def _groups(
         numbers = known(count, n_rows // n_sets, n_kept, device, n_sets)
         to = torch.where(is_lost, at.home, _pick(at.near.expand(n_rows, -1, -1), choice))
         score = score.index_fill_(1, at.places, -math.inf)
-        if len(grid.pads):
+        if len(grid.order) > n_tokens:  # there are pads; a compiler knows these numbers
             score = score.index_fill_(1, grid.pads, math.inf)
         kept = score.topk(n_kept, 1, largest=False, sorted=False).indices.sort(1).values
         groups = to.scatter(1, kept, numbers).gather(1, to.scatter_(1, kept, kept))

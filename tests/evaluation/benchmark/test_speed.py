@@ -12,12 +12,13 @@ from ldm.evaluation.benchmark import breakdown as breakdown_module
 from ldm.evaluation.benchmark import speed as speed_module
 from ldm.evaluation.benchmark import suite as benchmark
 from ldm.evaluation.benchmark.breakdown import breakdown
-from ldm.evaluation.benchmark.memory import peak_memory
+from ldm.evaluation.benchmark.memory import Peak, peak_memory
 from ldm.evaluation.benchmark.oracle import FreePlan, oracle
 from ldm.evaluation.benchmark.peers import diffusers_config, diffusers_step, diffusers_unet
 from ldm.evaluation.benchmark.speed import UPSTREAM_STEPS, Case, Contender, Row, compare, contenders
 from ldm.evaluation.benchmark.speed_report import against_upstream, figures, table, write_json
 from ldm.evaluation.benchmark.unets import UNets, build_unet, compiled_unet, upstream_unet
+from ldm.models.diffusion import captures as captures_module
 from ldm.modules.attention import CrossAttention
 from ldm.modules.tome.config import ToMeConfig
 from tests.tiny_models import tiny_config
@@ -228,9 +229,15 @@ def test_failures_are_noted_and_the_others_go_on(unet):
         contender("large", calls, error=RuntimeError("DefaultCPUAllocator: can't allocate memory")),
         contender("strange", calls, kind="peer", error=AttributeError("no such\nthing")),
         contender("good", calls, kind="off"),
+        contender("larger", calls, error=RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")),
+        contender("odd", calls, kind="compiled", error=RuntimeError("Failed to find C compiler.")),
+        contender("odder", calls, kind="graph", error=RuntimeError("not permitted")),
     ]
     list(compare(found, unet, rounds=2))
-    assert [c.row.error for c in found] == ["out of memory", "AttributeError: no such thing", ""]
+    assert [c.row.error for c in found] == [
+        *("out of memory", "AttributeError: no such thing", "", "out of memory"),
+        *("RuntimeError: Failed to find C compiler.", "RuntimeError: not permitted"),
+    ]
     assert calls.count("large") == calls.count("strange") == 1
     assert len(found[2].row.ms) == 2
 
@@ -317,7 +324,14 @@ def test_kernels_have_rows_where_they_can_match(unet, monkeypatch):
         *(("off", "off"), ("fast", "ours"), ("fast", "kernels"), ("tomesd", "ours")),
     ]
     kinds = [c.row.kind for c in contenders(*args, has_graphs=True, has_kernels=True)]
-    assert kinds == ["off", "graph", "ours", "graph", "kernels", "kernels, graph", "ours", "graph"]
+    scope = benchmark.Scope(
+        *({"tiny": {}}, [16], ["float32"], ["sdpa"], [1], settings, 1, False),
+        has_graphs=True,
+        has_kernels=True,
+    )
+    assert scope.n_visits([]) == len(kinds) * (1 + speed_module.N_EXTRA_ROUNDS)
+    # tomesd draws random numbers for each call, for which no graph can stand
+    assert kinds == ["off", "graph", "ours", "graph", "kernels", "kernels, graph", "ours"]
     seen = []
     monkeypatch.setattr(type(unet), "forward", lambda *_: seen.append(os.getenv("TOME_MATCHING")))
     monkeypatch.setenv("TOME_MATCHING", "whole")
@@ -326,6 +340,32 @@ def test_kernels_have_rows_where_they_can_match(unet, monkeypatch):
             step(torch.full((2,), 500.0))
     assert seen == ["whole", "triton"]
     assert os.environ["TOME_MATCHING"] == "whole"
+
+
+@pytest.mark.usefixtures("_one_call_a_round")
+def test_the_memory_of_a_graph_is_that_of_its_capture(unet, monkeypatch):
+    class Graphs:
+        def __call__(self, work):
+            return lambda: None, work()
+
+    calls, measured = [], []
+
+    @contextmanager
+    def peak_memory(device):
+        peak, before = Peak(), len(calls)
+        yield peak
+        measured.append(len(calls) - before)
+        peak.mib = float(len(measured))
+
+    forward = type(unet).forward
+    monkeypatch.setattr(captures_module, "CudaGraphs", Graphs)
+    monkeypatch.setattr(speed_module, "peak_memory", peak_memory)
+    monkeypatch.setattr(type(unet), "forward", lambda *args: calls.append(1) or forward(*args))
+    found = contenders(CASE, UNets(unet), 8, {}, has_graphs=True)
+    list(compare(found, unet, rounds=1))
+    assert [c.row.kind for c in found] == ["off", "graph"]
+    assert measured == [1, 2]  # the call; and one call as ever, with the capture
+    assert [c.row.peak_mib for c in found] == [1.0, 2.0]
 
 
 @pytest.mark.usefixtures("_one_call_a_round")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,10 +14,14 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError
+from ldm.models.diffusion import captures as module
 from ldm.models.diffusion.captures import Captures, check_way
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import noise_predictor
+from ldm.modules.attention import remembered
+from ldm.modules.diffusionmodules.reuse import DeepReuse
 from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.merger import TokenMerger
 from tests.golden_util import fill_parameters
 from tests.tiny_models import tiny_config
 
@@ -137,3 +144,124 @@ def test_ways_that_there_are_not() -> None:
     with pytest.raises(InputError, match="no CUDA graphs on cpu"):
         check_way("graph", CPU)
     check_way("graph", torch.device("cuda"))
+
+
+def test_what_captures_read_lives_as_long_as_they_do(model: LatentDiffusion) -> None:
+    """A graph goes on reading the projections of its context, whatever comes in between."""
+    unet = model.model.diffusion_model
+    captures = Captures(unet, Recorder(unet))
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    first, second = torch.randn(2, 1, 5, 16)
+    with torch.inference_mode():
+        model.begin_run()
+        for context in (first, first, second):
+            captures(x, t, context)
+            if context is first:
+                read = [weakref.ref(projected) for _, projected in remembered(unet)]
+        assert read
+        assert all(one() is not None for one in read)
+        captures.clear()
+        model.end_run()
+    assert all(one() is None for one in read)
+
+
+def test_no_plan_outlives_its_graph(model: LatentDiffusion) -> None:
+    """It would keep the memory of all graphs from being given back."""
+    unet = model.model.diffusion_model
+    plans: list[weakref.ref] = []
+
+    class Watched(Recorder):
+        def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+            recorded = super().__call__(work)
+            plans.extend(weakref.ref(one.plan) for one in unet.tome.last_decisions if one.plan)
+            return recorded
+
+        def release(self) -> None:
+            assert all(plan() is None for plan in plans)
+            super().release()
+
+    recorder = Watched(unet)
+    run(model, {"ratio": 0.5}, Captures(unet, recorder))
+    assert plans
+    assert recorder.n_released == 1
+
+
+def test_who_looks_at_the_plans_sees_each_call(model: LatentDiffusion) -> None:
+    """A replay writes its plans after the call is noted, and in a capture nobody may read them."""
+    unet = model.model.diffusion_model
+    recorder = Recorder(unet)
+    seen: list[int] = []
+    unet.tome.observer = lambda number, _: seen.append(number)
+    run(model, {"ratio": 0.5}, Captures(unet, recorder))
+    unet.tome.observer = None
+    assert seen == [0, 1, 2, 3, 4]
+    assert recorder.n_recorded == 0
+
+
+def test_another_network_is_not_replayed(model: LatentDiffusion) -> None:
+    wrapper, unet = model.model, model.model.diffusion_model
+    recorder = Recorder(unet)
+    wrapper.captures = Captures(unet, recorder)
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 16)
+    twin = fill_parameters(copy.deepcopy(unet), 1)
+    with torch.no_grad():
+        wrapper.diffusion_model = twin
+        for _ in range(3):
+            assert torch.equal(model.apply_model(x, t, context), twin(x, t, context))
+        wrapper.diffusion_model = unet
+        for _ in range(3):
+            assert torch.equal(model.apply_model(x, t, context), unet(x, t, context))
+    assert recorder.n_replayed == 2
+
+
+def test_a_graph_is_captured_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the model's device, which need not be the current one, and on one stream of it."""
+    log: list[str] = []
+    current = [0]
+
+    @contextmanager
+    def logged(name: str) -> Iterator[None]:
+        log.append(f"{name} on {current[0]}")
+        try:
+            yield
+        finally:
+            log.append(f"end of {name}")
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        current[0] = 1
+        yield
+        current[0] = 0
+
+    fakes = {
+        "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: log.append("replay")),
+        "graph_pool_handle": lambda: "pool",
+        "current_device": lambda: current[0],
+        "device_of": device_of,
+        "stream": logged,
+        "graph": lambda _, **where: logged(f"graph in {where['pool']}, {where['stream']}"),
+        "empty_cache": lambda: log.append("given back"),
+    }
+    monkeypatch.setattr(module, "_stream", lambda device: f"stream of {device}")
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    class Tiny(torch.nn.Module):
+        tome, reuse, control = TokenMerger(), DeepReuse(), None
+
+        def forward(self, x: Tensor, *rest: Any) -> Tensor:
+            return x + 1
+
+    captures = Captures(Tiny())
+    with torch.no_grad():
+        for _ in range(3):
+            captures(torch.zeros(1), torch.zeros(1))
+    captures.clear()
+    assert log == [
+        "stream of 1 on 1",
+        "graph in pool, stream of 1 on 1",
+        "end of graph in pool, stream of 1",
+        "end of stream of 1",
+        *["replay"] * 2,
+        "given back",
+    ]

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldm.config import load_preset
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import noise_predictor
-from ldm.modules.attention import BasicTransformerBlock
+from ldm.modules.attention import BasicTransformerBlock, compile_blocks
 from ldm.modules.tome import whole
 from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.decision import Decision
-from ldm.modules.tome.merge import plan_grid
+from ldm.modules.tome.merge import plan_block, plan_grid
 from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import MergePlan
 from tests.golden_util import fill_parameters
@@ -259,3 +259,54 @@ def test_the_guard_against_the_host_works() -> None:
         torch.ones(3).nonzero()
     with NoHost(), pytest.raises(AssertionError):
         torch.ones(3).to("meta")
+
+
+def test_compiled_blocks_make_no_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made on the processor, for which every call of them would wait."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def compile_(module: Any, **options: Any) -> None:
+        module._compiled_call_impl = torch.compile(
+            module._call_impl, backend=backend, fullgraph=True, **options
+        )
+
+    torch._dynamo.reset()
+    monkeypatch.setenv("TOME_MATCHING", "whole")
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    block = BasicTransformerBlock(16, 2, 8, context_dim=5, checkpoint=False)
+    block = fill_parameters(block, 0).eval()
+    x, context = torch.randn(2, 35, 16), torch.randn(2, 3, 5)
+    merger = TokenMerger(ToMeConfig.from_mapping({"ratio": 0.5, "window": 3}))
+    outputs = []
+    with torch.no_grad():
+        for compiles in (False, True):
+            if compiles:
+                compile_blocks(block)
+            merger.begin_call(5, 7, torch.tensor([500, 500]))
+            outputs.append(block(x, context, merger.block(x, (5, 7), 1)))
+    torch.testing.assert_close(*outputs)
+    assert len(graphs) == 1
+    assert not any("nonzero" in str(node.target) for node in graphs[0].graph.nodes)
+    # Nor do they ask a card how much memory is free.
+    sized = torch.compile(whole._piece, backend="eager", fullgraph=True)
+    assert sized(torch.device("cuda")) == 2**30
+
+
+@pytest.mark.parametrize("by_distance", [False, True])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_autocast_does_not_match(is_whole: bool, by_distance: bool) -> None:
+    keys = {"ratio": 0.75, "window": 3} | ({} if by_distance else {"metric": "hidden"})
+    config = ToMeConfig.from_mapping(keys)
+    shape = (2, 256, 2, 8) if by_distance else (2, 256, 16)
+    metrics = [1 + 0.1 * torch.randn(shape) for _ in range(1 + by_distance)]
+    plans = []
+    for is_on in (False, True):
+        decision = Decision(config, (16, 16), 192, is_whole=is_whole)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            plans += [plan_block(decision, metrics)]
+    for one, other in zip(*plans, strict=True):
+        assert torch.equal(one.groups, other.groups)
