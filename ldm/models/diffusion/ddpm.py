@@ -198,6 +198,8 @@ class LatentDiffusion(nn.Module):
                 )
             self.given_betas = rescale_zero_terminal_snr(self.given_betas)
         self.num_timesteps = len(self.given_betas)
+        if self._tome is not None:
+            self._tome.n_timesteps = self.num_timesteps
         self.logvar_init = float(logvar_init)
         if learn_logvar:
             self.logvar = nn.Parameter(torch.full((self.num_timesteps,), self.logvar_init))

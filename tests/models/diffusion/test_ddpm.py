@@ -191,6 +191,20 @@ def test_a_run_reaches_token_merging():
     assert not merger.is_guided
 
 
+@pytest.mark.parametrize("n_timesteps", [50, 1000])
+def test_progress_of_merging_is_that_of_the_models_own_timesteps(n_timesteps):
+    config = tiny_config(timesteps=n_timesteps)["model"]
+    steps = [[0, 0.0], [0.7, 0.0], [0.71, 0.5]]
+    config["params"]["unet_config"]["params"]["tome_config"] = {"steps": steps}
+    model = fill_parameters(instantiate_from_config(config), 0).eval()
+    merger = model.model.diffusion_model.tome
+    for share, is_merged in ((0.9, False), (0.5, False), (0.1, True)):
+        model.begin_run()
+        t = torch.tensor([int(share * n_timesteps)])
+        model.apply_model(torch.zeros(1, 4, 8, 8), t, torch.zeros(1, 7, 16))
+        assert (merger.saved_work() > 0) == is_merged
+
+
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 def test_the_context_is_projected_once_in_a_run(scale, monkeypatch):
     model = instantiate_from_config(tiny_config()["model"])
