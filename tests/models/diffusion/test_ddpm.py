@@ -13,6 +13,9 @@ from tests.tiny_diffusion import WIDTH, TinyFirstStage, TinyText, TinyUNet, buil
 from tests.tiny_models import tiny_config
 
 
+STEP = "model.diffusion_model.step.weight"
+
+
 def test_state_dict_has_upstream_names():
     names = set(build(use_ema=True).state_dict())
     assert {name for name in names if "." not in name} == {
@@ -152,6 +155,19 @@ def test_weights_are_loaded_from_a_file(tmp_path, suffix):
     assert not (model.first_stage_model.encoder.weight == 7).any()
     with pytest.raises(InputError, match=r"there is no checkpoint '.*missing.ckpt'"):
         build(ckpt_path=str(tmp_path / "missing.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"zero_snr": True, "parameterization": "v"}, {"timesteps": 50}, {}]
+)
+def test_a_file_of_weights_leaves_the_schedule(tmp_path, changes):
+    stored = {name: tensor.half() for name, tensor in build().state_dict().items()}
+    torch.save(stored, tmp_path / "weights.ckpt")
+    model = build(ckpt_path=str(tmp_path / "weights.ckpt"), **changes)
+    assert torch.equal(model.model.diffusion_model.step.weight.half(), stored[STEP])
+    for name, buffer in build(**changes).named_buffers():
+        if not name.startswith("model_ema."):
+            assert torch.equal(model.get_buffer(name), buffer), name
 
 
 def test_weights_under_other_names_are_loaded_and_what_is_lost_is_said(tmp_path, caplog):
