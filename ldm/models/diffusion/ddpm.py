@@ -399,7 +399,8 @@ class LatentDiffusion(nn.Module):
     ) -> None:
         """Load what a training run or a published file has of this model's weights.
 
-        The schedule stays that of the configuration.
+        The schedule stays that of the configuration, as does the decay of the averages, which in
+        half precision would be 1.
 
         Args:
             path: .ckpt (read without executing pickled code), .safetensors, or a folder of them.
@@ -412,7 +413,8 @@ class LatentDiffusion(nn.Module):
         weights = open_state_dict(path)
         stored = canonical_names(weights)
         left_out = tuple(ignore_keys)
-        names = [n for n in stored if n not in SCHEDULE and not n.startswith(left_out)]
+        settings = {*SCHEDULE, "model_ema.decay"}
+        names = [n for n in stored if n not in settings and not n.startswith(left_out)]
         if only_model:
             names = [name for name in names if name.startswith(UNET)]
         weights.require_weights(stored[name] for name in names if is_weight(name))

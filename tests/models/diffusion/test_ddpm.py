@@ -160,13 +160,14 @@ def test_weights_are_loaded_from_a_file(tmp_path, suffix):
 @pytest.mark.parametrize(
     "changes", [{"zero_snr": True, "parameterization": "v"}, {"timesteps": 50}, {}]
 )
-def test_a_file_of_weights_leaves_the_schedule(tmp_path, changes):
+def test_a_file_of_weights_leaves_the_schedule_and_the_decay(tmp_path, changes):
     stored = {name: tensor.half() for name, tensor in build().state_dict().items()}
     torch.save(stored, tmp_path / "weights.ckpt")
     model = build(ckpt_path=str(tmp_path / "weights.ckpt"), **changes)
     assert torch.equal(model.model.diffusion_model.step.weight.half(), stored[STEP])
+    assert stored["model_ema.decay"] == 1
     for name, buffer in build(**changes).named_buffers():
-        if not name.startswith("model_ema."):
+        if not name.startswith("model_ema.diffusion_model"):
             assert torch.equal(model.get_buffer(name), buffer), name
 
 
