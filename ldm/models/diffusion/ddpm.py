@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.files import open_state_dict
-from ldm.checkpoint.keys import COMPONENTS, SCHEDULE, UNET, canonical_names, is_weight
+from ldm.checkpoint.keys import COMPONENTS, SCHEDULE, UNET, canonical_names, has_ema, is_weight
 from ldm.checkpoint.prediction import decide_prediction
 from ldm.errors import InputError, escaped
 from ldm.models.diffusion.arguments import INERT_ARGUMENTS, check_choice, check_inert
@@ -423,7 +423,7 @@ class LatentDiffusion(nn.Module):
         self.has_loaded_scale = self.scale_by_std and "scale_factor" in state
         if len(unexpected) == len(state):
             raise InputError(f"{escaped(path)} has no weights of this model in it")
-        if self.use_ema and not any(name.startswith("model_ema.") for name in state):
+        if self.use_ema and has_ema(missing):  # pruned files may hold the counters alone
             self.model_ema = LitEma(self.model)  # an average of these weights, not of random ones
         # whole components may come from elsewhere
         begun = tuple(part for part in COMPONENTS if any(name.startswith(part) for name in state))

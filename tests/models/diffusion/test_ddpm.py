@@ -157,6 +157,19 @@ def test_weights_are_loaded_from_a_file(tmp_path, suffix):
         build(ckpt_path=str(tmp_path / "missing.ckpt"))
 
 
+def test_averages_that_a_file_lacks_begin_as_its_weights(tmp_path):
+    stored = {n: t + 1 for n, t in build(use_ema=True).state_dict().items()}
+    counters = {n: t for n, t in stored.items() if not n.startswith("model_ema.diffusion_model")}
+    average = "model_ema.diffusion_modelstepweight"
+    for kept in (stored, counters, {n: t for n, t in stored.items() if n != average}):
+        torch.save(kept, tmp_path / "weights.ckpt")
+        model = build(ckpt_path=str(tmp_path / "weights.ckpt"))
+        weight = model.model.diffusion_model.step.weight
+        assert torch.equal(model.get_buffer(average), weight)
+        assert torch.equal(weight, stored[STEP])
+        assert (model.model_ema.num_updates > 0) == (kept is stored)
+
+
 @pytest.mark.parametrize(
     "changes", [{"zero_snr": True, "parameterization": "v"}, {"timesteps": 50}, {}]
 )
