@@ -12,7 +12,6 @@ from ldm.util import instantiate_from_config
 from tests.tiny_diffusion import WIDTH, TinyFirstStage, TinyText, TinyUNet, build, target
 from tests.tiny_models import tiny_config
 
-
 STEP = "model.diffusion_model.step.weight"
 
 
