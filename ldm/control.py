@@ -52,6 +52,7 @@ class Control:
     def over(self, unet: UNetModel, h: int, w: int) -> Iterator[None]:
         """Let it control a U-Net for latents of h x w; it merges tokens as the U-Net does."""
         hint, net = self.hint(h, w).to(next(self.net.parameters()).device), self.net
+        net.tome.n_timesteps = unet.tome.n_timesteps
         net.tome.configure(unet.tome.config)
 
         def residuals(x: Tensor, timesteps: Tensor, context: Tensor | None) -> list[Tensor]:

@@ -234,8 +234,8 @@ def _web_ui(text: str, where: str) -> Found:
             if name == "Denoising strength" and is_hires:
                 known = {"hires_strength": known["strength"]}
             found.settings |= known
-    if tome:  # there it is the way of the tomesd package
-        found.tome = overlay(load_preset("tomesd"), tome)
+    if tome:  # there it is the way of the tomesd package, with use_rand=False; no ratio is 0
+        found.tome = overlay(load_preset("tomesd"), {"random": False, "ratio": 0.0, **tome})
     return found
 
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     [
         *("ldm.errors", "ldm.text", "ldm.checkpoint.files", "ldm.checkpoint.pickles"),
-        *("ldm.checkpoint.keys", "ldm.checkpoint.prediction"),  # what names and metadata say
+        # what names and metadata say
+        *("ldm.checkpoint.keys", "ldm.checkpoint.prediction", "ldm.checkpoint.vae"),
     ],
     ["ldm.util", "ldm.modules.tome", "ldm.models.diffusion.schedule", "ldm.lr_scheduler"],
     ["ldm.numbered"],

@@ -36,11 +36,18 @@ def test_the_web_ui_s_settings_are_understood_or_named():
     assert (said["hires_strength"], said["hires_upscaler"]) == (0.55, "latent")
     assert (said["emphasis"], said["long_prompt"]) == (True, True)
     assert "strength" not in said
-    assert found.tome == {**load_preset("tomesd"), "ratio": 0.5}
+    assert found.tome == {**load_preset("tomesd"), "random": False, "ratio": 0.5}
     left_out = "\n".join(found.left_out)
     for name in ("Model hash '6ce0161689'", "Model 'v1-5, pruned'", "Variation seed", "Lora hash"):
         assert name in left_out
     assert "Version" not in left_out
+
+
+def test_a_web_ui_s_picture_may_be_merged_in_its_second_pass_alone():
+    text = A1111.replace("Token merging ratio:", "Token merging ratio hr:")
+    config = ToMeConfig.from_mapping(understood({"parameters": text}, "x.png").tome)
+    assert config.is_off
+    assert (config.second_pass.ratio, config.second_pass.random) == (0.5, False)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +171,8 @@ def test_flags_win_over_the_picture_also_where_they_say_the_default(tmp_path, ca
     args = parse(txt2img, "--from_picture", path, "--seed", 42, "--tome-window", 5)
     settings = options.settings(args)
     assert (settings.seed, settings.steps, settings.schedule) == (42, 20, "karras")
-    assert options.tome_arguments(args).keys == {**load_preset("tomesd"), "ratio": 0.5, "window": 5}
+    merged = {**load_preset("tomesd"), "random": False, "ratio": 0.5, "window": 5}
+    assert options.tome_arguments(args).keys == merged
     assert "From " in caplog.text
     assert "Token Merging" in caplog.text
     assert "Model hash '6ce0161689' (has no counterpart here)" in caplog.text

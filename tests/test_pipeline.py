@@ -641,6 +641,10 @@ def test_tokens_are_merged_inside_a_controlnet(pipeline, controlnet):
     assert net.tome.saved_work() > 0.2
     assert merged.shape == (1, 32, 32, 3)
     assert unmerged.shape == (1, 16, 16, 3)
+    pipeline.model.model.diffusion_model.tome.n_timesteps = 10_000  # so that all steps are late
+    pipeline.set_tome({"steps": [[0, 0.5], [0.8, 0.5], [0.81, 0]]})
+    pipeline.txt2img("a house", steps=2)
+    assert net.tome.saved_work() == 0
 
 
 def test_a_controlnet_guides_an_inpainting_model(inpainting, controlnet, photograph):

@@ -23,6 +23,7 @@ from ldm.util import instantiate_from_config
 
 MAX_TIMESTEPS = 10_000
 MAX_TOKENS = 77
+OTHER_SCHEDULE = 0.01  # difference of alpha_bar beyond what half precision does to it
 logger = logging.getLogger(__name__)
 
 
@@ -161,6 +162,7 @@ def fill(
         )
     weights.require_weights(sources.values())
     _report_unused(set(names) - set(sources) - set(places), path, config_name)
+    _report_schedule(model, weights, names, config_name)
 
     unet_format = memory_format(dtype, torch.device(device))
 
@@ -234,3 +236,29 @@ def _report_unused(names: set[str], path: Path, config_name: str) -> None:
     if any(name.startswith(keys.UNET) for name in unknown):
         raise InputError(what)
     logger.warning("%s; they are ignored", what)
+
+
+def _report_schedule(
+    model: LatentDiffusion, weights: StateDict, names: Mapping[str, str], config_name: str
+) -> None:
+    """Warn of a schedule in the file that is not the configuration's, which holds.
+
+    That with zero terminal SNR is decided otherwise; see `ldm.checkpoint.prediction`.
+    """
+    raw, own = names.get("alphas_cumprod"), model.alphas_cumprod
+    if raw is None or weights.entries[raw].kind not in ("F32", "F16", "BF16") or own[-1] == 0:
+        return
+    stored = weights[raw].float().flatten()
+    if not (len(stored) and 0.5 < stored[0] <= 1 and (stored.diff() <= 0).all()):
+        return  # it is no schedule at all
+    if len(stored) != len(own):
+        found = f"{len(stored)} steps, not {len(own)}"
+    elif (stored - own).abs().max() > OTHER_SCHEDULE:
+        found = f"alphas_cumprod {stored[-1]:.3g} at its end, not {own[-1]:.3g}"
+    else:
+        return
+    logger.warning(
+        "%s was trained on another schedule than that of %s, which holds (%s): pictures may be "
+        "wrong; --config gives it a configuration of its own",
+        *(weights.path, config_name, found),
+    )

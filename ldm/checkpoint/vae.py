@@ -41,7 +41,7 @@ def with_vae(weights: StateDict, vae: StateDict) -> StateDict:
     Raises:
         InputError: there is no VAE in it.
     """
-    own = _vae_entries(vae)
+    own = vae_entries(vae)
     if f"{FIRST_STAGE}decoder.conv_in.weight" not in own:
         raise InputError(f"{vae.path} is no VAE: it has no decoder.conv_in.weight")
     vae.require_weights(own.values())
@@ -57,8 +57,8 @@ def with_vae(weights: StateDict, vae: StateDict) -> StateDict:
     )
 
 
-def _vae_entries(vae: StateDict) -> dict[str, str]:
-    """Name in our models -> name in the file."""
+def vae_entries(vae: StateDict) -> dict[str, str]:
+    """Name in our models -> name in the file, for a VAE or whatever has one in it."""
     plain = {canonical_name(name): name for name in vae}
     prefix = next(p for p in _PREFIXES if p == "" or any(name.startswith(p) for name in plain))
     found = {

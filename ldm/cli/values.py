@@ -82,7 +82,8 @@ class Wishes:
 
         Args:
             changes: by the flags' names: {"steps": 20, "tome.ratio": 0.5} or {"tome": {"ratio":
-                0.5}}; None takes a wish back.
+                0.5}}; None takes a wish back, but in the latter form is the value ``none`` of a
+                key that has it, as in YAML.
 
         Raises:
             InputError: a name is none of these, or a value is not of its type.
@@ -113,7 +114,8 @@ class Wishes:
         if name.startswith("tome_") and key in KEYS:
             keys = {k: old for k, old in self.keys.items() if k != key}
             if value is not None:
-                keys[key] = _checked_key(key, value, value, key)
+                meant = None if value == "none" and _has_none(key) else value
+                keys[key] = _checked_key(key, meant, value, key)
             return replace(self, keys=keys)
         raise InputError(f"{shown(name)} is no setting of a picture (--help lists the flags)")
 
@@ -198,7 +200,7 @@ def typed(name: str, words: Sequence[str]) -> Any:
     key = name.removeprefix("tome_")
     key = "ratio" if key == "hires_ratio" else key
     if name.startswith("tome_") and key in KEYS:
-        return parse_flag(key, text or "true")
+        return _named_none(key, parse_flag(key, text or "true"))
     return literal(text or "true")
 
 
@@ -206,9 +208,20 @@ def _flat(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Names and values, with the mapping ``tome`` taken apart."""
     for name, value in changes.items():
         if _plain(name) == "tome" and isinstance(value, Mapping):
-            yield from ((f"tome_{_plain(key)}", one) for key, one in value.items())
+            keys = ((_plain(key), one) for key, one in value.items())
+            yield from ((f"tome_{key}", _named_none(key, one)) for key, one in keys)
         else:
             yield _plain(name), value
+
+
+def _has_none(key: str) -> bool:
+    """Whether ``none`` is a value of a key, and not the same as saying nothing."""
+    return key in KEYS and KEYS[key].values.endswith("|none")
+
+
+def _named_none(key: str, value: Any) -> Any:
+    """A key's value, with the word ``none`` for the value None."""
+    return "none" if value is None and _has_none(key) else value
 
 
 def _plain(name: str) -> str:

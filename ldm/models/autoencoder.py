@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint.files import open_state_dict
+from ldm.checkpoint.keys import FIRST_STAGE, canonical_name
+from ldm.checkpoint.vae import vae_entries
+from ldm.errors import InputError, escaped
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
+
+logger = logging.getLogger(__name__)
 
 
 class ReconstructionLoss(nn.Module):
@@ -108,14 +114,32 @@ class AutoencoderKL(nn.Module):
         """Load weights of this kind of model, or those of the first stage of a diffusion model.
 
         Args:
-            path: .ckpt (read without executing pickled code) or .safetensors.
+            path: .ckpt (read without executing pickled code) or .safetensors, in upstream's names
+                or diffusers'.
             ignore_keys: names that begin so are not loaded.
+
+        Raises:
+            InputError: there is nothing to load.
         """
-        weights = open_state_dict(path)
-        own = {name.removeprefix("first_stage_model."): name for name in weights}
-        wanted = [name for name in self.state_dict() if name in own]
-        kept = [name for name in wanted if not name.startswith(tuple(ignore_keys))]
-        self.load_state_dict({name: weights[own[name]] for name in kept}, strict=False)
+        weights, places = open_state_dict(path), self.state_dict()
+        named = {canonical_name(raw): raw for raw in weights} | vae_entries(weights)
+        stored = {name.removeprefix(FIRST_STAGE): raw for name, raw in named.items()}
+        wanted = [name for name in places if not name.startswith(tuple(ignore_keys))]
+        kept = [name for name in wanted if name in stored]
+        weights.require_weights(stored[name] for name in kept if not name.startswith("loss."))
+        lost = [name for name in wanted if name not in stored and not name.startswith("loss.")]
+        if not kept:
+            raise InputError(f"{escaped(path)} has no weights of a first stage in it")
+        if lost:
+            logger.warning(
+                "%s lacks weights of this model, which stay as they began: %d, such as %s",
+                *(escaped(path), len(lost), lost[0]),
+            )
+        state = {name: weights[stored[name]] for name in kept}
+        for name, tensor in state.items():  # a 1x1 convolution and a matrix are alike
+            if tensor.numel() == places[name].numel():
+                state[name] = tensor.reshape(places[name].shape)
+        self.load_state_dict(state, strict=False)
 
     def disturbed(self, x: Tensor) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """Reconstruct pictures for training, from latents with ``latent_noise``."""

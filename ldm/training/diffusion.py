@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.checkpoint.keys import SCHEDULE
 from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -67,6 +68,14 @@ class DiffusionTraining(Training):
                 "averages need 32 bits; give 32-true, bf16-mixed or 16-mixed"
             )
         return super().take_over(settings)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Into the model; the schedule stays that of the configuration, which may have changed."""
+        own = self.net.state_dict()
+        kept = {name: own[name] for name in SCHEDULE & own.keys() & state_dict.keys()}
+        return super().load_state_dict({**state_dict, **kept}, strict, assign)
 
     # --- loss -----------------------------------------------------------------------------------
 

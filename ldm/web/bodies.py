@@ -72,6 +72,7 @@ class Options:
     Attributes:
         model: a checkpoint's name; None: the one that is loaded.
         ratio: share of tokens merged away; None: as the program was started.
+        img2img_ratio: likewise, in img2img; None: as ``ratio``.
         hires_ratio: likewise, in the second pass.
         tome: keys of ``tome_config``, and ``preset``.
         clip_skip: which layer of the text encoder is used; 1 is the last.
@@ -81,6 +82,7 @@ class Options:
 
     model: str | None = None
     ratio: float | None = None
+    img2img_ratio: float | None = None
     hires_ratio: float | None = None
     tome: Mapping[str, Any] = field(default_factory=dict)
     clip_skip: int = 1
@@ -97,10 +99,12 @@ class Options:
         for name, value in check_kind(given, dict, "override_settings").items():
             if name == "sd_model_checkpoint":
                 new = replace(new, model=None if value in (None, "") else _model(value, models))
-            elif name in ("token_merging_ratio", "token_merging_ratio_img2img"):
+            elif name == "token_merging_ratio":
                 new = replace(new, ratio=_number(name, value))
+            elif name == "token_merging_ratio_img2img":  # 0 of these two is A1111's for "as ratio"
+                new = replace(new, img2img_ratio=_number(name, value) or None)
             elif name == "token_merging_ratio_hr":
-                new = replace(new, hires_ratio=_number(name, value))
+                new = replace(new, hires_ratio=_number(name, value) or None)
             elif name == "tome":
                 new = replace(new, tome=check_kind(value, dict, "tome"))
             elif name == "sd_vae":
@@ -112,16 +116,19 @@ class Options:
                 new = replace(new, not_used=(*new.not_used, escaped(name, 80)))
         return new
 
-    def changes(self) -> Body:
-        """What they change in the wishes."""
+    def changes(self, has_picture: bool = False) -> Body:
+        """What they change in the wishes, for a job with a picture to start from or without."""
         changes: Body = {}
         keys = dict(self.tome)
-        if self.ratio is not None or keys:
+        ratio = self.ratio
+        if has_picture and self.img2img_ratio is not None:
+            ratio = self.img2img_ratio
+        if ratio is not None or keys:
             changes["no_tome"] = None
         if "preset" in keys:
             changes["tome.preset"] = keys.pop("preset")
-        if self.ratio is not None:
-            changes["tome.ratio"] = self.ratio
+        if ratio is not None:
+            changes["tome.ratio"] = ratio
         if self.hires_ratio is not None:
             changes["tome.hires_ratio"] = self.hires_ratio
         if self.clip_skip != 1:
@@ -138,7 +145,13 @@ class Order:
     not_used: tuple[str, ...]
 
 
-def read_body(body: Any, base: Wishes, options: Options, models: Mapping[str, Path]) -> Order:
+def read_body(
+    body: Any,
+    base: Wishes,
+    options: Options,
+    models: Mapping[str, Path],
+    has_picture: bool = False,
+) -> Order:
     """Read a body of ``txt2img`` or ``img2img``, but for its pictures.
 
     Args:
@@ -146,15 +159,19 @@ def read_body(body: Any, base: Wishes, options: Options, models: Mapping[str, Pa
         base: the program's flags.
         options: that hold for all.
         models: by their names.
+        has_picture: it is of ``img2img``.
 
     Raises:
         InputError: a value cannot be used, or asks for what cannot be had.
     """
     body = dict(check_kind(body, dict, "the request"))
-    options = options.changed(_open(body.pop("override_settings", None), {}), models)
+    overrides = _open(body.pop("override_settings", None), {})
+    options = options.changed(overrides, models)
+    if overrides.get("token_merging_ratio"):  # then it is that of img2img, too
+        options = replace(options, img2img_ratio=None)
     if "tome" in body:
         options = options.changed({"tome": body.pop("tome")}, models)
-    changes, not_used = options.changes(), list(options.not_used)
+    changes, not_used = options.changes(has_picture), list(options.not_used)
     for theirs, ours in SAME.items():
         if body.get(theirs) is not None:
             changes[ours] = _whole(body[theirs]) if ours in WHOLE else body[theirs]

@@ -10,7 +10,8 @@ import yaml
 
 from ldm.checkpoint.load import inspect_checkpoint, load_model
 from ldm.errors import InputError
-from tests.tiny_models import write_safetensors
+from ldm.models.autoencoder import AutoencoderKL
+from tests.tiny_models import FIRST_STAGE, write_safetensors
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 TOKENS = f"{TEXT}transformer.text_model.embeddings.token_embedding.weight"
@@ -145,6 +146,18 @@ def test_a_vae_of_its_own_takes_the_place(tmp_path, config, weights, form, besid
         assert info.vae == vae
         assert str(vae) in info.summary()
         assert is_same(load_model(path, config, vae=given), weights | other)
+
+
+@pytest.mark.parametrize("form", VAE_FORMS)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_first_stage_in_training_begins_with_any_of_them(tmp_path, caplog, weights, form, prefix):
+    own = {n: t for n, t in weights.items() if n.startswith(VAE)}
+    stored = {prefix + name: tensor for name, tensor in VAE_FORMS[form](own).items()}
+    path = write_safetensors(tmp_path / "vae.safetensors", stored)
+    model = AutoencoderKL(**FIRST_STAGE["params"], ckpt_path=str(path))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, own[VAE + name]), name
+    assert not caplog.records
 
 
 def test_without_a_vae_the_way_out_is_named(tmp_path, config, weights):

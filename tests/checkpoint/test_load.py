@@ -17,6 +17,11 @@ from ldm.checkpoint.fill import build_without_weights
 from ldm.checkpoint.load import default_checkpoint, inspect_checkpoint, load_model
 from ldm.config import load_config
 from ldm.errors import InputError
+from ldm.models.diffusion.schedule import (
+    make_beta_schedule,
+    rescale_zero_terminal_snr,
+    schedule_buffers,
+)
 from ldm.modules.tome.config import ToMeConfig
 from ldm.util import instantiate_from_config
 from tests.golden_util import load_golden_keys
@@ -168,6 +173,25 @@ def test_schedule_comes_from_the_configuration(tmp_path, config, weights):
     assert model.betas.dtype == torch.float32
     for name in keys.SCHEDULE & set(weights):
         assert torch.equal(getattr(model, name), weights[name]), name
+
+
+def test_another_schedule_in_the_file_is_named(tmp_path, caplog, config, weights):
+    def warnings(stored):
+        caplog.clear()
+        file = write_safetensors(tmp_path / "m.safetensors", {**weights, "alphas_cumprod": stored})
+        load_model(file, config)
+        return caplog.text
+
+    own = weights["alphas_cumprod"]
+    for kind in (torch.float32, torch.float16, torch.bfloat16):
+        assert warnings(own.to(kind)) == ""
+    buffers = schedule_buffers(make_beta_schedule("linear", 1000, 0.0015, 0.0205))
+    said = warnings(buffers["alphas_cumprod"])
+    assert "another schedule than that of the given configuration, which holds" in said
+    assert "alphas_cumprod 9.69e-05 at its end, not 0.00466" in said
+    assert "(500 steps, not 1000)" in warnings(own[::2].clone())
+    ends_in_noise = schedule_buffers(rescale_zero_terminal_snr(weights["betas"].double().numpy()))
+    assert "alphas_cumprod 0 at its end" in warnings(ends_in_noise["alphas_cumprod"])
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32])

@@ -26,6 +26,19 @@ def test_values_are_laid_over_those_of_the_command_line():
     assert back.tome.keys == {"ratio": 0.25}
 
 
+@pytest.mark.parametrize(("key", "preset"), [("window", "quality"), ("similarity", "ca_tome")])
+def test_none_is_a_value_of_the_keys_that_have_it(key, preset):
+    before = wishes("--tome-preset", preset)
+    said = wishes("--tome-preset", preset, f"--tome-{key}", "none").tome
+    assert said.keys[key] is None
+    name = f"tome.{key}"
+    for changes in ({"tome": {key: None}}, {name: "none"}, {name: typed(name, ["none"])}):
+        assert before.changed(changes).tome == said
+    assert before.changed({"tome": {key: None}}).changed({name: None}).tome == before.tome
+    assert before.changed({"tome": {"ratio": None}}).tome == before.tome
+    assert typed("tome.hires_ratio", ["none"]) is None
+
+
 def test_one_program_s_settings_are_not_another_s():
     assert wishes(program=img2img).changed({"strength": 0.3}).settings().strength == 0.3
     for name, program in (("strength", txt2img), ("hires_scale", img2img)):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from golden_util import GOLDEN, fill_parameters, load_golden
 
+from ldm.errors import InputError
 from ldm.models.autoencoder import AutoencoderKL, ReconstructionLoss
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
@@ -48,6 +49,24 @@ def test_numbers_are_upstreams():
     moments = model.quant_conv(model.encoder(tensors["image"]))
     torch.testing.assert_close(moments, tensors["moments"], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(model.decode(tensors["z"]), tensors["decoded"], atol=2e-5, rtol=1e-4)
+
+
+def test_weights_to_start_from_are_found_or_missed(tiny, tmp_path, caplog):
+    def build(state, **changes):
+        torch.save(state, tmp_path / "vae.ckpt")
+        arguments = {"ddconfig": TINY, "lossconfig": IDENTITY, "embed_dim": 4, **changes}
+        return AutoencoderKL(**arguments, ckpt_path=str(tmp_path / "vae.ckpt"))
+
+    state = tiny.state_dict()
+    model = build({n: t for n, t in state.items() if n != "encoder.conv_in.bias"})
+    assert torch.equal(model.decoder.conv_in.weight, tiny.decoder.conv_in.weight)
+    assert "which stay as they began: 1, such as encoder.conv_in.bias" in caplog.text
+    caplog.clear()
+    model = build(state, ignore_keys=["encoder."])
+    assert not torch.equal(model.encoder.conv_in.weight, tiny.encoder.conv_in.weight)
+    assert not caplog.records
+    with pytest.raises(InputError, match="has no weights of a first stage in it"):
+        build({"model.diffusion_model.out.2.bias": torch.zeros(4)})
 
 
 def test_attention_resolutions_add_attention():

@@ -25,6 +25,16 @@ def batch():
     return {"image": torch.rand(4, 8, 8, 3, generator=generator) * 2 - 1, "caption": CAPTIONS}
 
 
+def test_a_checkpoint_to_go_on_from_leaves_the_schedule():
+    plain, changed = build(parameterization="v"), build(parameterization="v", zero_snr=True)
+    nn.init.constant_(plain.net.model.diffusion_model.conv_in.weight, 7.0)
+    changed.load_state_dict(plain.state_dict())
+    assert (changed.net.model.diffusion_model.conv_in.weight == 7).all()
+    assert changed.net.sqrt_alphas_cumprod[-1] == 0
+    with pytest.raises(RuntimeError, match="Missing key"):
+        changed.load_state_dict({n: t for n, t in plain.state_dict().items() if n != "betas"})
+
+
 @pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
 def test_a_perfect_network_has_no_loss(parameterization, monkeypatch):
     model = build(parameterization=parameterization)

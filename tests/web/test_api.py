@@ -106,6 +106,24 @@ def test_what_a1111_has_by_default_asks_for_nothing(base):
     assert painted.not_used == ("resize_mode", "mask_blur_x", "mask_blur_y", "mask_round")
 
 
+@pytest.mark.parametrize(
+    ("stored", "override", "of_text", "of_picture"),
+    [
+        ({"token_merging_ratio_img2img": 0.5}, {}, None, 0.5),
+        ({"token_merging_ratio": 0.25, "token_merging_ratio_img2img": 0.5}, {}, 0.25, 0.5),
+        ({"token_merging_ratio_img2img": 0.5}, {"token_merging_ratio": 0.25}, 0.25, 0.25),
+        ({}, {"token_merging_ratio": 0.25, "token_merging_ratio_img2img": 0}, 0.25, 0.25),
+        ({}, {"token_merging_ratio": 0.25, "token_merging_ratio_hr": 0}, 0.25, 0.25),
+    ],
+)
+def test_img2img_has_a_ratio_of_its_own(base, stored, override, of_text, of_picture):
+    options = Options().changed(stored, {})
+    body = {"override_settings": override}
+    for has_picture, ratio in ((False, of_text), (True, of_picture)):
+        wishes = read_body(body, base.wishes, options, {}, has_picture).wishes
+        assert dict(wishes.tome.keys) == ({} if ratio is None else {"ratio": ratio})
+
+
 def test_merging_is_an_override_or_an_object_of_its_own(client):
     override = {"token_merging_ratio": 0.5, "token_merging_ratio_hr": 0.25}
     result = client.txt2img(enable_hr=True, hr_scale=2, override_settings=override, **DRAW)

@@ -125,6 +125,7 @@ def test_what_cannot_be_used_is_named_in_the_labels_words(field, value, message)
         (NO_PRESET, 0.0, "tome.method kth\ntome.k 4\ntome.apply_to kv"),
         (NO_PRESET, 0.0, "sampler ddim\nddim-eta 0.5"),
         (NO_PRESET, 0.5, "tome.stride 2 4\ntome.window 5"),
+        (NO_PRESET, 0.5, "tome.metric hidden\ntome.window none"),
     ],
 )
 def test_a_pictures_settings_come_back(preset, ratio, more):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.files import open_state_dict
-from ldm.checkpoint.keys import COMPONENTS, UNET, canonical_names, is_weight
+from ldm.checkpoint.keys import COMPONENTS, SCHEDULE, UNET, canonical_names, has_ema, is_weight
 from ldm.checkpoint.prediction import decide_prediction
 from ldm.errors import InputError, escaped
 from ldm.models.diffusion.arguments import INERT_ARGUMENTS, check_choice, check_inert
@@ -198,6 +198,8 @@ class LatentDiffusion(nn.Module):
                 )
             self.given_betas = rescale_zero_terminal_snr(self.given_betas)
         self.num_timesteps = len(self.given_betas)
+        if self._tome is not None:
+            self._tome.n_timesteps = self.num_timesteps
         self.logvar_init = float(logvar_init)
         if learn_logvar:
             self.logvar = nn.Parameter(torch.full((self.num_timesteps,), self.logvar_init))
@@ -397,6 +399,9 @@ class LatentDiffusion(nn.Module):
     ) -> None:
         """Load what a training run or a published file has of this model's weights.
 
+        The schedule stays that of the configuration, as does the decay of the averages, which in
+        half precision would be 1.
+
         Args:
             path: .ckpt (read without executing pickled code), .safetensors, or a folder of them.
             ignore_keys: names that begin so are not loaded.
@@ -407,7 +412,9 @@ class LatentDiffusion(nn.Module):
         """
         weights = open_state_dict(path)
         stored = canonical_names(weights)
-        names = [name for name in stored if not name.startswith(tuple(ignore_keys))]
+        left_out = tuple(ignore_keys)
+        settings = {*SCHEDULE, "model_ema.decay"}
+        names = [n for n in stored if n not in settings and not n.startswith(left_out)]
         if only_model:
             names = [name for name in names if name.startswith(UNET)]
         weights.require_weights(stored[name] for name in names if is_weight(name))
@@ -416,11 +423,11 @@ class LatentDiffusion(nn.Module):
         self.has_loaded_scale = self.scale_by_std and "scale_factor" in state
         if len(unexpected) == len(state):
             raise InputError(f"{escaped(path)} has no weights of this model in it")
-        if self.use_ema and not any(name.startswith("model_ema.") for name in state):
+        if self.use_ema and has_ema(missing):  # pruned files may hold the counters alone
             self.model_ema = LitEma(self.model)  # an average of these weights, not of random ones
         # whole components may come from elsewhere
         begun = tuple(part for part in COMPONENTS if any(name.startswith(part) for name in state))
-        lost = [n for n in missing if n.startswith(begun) and not n.startswith(tuple(ignore_keys))]
+        lost = [n for n in missing if n.startswith(begun) and not n.startswith(left_out)]
         if lost:
             logger.warning(
                 "%s lacks weights of this model, which stay as they began: %d, such as %s",

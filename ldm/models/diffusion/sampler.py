@@ -273,9 +273,10 @@ class Sampler:
         t = torch.as_tensor(t).cpu()
         if t.min() < 0 or t.max() >= len(levels):
             raise ValueError(f"t is {t.tolist()}, but the schedule has {len(levels) - 1} steps")
-        alpha_bar = torch.tensor(levels, dtype=torch.float32)[t].reshape(-1, 1, 1, 1).to(x0)
+        alpha_bar = torch.tensor(levels, dtype=torch.float32)[t].reshape(-1, 1, 1, 1)
         noise = torch.randn_like(x0) if noise is None else noise.to(x0)
-        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+        # roots in float32: a half type takes little noise for none at all
+        return alpha_bar.sqrt().to(x0) * x0 + (1 - alpha_bar).sqrt().to(x0) * noise
 
     @torch.no_grad()
     def decode(

@@ -12,6 +12,8 @@ from ldm.util import instantiate_from_config
 from tests.tiny_diffusion import WIDTH, TinyFirstStage, TinyText, TinyUNet, build, target
 from tests.tiny_models import tiny_config
 
+STEP = "model.diffusion_model.step.weight"
+
 
 def test_state_dict_has_upstream_names():
     names = set(build(use_ema=True).state_dict())
@@ -154,6 +156,33 @@ def test_weights_are_loaded_from_a_file(tmp_path, suffix):
         build(ckpt_path=str(tmp_path / "missing.ckpt"))
 
 
+def test_averages_that_a_file_lacks_begin_as_its_weights(tmp_path):
+    stored = {n: t + 1 for n, t in build(use_ema=True).state_dict().items()}
+    counters = {n: t for n, t in stored.items() if not n.startswith("model_ema.diffusion_model")}
+    average = "model_ema.diffusion_modelstepweight"
+    for kept in (stored, counters, {n: t for n, t in stored.items() if n != average}):
+        torch.save(kept, tmp_path / "weights.ckpt")
+        model = build(ckpt_path=str(tmp_path / "weights.ckpt"))
+        weight = model.model.diffusion_model.step.weight
+        assert torch.equal(model.get_buffer(average), weight)
+        assert torch.equal(weight, stored[STEP])
+        assert (model.model_ema.num_updates > 0) == (kept is stored)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"zero_snr": True, "parameterization": "v"}, {"timesteps": 50}, {}]
+)
+def test_a_file_of_weights_leaves_the_schedule_and_the_decay(tmp_path, changes):
+    stored = {name: tensor.half() for name, tensor in build().state_dict().items()}
+    torch.save(stored, tmp_path / "weights.ckpt")
+    model = build(ckpt_path=str(tmp_path / "weights.ckpt"), **changes)
+    assert torch.equal(model.model.diffusion_model.step.weight.half(), stored[STEP])
+    assert stored["model_ema.decay"] == 1
+    for name, buffer in build(**changes).named_buffers():
+        if not name.startswith("model_ema.diffusion_model"):
+            assert torch.equal(model.get_buffer(name), buffer), name
+
+
 def test_weights_under_other_names_are_loaded_and_what_is_lost_is_said(tmp_path, caplog):
     source = build()
     nn.init.constant_(source.model.diffusion_model.conv_in.weight, 7.0)
@@ -189,6 +218,20 @@ def test_a_run_reaches_token_merging():
     assert merger.n_runs == 2
     model.end_run()
     assert not merger.is_guided
+
+
+@pytest.mark.parametrize("n_timesteps", [50, 1000])
+def test_progress_of_merging_is_that_of_the_models_own_timesteps(n_timesteps):
+    config = tiny_config(timesteps=n_timesteps)["model"]
+    steps = [[0, 0.0], [0.7, 0.0], [0.71, 0.5]]
+    config["params"]["unet_config"]["params"]["tome_config"] = {"steps": steps}
+    model = fill_parameters(instantiate_from_config(config), 0).eval()
+    merger = model.model.diffusion_model.tome
+    for share, is_merged in ((0.9, False), (0.5, False), (0.1, True)):
+        model.begin_run()
+        t = torch.tensor([int(share * n_timesteps)])
+        model.apply_model(torch.zeros(1, 4, 8, 8), t, torch.zeros(1, 7, 16))
+        assert (merger.saved_work() > 0) == is_merged
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])

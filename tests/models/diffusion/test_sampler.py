@@ -380,3 +380,14 @@ def test_a_schedule_that_ends_in_noise_alone(sampler_class):
     assert latents.mean() == pytest.approx(0.8, abs=0.06)
     if sampler_class is not LCMSampler:  # which gives the mean of all pictures at once
         assert latents.std() == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_little_noise_is_added_in_half_types_too(dtype):
+    sampler = DDIMSampler(GaussianModel())
+    sampler.make_schedule(50)
+    x0, noise = torch.zeros(3, *SHAPE, dtype=dtype), torch.ones(3, *SHAPE)
+    z = sampler.stochastic_encode(x0, torch.tensor([0, 1, 5]), noise=noise)
+    assert z.dtype == dtype
+    expected = (1 - sampler.model.alphas_cumprod[[1, 21, 101]]).sqrt()
+    torch.testing.assert_close(z[:, 0, 0, 0].float(), expected, atol=0, rtol=0.004)
