@@ -79,7 +79,10 @@ class Added:
 
     def with_control(self, control: Control | None, path: str | Path | None) -> Added:
         """This, with another ControlNet."""
-        files = [] if control is None or path is None else [named(Path(path))]
+        files = []
+        if control is not None and path is not None:
+            how = {"strength": control.strength, "canny": control.finds_edges}
+            files = [{**named(Path(path)), **how}]
         return self.changed("controlnets", files, control=control)
 
 

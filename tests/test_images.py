@@ -197,6 +197,7 @@ def test_the_schedule_is_named_as_the_web_uis_do():
     assert "Sampler: Euler a, Schedule type: Karras, CFG scale: 7.5" in text
     text = web_ui_text({**SETTINGS, "sampler": "plms", "schedule": "uniform"})
     assert "Sampler: PLMS, CFG scale: 7.5" in text
+    assert "Eta DDIM: 0.5" in web_ui_text({**SETTINGS, "sampler": "ddim", "eta": 0.5})
 
 
 def test_the_second_pass_is_named_as_the_web_uis_do():

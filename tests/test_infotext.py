@@ -36,10 +36,13 @@ def test_the_web_ui_s_settings_are_understood_or_named():
     assert (said["hires_strength"], said["hires_upscaler"]) == (0.55, "latent")
     assert (said["emphasis"], said["long_prompt"]) == (True, True)
     assert "strength" not in said
-    assert found.tome == {**load_preset("tomesd"), "ratio": 0.5}
+    assert found.tome == {**load_preset("tomesd"), "ratio": 0.5, "random": False}
     left_out = "\n".join(found.left_out)
     for name in ("Model hash '6ce0161689'", "Model 'v1-5, pruned'", "Variation seed", "Lora hash"):
         assert name in left_out
+    assert "its second pass ran 10 steps; here strength x steps are run, so --hires_steps 19" in (
+        left_out
+    )
     assert "Version" not in left_out
 
 
@@ -76,6 +79,70 @@ def test_a_value_that_cannot_be_used_is_named_and_the_rest_stands(line, left_out
     assert len(one) < 200
 
 
+def read(line):
+    return understood({"parameters": f"hills\n{line}"}, "x.png")
+
+
+def test_merging_in_the_second_pass_alone_leaves_the_first_one_alone():
+    line = "Steps: 20, Sampler: Euler, Seed: 1, Hires upscale: 2, Token merging ratio hr: 0.5"
+    config = ToMeConfig.from_mapping(read(line).tome)
+    assert config.is_off
+    assert (config.second_pass.ratio, config.second_pass.random) == (0.5, False)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule"),
+    [("DPM++ 2M", "karras"), ("DPM++ SDE", "karras"), ("Euler a", None), ("DDIM", None)],
+)
+def test_a_sampler_of_the_web_ui_has_a_schedule_of_its_own(sampler, schedule):
+    line = f"Steps: 20, Sampler: {sampler}, Schedule type: Automatic, Seed: 1"
+    assert read(line).settings.get("schedule") == schedule
+    assert "schedule" not in read(f"Steps: 20, Sampler: {sampler}, Seed: 1").settings
+
+
+def test_the_noise_of_ddim_has_a_name_of_its_own():
+    found = read("Steps: 20, Sampler: DDIM, Seed: 1, Eta DDIM: 0.5")
+    assert (found.settings["eta"], found.left_out) == (0.5, [])
+
+
+def test_the_strength_of_a_second_pass_to_a_size_is_its_own():
+    line = "Steps: 20, Sampler: DDIM, Seed: 1, Hires resize: 512x768, Denoising strength: 0.5"
+    found = read(line)
+    assert "strength" not in found.settings
+    assert found.settings["hires_strength"] == 0.5
+    assert found.left_out[0].startswith("Hires resize '512x768'")
+
+
+@pytest.mark.parametrize(
+    ("run", "is_shared"),
+    [
+        ({"rng": "upstream", "n_samples": 1, "first_seed": 7}, False),
+        ({"rng": "upstream", "n_samples": 2, "first_seed": 7}, True),
+        ({"rng": "upstream", "n_samples": 1, "first_seed": 6}, True),
+        ({"fixed_code": True, "n_samples": 2, "first_seed": 7}, False),
+        ({"fixed_code": True, "n_samples": 2, "first_seed": 6}, True),
+        ({"n_samples": 2, "first_seed": 6}, False),
+    ],
+)
+def test_noise_that_pictures_shared_is_named(run, is_shared):
+    found = understood({"ldm": json.dumps({"prompt": "x", "seed": 7, "rng": "image", **run})}, "x")
+    said = f"--seed {run['first_seed']} --n_samples {run['n_samples']} began it"
+    assert any(said in line for line in found.left_out) == is_shared
+
+
+def test_what_else_a_picture_was_made_with_is_named():
+    model = {"name": "a", "vae": "soft", "ema": True}
+    nets = [{"name": "edges", "strength": 0.5, "canny": True}, {"name": "depth", "hash": "00"}]
+    about = {"prompt": "x", "seed": 7, "model": model, "controlnets": nets}
+    assert understood({"ldm": json.dumps(about)}, "x").left_out == [
+        "its model, 'a' (--ckpt)",
+        "its VAE, 'soft' (--vae)",
+        "its averaged weights (--ema)",
+        "'edges' (--controlnet --control_strength 0.5 --control_canny)",
+        "'depth' (--controlnet)",
+    ]
+
+
 def test_a_negative_prompt_begins_a_line():
     text = (
         "a sign that says Negative prompt: none\n  Negative prompt: fog\nSteps: 2, Seed: 1, Eta: 0"
@@ -100,6 +167,8 @@ def test_a_prompt_alone_is_a_prompt():
         ({"parameters": '{"sui_image_params": {"prompt": "hills"}}'}, "JSON of another program"),
         ({"parameters": '{"base_model": "x"}', "fooocus_scheme": "fooocus"}, "Fooocus's settings"),
         ({"sd-metadata": "{}"}, "InvokeAI's settings"),
+        ({"Software": "NovelAI", "Comment": '{"steps": 28}'}, "NovelAI's settings"),
+        ({"prompt": "a house", "seed": "5"}, "another program's settings"),
         ({"ldm": "[" * 9999}, "x.png, its settings: JSON nested deeper"),
         ({"ldm": "[1]"}, "must be an object"),
         ({"ldm": '{"prompt": "\\ud800"}'}, "lone surrogate"),
@@ -164,7 +233,8 @@ def test_flags_win_over_the_picture_also_where_they_say_the_default(tmp_path, ca
     args = parse(txt2img, "--from_picture", path, "--seed", 42, "--tome-window", 5)
     settings = options.settings(args)
     assert (settings.seed, settings.steps, settings.schedule) == (42, 20, "karras")
-    assert options.tome_arguments(args).keys == {**load_preset("tomesd"), "ratio": 0.5, "window": 5}
+    tome = {**load_preset("tomesd"), "ratio": 0.5, "random": False, "window": 5}
+    assert options.tome_arguments(args).keys == tome
     assert "From " in caplog.text
     assert "Token Merging" in caplog.text
     assert "Model hash '6ce0161689' (has no counterpart here)" in caplog.text

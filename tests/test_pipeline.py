@@ -611,7 +611,8 @@ def test_a_controlnet_guides_what_is_drawn(pipeline, tiny_checkpoint, controlnet
     pipeline.set_control(**control)
     (guided, _) = pipeline.txt2img("a house", **options)
     assert not np.array_equal(guided.pixels, plain[0])
-    assert [one["name"] for one in guided.settings["controlnets"]] == ["scribble"]
+    (noted,) = guided.settings["controlnets"]
+    assert (noted["name"], noted["strength"], noted["canny"]) == ("scribble", 0.5, False)
     at_once = Pipeline.from_checkpoint(
         tiny_checkpoint, device="cpu", dtype="float32", control=control
     )
