@@ -75,9 +75,9 @@ def understood(texts: Mapping[str, str], where: str) -> Found:
         InputError: it does not say how it was made, or what it says is damaged.
     """
     if "ldm" in texts:
-        return _fitting(_own(parse_json(texts["ldm"], f"{where}, its settings")))
+        return fitting(_own(parse_json(texts["ldm"], f"{where}, its settings")))
     if "parameters" in texts and not _is_json(texts["parameters"]):
-        return _fitting(_web_ui(check_text(texts["parameters"], f"{where}, its settings"), where))
+        return fitting(_web_ui(check_text(texts["parameters"], f"{where}, its settings"), where))
     for keyword, kind in OTHERS.items():
         if keyword in texts:
             if keyword == "prompt" and not _is_json(texts[keyword]):
@@ -90,7 +90,7 @@ def understood(texts: Mapping[str, str], where: str) -> Found:
     raise InputError(f"{where}: this picture does not say how it was made")
 
 
-def _fitting(found: Found) -> Found:
+def fitting(found: Found) -> Found:
     """This without what its sampler does not have, or one that is taken instead might not have."""
     given = found.settings
     sampler = given.get("sampler")

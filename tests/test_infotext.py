@@ -242,6 +242,29 @@ def test_flags_win_over_the_picture_also_where_they_say_the_default(tmp_path, ca
     assert options.tome_arguments(plain_args).keys == load_preset("fast")
 
 
+def test_another_sampler_does_without_what_it_does_not_have(tmp_path, caplog):
+    caplog.set_level("INFO", "ldm")
+    path = save(tmp_path / "x.png", A1111)
+    settings = options.settings(parse(txt2img, "--from_picture", path, "--sampler", "plms"))
+    assert (settings.sampler, settings.schedule, settings.steps) == ("plms", "uniform", 20)
+    assert "schedule 'karras' (not with this sampler)" in caplog.text
+    own = parse(txt2img, "--from_picture", path, "--sampler", "euler", "--schedule", "sgm_uniform")
+    assert options.settings(own).schedule == "sgm_uniform"
+    with pytest.raises(InputError, match="schedule karras needs"):
+        options.settings(
+            parse(txt2img, "--from_picture", path, "--dpm", "--schedule", "karras")
+        )
+
+
+@pytest.mark.parametrize("argv", [["--interactive"], ["--from-file", "prompts.txt"]])
+def test_a_picture_s_prompt_gives_way_to_others(tmp_path, caplog, argv):
+    caplog.set_level("INFO", "ldm")
+    path = save(tmp_path / "x.png", A1111.replace("<lora:ink:0.8>", ""))
+    args = parse(txt2img, "--from_picture", path, *argv)
+    assert (args.prompt, args.steps) == (None, 20)
+    assert "its prompt: others are drawn" in caplog.text
+
+
 def test_a_setting_of_another_program_is_named(tmp_path, caplog):
     caplog.set_level("INFO", "ldm")
     path = save(tmp_path / "x.png", A1111)
