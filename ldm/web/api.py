@@ -160,7 +160,7 @@ class Api:
             "token_merging_ratio": (0.0 if config.is_off else config.ratio if is_number else None),
             "token_merging_ratio_hr": options.hires_ratio or 0.0,
             "tome": dict(options.tome),
-            "CLIP_stop_at_last_layers": options.clip_skip,
+            "CLIP_stop_at_last_layers": wishes.given.get("clip_skip", 1),
             "sd_vae": options.vae or "Automatic",
         }
 

@@ -106,6 +106,13 @@ def test_what_a1111_has_by_default_asks_for_nothing(base):
     assert painted.not_used == ("resize_mode", "mask_blur_x", "mask_blur_y", "mask_round")
 
 
+def test_the_last_layer_can_be_asked_for_where_the_program_has_another():
+    base = Wishes(frozenset(("clip_skip", "seed")), {"clip_skip": 2})
+    for asked, layer in ((1, 1), (3.0, 3), (None, 2)):
+        body = {"override_settings": {"CLIP_stop_at_last_layers": asked}}
+        assert read_body(body, base, Options(), {}).wishes.given["clip_skip"] == layer
+
+
 def test_merging_is_an_override_or_an_object_of_its_own(client):
     override = {"token_merging_ratio": 0.5, "token_merging_ratio_hr": 0.25}
     result = client.txt2img(enable_hr=True, hr_scale=2, override_settings=override, **DRAW)
@@ -151,7 +158,7 @@ def test_a_client_redraws_and_paints(client, tmp_path):
     pixels = np.asarray(result.image)
     assert (pixels[:, :8] == 200).all()
     assert (pixels[:, 8:] != 200).any()
-    assert "mask_blur" in result.info["not_used"]
+    assert {"mask_blur", "denoising_strength"} <= set(result.info["not_used"])
 
 
 def test_what_there_is(client):
@@ -232,6 +239,8 @@ def test_requests_are_drawn_in_the_order_in_which_they_came(client, desk):
         ({"script_name": "x/y"}, "'script_name' 'x/y': this cannot be done here"),
         ({"alwayson_scripts": {"controlnet": {}}}, "'alwayson_scripts'"),
         ({"restore_faces": True}, "'restore_faces' True"),
+        ({"infotext": "hills\nSteps: 9"}, "'infotext' 'hills"),
+        ({"enable_hr": True, "firstphase_width": 256}, "'firstphase_width' 256"),
         ({"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, "hr_upscaler"),
         ({"tome": {"preset": "/etc/passwd"}}, "there is no ToMe preset"),
         ({"tome": {"apply_to": ["kv", "--help"]}}, "must be one or more of"),
