@@ -172,7 +172,7 @@ def _restore_addons(found: Found, about: Mapping[str, Any]) -> None:
             if not isinstance(name, str) or not isinstance(weight, int | float):
                 found.left_out.append(f"{shown(name)} ({flag})")
             elif what == "loras" and name in loras and name not in tagged:
-                prompt += f"<lora:{loras[name]}:{weight:g}>"
+                prompt += f"<lora:{loras[name]}:{weight}>"
             elif name not in known[what]:
                 found.left_out.append(f"{shown(name)} ({flag}{_of_control(one)})")
     if isinstance(found.settings.get("prompt"), str):

@@ -344,7 +344,7 @@ def test_what_was_added_is_named_in_the_prompt_again(tmp_path, monkeypatch, capl
         path = tmp_path / "models" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    added = [{"name": "ink", "weight": 0.5}, {"name": "oil", "weight": 2}, {"name": "pen"}]
+    added = [{"name": "ink", "weight": 0.123456789}, {"name": "oil", "weight": 2}, {"name": "pen"}]
     about = {
         "prompt": "a cat<lora:oil:2>",
         "seed": 3,
@@ -352,7 +352,7 @@ def test_what_was_added_is_named_in_the_prompt_again(tmp_path, monkeypatch, capl
         "embeddings": [{"name": "cat"}, {"name": "dog"}],
     }
     found = understood({"ldm": json.dumps(about)}, "x.png")
-    assert found.settings["prompt"] == "a cat<lora:oil:2><lora:sub/ink:0.5>"
+    assert found.settings["prompt"] == "a cat<lora:oil:2><lora:sub/ink:0.123456789>"
     named = [f"{name} (--lora)" for name in ("'pen'", "'oil'", "7")]
     assert found.left_out == [*named, "'dog' (--embedding)"]
     prompt = "a <lora:pen:1>house <lora:oil:0.5>"
