@@ -146,7 +146,8 @@ def _own(about: Mapping[str, Any]) -> Found:
 
 def _shared_noise(about: Mapping[str, Any]) -> bool:
     """Whether its seed alone does not give a picture's noise."""
-    is_first = about.get("seed") == about.get("first_seed")
+    seed = about.get("seed")
+    is_first = about.get("first_seed", seed) == seed
     if about.get("rng") == "upstream":  # one stream, in the order of the whole run
         return not is_first or about.get("n_samples") != 1
     return about.get("fixed_code") is True and not is_first

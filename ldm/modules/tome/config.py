@@ -97,6 +97,12 @@ class ToMeConfig:
         return not self._has_amount and all(rule.is_off for rule in self.rules)
 
     @property
+    def changes_nothing(self) -> bool:
+        """Whether pictures are those without it, also where there is a second pass."""
+        passes = (self, self.second_pass)
+        return all(one.is_off and one.context == "full" for one in passes)
+
+    @property
     def _has_amount(self) -> bool:
         if self.method in ("downsample", "tiles"):
             return self.stride != (1, 1)
