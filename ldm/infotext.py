@@ -86,7 +86,9 @@ def understood(texts: Mapping[str, str], where: str) -> Found:
     if "parameters" in texts:  # so do SwarmUI and Fooocus
         raise InputError(f"{where}: this picture holds JSON of another program, not read here")
     if texts.get("Software") == "NovelAI":
-        raise InputError(f"{where}: this picture holds NovelAI's settings, which cannot be read here")
+        raise InputError(
+            f"{where}: this picture holds NovelAI's settings, which cannot be read here"
+        )
     raise InputError(f"{where}: this picture does not say how it was made")
 
 
@@ -122,8 +124,8 @@ def _own(about: Mapping[str, Any]) -> Found:
         found.left_out.append("it was drawn over another picture (img2img --init-img)")
     if _shared_noise(about):
         found.left_out.append(
-            f"its noise, which it shared with others of its run (--seed "
-            f"{shown(about.get('first_seed'))} --n_samples {shown(about.get('n_samples'))} began it)"
+            "its noise, which it shared with others of its run (begun by --seed "
+            f"{shown(about.get('first_seed'))} --n_samples {shown(about.get('n_samples'))})"
         )
     model = about.get("model")
     if isinstance(model, Mapping):

@@ -126,7 +126,7 @@ def test_the_strength_of_a_second_pass_to_a_size_is_its_own():
 )
 def test_noise_that_pictures_shared_is_named(run, is_shared):
     found = understood({"ldm": json.dumps({"prompt": "x", "seed": 7, "rng": "image", **run})}, "x")
-    said = f"--seed {run['first_seed']} --n_samples {run['n_samples']} began it"
+    said = f"(begun by --seed {run['first_seed']} --n_samples {run['n_samples']})"
     assert any(said in line for line in found.left_out) == is_shared
 
 
@@ -251,9 +251,7 @@ def test_another_sampler_does_without_what_it_does_not_have(tmp_path, caplog):
     own = parse(txt2img, "--from_picture", path, "--sampler", "euler", "--schedule", "sgm_uniform")
     assert options.settings(own).schedule == "sgm_uniform"
     with pytest.raises(InputError, match="schedule karras needs"):
-        options.settings(
-            parse(txt2img, "--from_picture", path, "--dpm", "--schedule", "karras")
-        )
+        options.settings(parse(txt2img, "--from_picture", path, "--dpm", "--schedule", "karras"))
 
 
 @pytest.mark.parametrize("argv", [["--interactive"], ["--from-file", "prompts.txt"]])

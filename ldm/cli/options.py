@@ -49,9 +49,9 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> Arguments:
     if args.lora and isinstance(prompt, str) and taken_loras(prompt)[1]:
         found.settings["prompt"] = taken_loras(prompt)[0]
         left_out.append("the LoRAs that its prompt names: --lora takes their place")
-    if getattr(args, "interactive", False) or getattr(args, "from_file", None) is not None:
-        if found.settings.pop("prompt", None) is not None:
-            left_out.append("its prompt: others are drawn")
+    has_others = getattr(args, "interactive", False) or getattr(args, "from_file", None) is not None
+    if has_others and found.settings.pop("prompt", None) is not None:
+        left_out.append("its prompt: others are drawn")
     for name, value in found.settings.items():
         try:
             Wishes(frozenset(fields)).changed({name: value}).check()

@@ -153,6 +153,10 @@ def test_a_client_redraws_and_paints(client, tmp_path):
     start = Image.fromarray(np.full((16, 16, 3), 200, np.uint8))
     about = settings_of(client.img2img(images=[start], denoising_strength=0.5, **DRAW).image)
     assert (about["strength"], about["init_img"]) == (0.5, "init_images")
+    wide = client.img2img(images=[start.resize((32, 16))], **DRAW)
+    assert (wide.image.size, wide.info["not_used"]) == ((16, 16), ["resize_mode"])
+    cropped = client.img2img(images=[start.resize((32, 16))], resize_mode=1, **DRAW)
+    assert cropped.info["not_used"] == []
     mask = Image.fromarray(np.repeat([[0] * 8 + [255] * 8], 16, axis=0).astype(np.uint8))
     result = client.img2img(images=[start], mask_image=mask, **DRAW)
     pixels = np.asarray(result.image)

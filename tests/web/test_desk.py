@@ -59,6 +59,15 @@ def test_a_second_pass_and_a_picture_to_start_from_do_not_go_together(desk):
         desk.order("tiny", draw(), init=start, mask=np.zeros((16, 16), bool))
 
 
+def test_a_mask_of_another_shape_would_lie_elsewhere(desk):
+    start = np.zeros((16, 24, 3), np.uint8)
+    with pytest.raises(InputError, match="mask: it is 16x24, but the picture is 24x16"):
+        desk.order("tiny", draw(), init=start, mask=np.ones((24, 16), bool))
+    job = desk.order("tiny", draw(W=24, H=16), init=start, mask=np.ones((33, 50), bool))
+    desk.queue.wait(job, 60)
+    assert job.error == ""
+
+
 def grid(desk, base, form=None, **kwargs):
     form = base.first_form({"prompt": "a red house", "steps": 2}) | {"seed": 5, **(form or {})}
     return cells(desk, base, "tiny", form, **{**FORM, **kwargs})

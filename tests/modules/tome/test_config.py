@@ -494,7 +494,8 @@ def test_either_pass_can_be_off():
     assert (first.is_off, first.second_pass.is_off) == (False, True)
     second = ToMeConfig.from_mapping({"hires": {"ratio": 0.5}})
     assert (second.is_off, second.second_pass.is_off) == (True, False)
-    assert not (first.changes_nothing or second.changes_nothing)
+    assert not first.changes_nothing
+    assert not second.changes_nothing
     assert not ToMeConfig.from_mapping({"context": "trim"}).changes_nothing
     assert ToMeConfig.from_mapping({"ratio": 0, "hires": {"ratio": 0}}).changes_nothing
 
