@@ -242,6 +242,14 @@ def size_for(
     return height or rounded[0], width or rounded[1]
 
 
+def loses_sides(pixels: Pixels, height: int, width: int) -> bool:
+    """Whether `fit` crops a picture to a size of another shape, by more than rounding does."""
+    own_height, own_width = pixels.shape[:2]
+    too_wide = abs(height / own_height * own_width - width)
+    too_high = abs(width / own_width * own_height - height)
+    return min(too_wide, too_high) >= 8
+
+
 def make_grid(pictures: Sequence[Pixels] | Pixels, n_columns: int, padding: int = 2) -> Pixels:
     """Lay pictures out in rows, on black, with a margin around each; a cell fits the largest.
 

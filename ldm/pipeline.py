@@ -215,10 +215,11 @@ class Pipeline(LoadedModel):
             longest -= longest % SIZE_STEP
             height, width = images.size_for(init, settings.H, settings.W, longest, SIZE_STEP)
             if (height, width) != init.shape[:2]:
+                cut = ", its sides cut off" if images.loses_sides(init, height, width) else ""
                 logger.info(
-                    "The picture of %dx%d is drawn at %dx%d (without H and W: multiples of %d, at "
-                    "most %d)",
-                    *(init.shape[1], init.shape[0], width, height, SIZE_STEP, longest),
+                    "The picture of %dx%d is drawn at %dx%d%s (without H and W: multiples of %d, "
+                    "at most %d)",
+                    *(init.shape[1], init.shape[0], width, height, cut, SIZE_STEP, longest),
                 )
             settings = dataclasses.replace(settings, H=height, W=width)
         reuse = self.model.model.diffusion_model.reuse.every

@@ -101,6 +101,7 @@ def test_fit_crops_the_middle_and_does_not_squash():
 )
 def test_size_for_keeps_the_shape(shape, wanted, expected):
     assert images.size_for(np.zeros((*shape, 3), np.uint8), *wanted, longest=384) == expected
+    assert images.loses_sides(np.zeros((*shape, 3), np.uint8), *expected) == (None not in wanted)
 
 
 def test_pixels_survive_the_way_to_the_model_and_back():

@@ -344,7 +344,9 @@ def test_a_huge_photograph_is_made_smaller_and_says_so(pipeline, caplog):
     assert pipeline.img2img(huge, "x")[0].pixels.shape == (16, 24, 3)  # 1.5 times the model's 16
     assert "picture of 400x300 is drawn at 24x16" in caplog.text
     assert pipeline.img2img(huge, "x", W=32)[0].pixels.shape == (24, 32, 3)
+    assert "cut off" not in caplog.text
     assert pipeline.img2img(huge, "x", W=32, H=8)[0].pixels.shape == (8, 32, 3)
+    assert "picture of 400x300 is drawn at 32x8, its sides cut off" in caplog.text
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -20,9 +20,8 @@ from starlette.routing import Route
 from ldm.addons import embedding_words, find_addons
 from ldm.checkpoint.files import stem_of
 from ldm.errors import InputError, OutOfMemory, is_out_of_memory
-from ldm.images import Pixels, picture_texts, size_for
+from ldm.images import loses_sides, picture_texts
 from ldm.infotext import understood
-from ldm.settings import Settings
 from ldm.text import check_kind
 from ldm.web.bodies import Options, Order, in_their_words, read_body, switch
 from ldm.web.desk import Desk
@@ -121,7 +120,9 @@ class Api:
                 is_inverted = switch(body.get("inpainting_mask_invert"), "inpainting_mask_invert")
                 mask = ~mask if is_inverted else mask
         draw = Draw(order.wishes.settings(), order.wishes.tome)
-        if init is not None and not body.get("resize_mode") and _is_cut(init, draw.settings):
+        height, width = draw.settings.H, draw.settings.W
+        is_squashed = init is not None and not body.get("resize_mode")  # by A1111
+        if is_squashed and height and width and loses_sides(init, height, width):
             order = replace(order, not_used=(*order.not_used, "resize_mode"))
         job = self.desk.order(model, [draw], init, mask, "init_images", order.options.vae)
         return order, job
@@ -199,12 +200,6 @@ class Api:
             "current_image": base64.b64encode(preview).decode() if preview else None,
             "textinfo": report.text,
         }
-
-
-def _is_cut(init: Pixels, settings: Settings) -> bool:
-    """Whether a picture loses its sides, where A1111 by default would squash it."""
-    height, width = settings.H, settings.W
-    return None not in (height, width) and size_for(init, height, None, 1)[1] != width
 
 
 def _info(job: DrawJob) -> dict[str, Any]:
