@@ -363,6 +363,19 @@ def test_inpainting_paints_inside_of_the_mask_alone(kind, sampler, photograph, r
     assert not np.array_equal(painted[0], painted[1])
 
 
+def test_arrays_are_pictures_and_masks_of_the_right_kind_or_refused(pipeline, photograph):
+    mask = np.zeros((16, 24), np.uint8)
+    mask[3:9, 5:14] = 255
+    (painted,) = pipeline.inpaint(photograph, mask, "x", steps=2)
+    expected = pipeline.inpaint(photograph, mask > 0, "x", steps=2)[0].pixels
+    np.testing.assert_array_equal(painted.pixels, expected)
+    with pytest.raises(InputError, match="mask: it is 16x24, but the picture is 24x16"):
+        pipeline.inpaint(photograph, mask.T, "x", steps=2)
+    for wrong in (photograph / 255, photograph[..., 0], np.zeros((16, 24, 4), np.uint8)):
+        with pytest.raises(InputError, match=r"picture: must be uint8 of shape \(H, W, 3\), not"):
+            pipeline.img2img(wrong, "x")
+
+
 @pytest.mark.parametrize("kind", ["pipeline", "inpainting"])
 def test_inpainting_sees_what_surrounds_the_hole_but_not_what_is_in_it(kind, photograph, request):
     painter = request.getfixturevalue(kind)

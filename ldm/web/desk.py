@@ -64,11 +64,8 @@ class Desk:
         complete = tuple(self._completed(model, draw, init) for draw in draws)
         if mask is not None and not mask.any():
             raise InputError("there is nothing to paint: brush over the part to be redrawn")
-        if mask is not None and init is not None and not _is_alike(init, mask):
-            sizes = [f"{one.shape[1]}x{one.shape[0]}" for one in (mask, init)]
-            raise InputError(
-                f"mask: it is {sizes[0]}, but the picture is {sizes[1]}: make them alike"
-            )
+        if mask is not None and init is not None:
+            images.check_shape(mask, init)
         if vae:
             offered("vae", vae)
         if guide is not None:
@@ -116,9 +113,3 @@ class Desk:
 
     def _room(self) -> int | None:
         return limits.free_memory(self._device())
-
-
-def _is_alike(init: Pixels, mask: Mask) -> bool:
-    """Whether a mask has the shape of its picture, as far as whole pixels can, at any size."""
-    (height, width), (h, w) = init.shape[:2], mask.shape
-    return abs(height * w - width * h) <= max(height, width, h, w)
