@@ -120,10 +120,10 @@ class Api:
                 is_inverted = switch(body.get("inpainting_mask_invert"), "inpainting_mask_invert")
                 mask = ~mask if is_inverted else mask
         draw = Draw(order.wishes.settings(), order.wishes.tome)
-        height, width = draw.settings.H, draw.settings.W
-        is_squashed = init is not None and not body.get("resize_mode")  # by A1111
-        if is_squashed and height and width and loses_sides(init, height, width):
-            order = replace(order, not_used=(*order.not_used, "resize_mode"))
+        if init is not None and not body.get("resize_mode"):  # A1111 would squash it
+            height, width = draw.settings.H, draw.settings.W
+            if height and width and loses_sides(init, height, width):
+                order = replace(order, not_used=(*order.not_used, "resize_mode"))
         job = self.desk.order(model, [draw], init, mask, "init_images", order.options.vae)
         return order, job
 
