@@ -21,7 +21,7 @@ from ldm.errors import InputError, shown
 from ldm.modules.encoders.emphasis import syntax_remarks
 from ldm.modules.tome.config import ToMeConfig, overlay
 from ldm.modules.tome.keys import KEYS
-from ldm.settings import SAMPLERS, SCHEDULES, SIGMA_SAMPLERS, Settings
+from ldm.settings import NUMBERS, SAMPLERS, SCHEDULES, SIGMA_SAMPLERS, Settings
 from ldm.text import MAX_CHARACTERS, check_text, parse_json
 from ldm.web_ui import WEB_UI_AUTOMATIC, WEB_UI_SAMPLERS, WEB_UI_UPSCALERS
 
@@ -272,7 +272,7 @@ def _web_ui(text: str, where: str) -> Found:
         found.settings["schedule"] = WEB_UI_AUTOMATIC[sampler]
     n_again = found.settings.get("hires_steps") or found.settings.get("steps", 0)
     strength = found.settings.get("hires_strength", 1)
-    if is_hires and 0 < strength < 1 and n_again > 0:
+    if is_hires and 0 < strength < 1 and 0 < n_again / strength <= NUMBERS["hires_steps"][2]:
         found.left_out.append(
             f"that its second pass ran {n_again} steps; here strength x steps are run, so "
             f"--hires_steps {math.ceil(n_again / strength)} does"

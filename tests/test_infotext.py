@@ -113,6 +113,12 @@ def test_the_strength_of_a_second_pass_to_a_size_is_its_own():
     assert found.left_out[0].startswith("Hires resize '512x768'")
 
 
+@pytest.mark.parametrize("strength", ["1e-320", "nan", "-1", "0", "1", "inf", "0.001"])
+def test_a_strength_that_tells_no_number_of_steps_is_left_alone(strength):
+    line = f"Steps: 20, Sampler: DDIM, Seed: 1, Hires upscale: 2, Denoising strength: {strength}"
+    assert not any("second pass" in said for said in read(line).left_out)
+
+
 @pytest.mark.parametrize(
     ("run", "is_shared"),
     [
