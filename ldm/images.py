@@ -79,6 +79,38 @@ def load_mask(path: str | Path, tell: bool = True) -> Mask:
     return mask
 
 
+def as_mask(mask: str | Path | NDArray[Any]) -> Mask:
+    """A mask (H, W), True where to paint: of a file, or of an array of any kind of numbers.
+
+    Raises:
+        InputError: it is no picture that can be read, or an array of another shape.
+    """
+    if not isinstance(mask, np.ndarray):
+        return load_mask(mask)
+    if mask.ndim == 3 and mask.shape[2] == 1:
+        mask = mask[..., 0]
+    if mask.ndim == 2 and mask.dtype == np.bool_:
+        return mask
+    if not (mask.ndim == 2 or (mask.ndim == 3 and mask.shape[2] == 3)) or mask.size == 0:
+        raise InputError(f"mask: must be (H, W), not an array of shape {mask.shape}")
+    values = mask.astype(np.float32)
+    values /= max(1.0, float(values.max()))
+    return painted(values if mask.ndim == 3 else np.repeat(values[..., None], 3, axis=2))[0]
+
+
+def check_shape(mask: Mask, pixels: Pixels) -> None:
+    """Refuse a mask that has not the shape of its picture, as far as whole pixels can, at any size.
+
+    Raises:
+        InputError: it would lie elsewhere.
+    """
+    (height, width), (h, w) = pixels.shape[:2], mask.shape
+    if abs(height * w - width * h) > max(height, width, h, w):
+        raise InputError(
+            f"mask: it is {w}x{h}, but the picture is {width}x{height}: make them alike"
+        )
+
+
 def _values(
     path: str | Path, is_mask: bool = False
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
@@ -240,6 +272,14 @@ def size_for(
     scaled = (own_height * factor, own_width * factor)
     rounded = [max(step, round(side / step) * step) for side in scaled]
     return height or rounded[0], width or rounded[1]
+
+
+def loses_sides(pixels: Pixels, height: int, width: int) -> bool:
+    """Whether `fit` crops a picture to a size of another shape, by more than rounding does."""
+    own_height, own_width = pixels.shape[:2]
+    too_wide = abs(height / own_height * own_width - width)
+    too_high = abs(width / own_width * own_height - height)
+    return min(too_wide, too_high) >= 8
 
 
 def make_grid(pictures: Sequence[Pixels] | Pixels, n_columns: int, padding: int = 2) -> Pixels:

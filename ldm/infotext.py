@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,9 +21,9 @@ from ldm.errors import InputError, shown
 from ldm.modules.encoders.emphasis import syntax_remarks
 from ldm.modules.tome.config import ToMeConfig, overlay
 from ldm.modules.tome.keys import KEYS
-from ldm.settings import SAMPLERS, SCHEDULES, SIGMA_SAMPLERS, Settings
+from ldm.settings import NUMBERS, SAMPLERS, SCHEDULES, SIGMA_SAMPLERS, Settings
 from ldm.text import MAX_CHARACTERS, check_text, parse_json
-from ldm.web_ui import WEB_UI_SAMPLERS, WEB_UI_UPSCALERS
+from ldm.web_ui import WEB_UI_AUTOMATIC, WEB_UI_SAMPLERS, WEB_UI_UPSCALERS
 
 # What other programs call their text; none of these is read.
 OTHERS = {
@@ -74,18 +75,24 @@ def understood(texts: Mapping[str, str], where: str) -> Found:
         InputError: it does not say how it was made, or what it says is damaged.
     """
     if "ldm" in texts:
-        return _fitting(_own(parse_json(texts["ldm"], f"{where}, its settings")))
+        return fitting(_own(parse_json(texts["ldm"], f"{where}, its settings")))
     if "parameters" in texts and not _is_json(texts["parameters"]):
-        return _fitting(_web_ui(check_text(texts["parameters"], f"{where}, its settings"), where))
+        return fitting(_web_ui(check_text(texts["parameters"], f"{where}, its settings"), where))
     for keyword, kind in OTHERS.items():
         if keyword in texts:
+            if keyword == "prompt" and not _is_json(texts[keyword]):
+                kind = "another program's settings"
             raise InputError(f"{where}: this picture holds {kind}, which cannot be read here")
     if "parameters" in texts:  # so do SwarmUI and Fooocus
         raise InputError(f"{where}: this picture holds JSON of another program, not read here")
+    if texts.get("Software") == "NovelAI":
+        raise InputError(
+            f"{where}: this picture holds NovelAI's settings, which cannot be read here"
+        )
     raise InputError(f"{where}: this picture does not say how it was made")
 
 
-def _fitting(found: Found) -> Found:
+def fitting(found: Found) -> Found:
     """This without what its sampler does not have, or one that is taken instead might not have."""
     given = found.settings
     sampler = given.get("sampler")
@@ -115,9 +122,18 @@ def _own(about: Mapping[str, Any]) -> Found:
         found.left_out.append("it was painted inside a mask (inpaint --mask)")
     elif "init_img" in about:
         found.left_out.append("it was drawn over another picture (img2img --init-img)")
+    if _shared_noise(about):
+        found.left_out.append(
+            "its noise, which it shared with others of its run (begun by --seed "
+            f"{shown(about.get('first_seed'))} --n_samples {shown(about.get('n_samples'))})"
+        )
     model = about.get("model")
     if isinstance(model, Mapping):
         found.left_out.append(f"its model, {shown(model.get('name'))} (--ckpt)")
+        if model.get("vae"):
+            found.left_out.append(f"its VAE, {shown(model['vae'])} (--vae)")
+        if model.get("ema"):
+            found.left_out.append("its averaged weights (--ema)")
     _restore_addons(found, about)
     wanted = about.get("tome")
     if isinstance(wanted, Mapping):
@@ -128,6 +144,15 @@ def _own(about: Mapping[str, Any]) -> Found:
                 "its Token Merging settings, which are damaged or of another version"
             )
     return found
+
+
+def _shared_noise(about: Mapping[str, Any]) -> bool:
+    """Whether its seed alone does not give a picture's noise."""
+    seed = about.get("seed")
+    is_first = about.get("first_seed", seed) == seed
+    if about.get("rng") == "upstream":  # one stream, in the order of the whole run
+        return not is_first or about.get("n_samples") != 1
+    return about.get("fixed_code") is True and not is_first
 
 
 def _restore_addons(found: Found, about: Mapping[str, Any]) -> None:
@@ -150,11 +175,19 @@ def _restore_addons(found: Found, about: Mapping[str, Any]) -> None:
             if not isinstance(name, str) or not isinstance(weight, int | float):
                 found.left_out.append(f"{shown(name)} ({flag})")
             elif what == "loras" and name in loras and name not in tagged:
-                prompt += f"<lora:{loras[name]}:{weight:g}>"
+                prompt += f"<lora:{loras[name]}:{weight}>"
             elif name not in known[what]:
-                found.left_out.append(f"{shown(name)} ({flag})")
+                found.left_out.append(f"{shown(name)} ({flag}{_of_control(one)})")
     if isinstance(found.settings.get("prompt"), str):
         found.settings["prompt"] = prompt
+
+
+def _of_control(noted: Any) -> str:
+    """How a picture's ControlNet guided, as flags."""
+    about = noted if isinstance(noted, Mapping) else {}
+    strength = about.get("strength", 1)
+    flags = "" if strength == 1 else f" --control_strength {shown(strength)}"
+    return flags + (" --control_canny" if about.get("canny") is True else "")
 
 
 def tome_keys(wanted: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -221,7 +254,7 @@ def _web_ui(text: str, where: str) -> Found:
     for text in (without_tags(prompt), negative):
         found.left_out += syntax_remarks(text, is_long=True, has_emphasis=True)
     tome: dict[str, Any] = {}
-    is_hires = "Hires upscale" in pairs
+    is_hires = bool({"Hires upscale", "Hires resize"} & pairs.keys())
     for name, value in pairs.items():
         try:
             known = _READERS[name](value.strip())
@@ -234,6 +267,16 @@ def _web_ui(text: str, where: str) -> Found:
             if name == "Denoising strength" and is_hires:
                 known = {"hires_strength": known["strength"]}
             found.settings |= known
+    sampler = found.settings.get("sampler")
+    if pairs.get("Schedule type") == "Automatic" and sampler in WEB_UI_AUTOMATIC:
+        found.settings["schedule"] = WEB_UI_AUTOMATIC[sampler]
+    n_again = found.settings.get("hires_steps") or found.settings.get("steps", 0)
+    strength = found.settings.get("hires_strength", 1)
+    if is_hires and 0 < strength < 1 and 0 < n_again / strength <= NUMBERS["hires_steps"][2]:
+        found.left_out.append(
+            f"that its second pass ran {n_again} steps; here strength x steps are run, so "
+            f"--hires_steps {math.ceil(n_again / strength)} does"
+        )
     if tome:  # there it is the way of the tomesd package, with use_rand=False; no ratio is 0
         found.tome = overlay(load_preset("tomesd"), {"random": False, "ratio": 0.0, **tome})
     return found
@@ -309,6 +352,7 @@ _READERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "Hires upscaler": _upscaler,
     "Clip skip": _as("clip_skip", int),
     "Eta": _as("eta", float),
+    "Eta DDIM": _as("eta", float),
     "Token merging ratio": _ratio,
     "Token merging ratio hr": _hires_ratio,
     "Version": lambda text: {},

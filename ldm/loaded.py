@@ -79,7 +79,10 @@ class Added:
 
     def with_control(self, control: Control | None, path: str | Path | None) -> Added:
         """This, with another ControlNet."""
-        files = [] if control is None or path is None else [named(Path(path))]
+        files = []
+        if control is not None and path is not None:
+            how = {"strength": control.strength, "canny": control.finds_edges}
+            files = [{**named(Path(path)), **how}]
         return self.changed("controlnets", files, control=control)
 
 
@@ -363,5 +366,15 @@ def _read_control(
 
 
 def pixels_of(picture: str | Path | Pixels) -> Pixels:
-    """The pixels of a picture, (H, W, 3), that may be a file."""
-    return picture if isinstance(picture, np.ndarray) else images.load_rgb(picture)
+    """The pixels of a picture, (H, W, 3), that may be a file.
+
+    Raises:
+        InputError: it cannot be read, or is an array of another kind.
+    """
+    if not isinstance(picture, np.ndarray):
+        return images.load_rgb(picture)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise InputError(
+            f"picture: must be uint8 of shape (H, W, 3), not {picture.dtype} of {picture.shape}"
+        )
+    return picture

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from ldm import images
 from ldm.addons import Tags, taken_loras
@@ -66,12 +66,12 @@ class Pipeline(LoadedModel):
     def inpaint(
         self,
         init: str | Path | Pixels,
-        mask: str | Path | Mask,
+        mask: str | Path | NDArray[Any],
         prompt: str | Sequence[str] = "",
         **settings: Any,
     ) -> list[Picture]:
         """Redraw the part of a picture where a mask (a file, or (H, W)) is white or True."""
-        hole = mask if isinstance(mask, np.ndarray) else images.load_mask(mask)
+        hole = images.as_mask(mask)
         return list(self.generate(Settings(prompt, **settings), pixels_of(init), hole))
 
     def generate(
@@ -105,6 +105,8 @@ class Pipeline(LoadedModel):
                 f"hires_scale {settings.hires_scale:g} is for txt2img; with a picture to start "
                 "from, H and W say how large it is drawn"
             )
+        if init is not None and mask is not None:
+            images.check_shape(mask, init)
         settings = self._settled(settings, init)
         batches = process.share(settings.batches())
         named = self._named_by(settings.prompts, settings.negative_prompt)
@@ -215,10 +217,11 @@ class Pipeline(LoadedModel):
             longest -= longest % SIZE_STEP
             height, width = images.size_for(init, settings.H, settings.W, longest, SIZE_STEP)
             if (height, width) != init.shape[:2]:
+                cut = ", its sides cut off" if images.loses_sides(init, height, width) else ""
                 logger.info(
-                    "The picture of %dx%d is drawn at %dx%d (without H and W: multiples of %d, at "
-                    "most %d)",
-                    *(init.shape[1], init.shape[0], width, height, SIZE_STEP, longest),
+                    "The picture of %dx%d is drawn at %dx%d%s (without H and W: multiples of %d, "
+                    "at most %d)",
+                    *(init.shape[1], init.shape[0], width, height, cut, SIZE_STEP, longest),
                 )
             settings = dataclasses.replace(settings, H=height, W=width)
         reuse = self.model.model.diffusion_model.reuse.every

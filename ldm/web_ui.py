@@ -22,6 +22,7 @@ WEB_UI_SAMPLERS = {
     "lcm": "LCM",
 }
 WEB_UI_SCHEDULES = {"uniform": "Uniform", "karras": "Karras", "sgm_uniform": "SGM Uniform"}
+WEB_UI_AUTOMATIC = {"dpmpp_2m": "karras", "dpmpp_sde": "karras"}  # elsewhere it is uniform
 WEB_UI_UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 
 
@@ -46,7 +47,7 @@ def web_ui_text(settings: Mapping[str, Any]) -> str:
         "Hires upscale": settings.get("hires_scale"),
         "Hires steps": settings.get("hires_steps"),
         "Hires upscaler": WEB_UI_UPSCALERS.get(settings.get("hires_upscaler", "")),
-        "Eta": settings.get("eta") or None,
+        "Eta DDIM": settings.get("eta") or None,  # which is ddim's alone
         "Token merging ratio": tome.get("ratio") or None,
         "Token merging ratio hr": (tome.get("hires") or {}).get("ratio"),
         "Loras": ", ".join(f"{one['name']}:{one['weight']:g}" for one in loras) or None,

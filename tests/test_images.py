@@ -101,6 +101,7 @@ def test_fit_crops_the_middle_and_does_not_squash():
 )
 def test_size_for_keeps_the_shape(shape, wanted, expected):
     assert images.size_for(np.zeros((*shape, 3), np.uint8), *wanted, longest=384) == expected
+    assert images.loses_sides(np.zeros((*shape, 3), np.uint8), *expected) == (None not in wanted)
 
 
 def test_pixels_survive_the_way_to_the_model_and_back():
@@ -197,6 +198,7 @@ def test_the_schedule_is_named_as_the_web_uis_do():
     assert "Sampler: Euler a, Schedule type: Karras, CFG scale: 7.5" in text
     text = web_ui_text({**SETTINGS, "sampler": "plms", "schedule": "uniform"})
     assert "Sampler: PLMS, CFG scale: 7.5" in text
+    assert "Eta DDIM: 0.5" in web_ui_text({**SETTINGS, "sampler": "ddim", "eta": 0.5})
 
 
 def test_the_second_pass_is_named_as_the_web_uis_do():

@@ -40,6 +40,9 @@ def test_the_web_ui_s_settings_are_understood_or_named():
     left_out = "\n".join(found.left_out)
     for name in ("Model hash '6ce0161689'", "Model 'v1-5, pruned'", "Variation seed", "Lora hash"):
         assert name in left_out
+    assert "its second pass ran 10 steps; here strength x steps are run, so --hires_steps 19" in (
+        left_out
+    )
     assert "Version" not in left_out
 
 
@@ -83,6 +86,76 @@ def test_a_value_that_cannot_be_used_is_named_and_the_rest_stands(line, left_out
     assert len(one) < 200
 
 
+def read(line):
+    return understood({"parameters": f"hills\n{line}"}, "x.png")
+
+
+def test_merging_in_the_second_pass_alone_leaves_the_first_one_alone():
+    line = "Steps: 20, Sampler: Euler, Seed: 1, Hires upscale: 2, Token merging ratio hr: 0.5"
+    config = ToMeConfig.from_mapping(read(line).tome)
+    assert config.is_off
+    assert (config.second_pass.ratio, config.second_pass.random) == (0.5, False)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule"),
+    [("DPM++ 2M", "karras"), ("DPM++ SDE", "karras"), ("Euler a", None), ("DDIM", None)],
+)
+def test_a_sampler_of_the_web_ui_has_a_schedule_of_its_own(sampler, schedule):
+    line = f"Steps: 20, Sampler: {sampler}, Schedule type: Automatic, Seed: 1"
+    assert read(line).settings.get("schedule") == schedule
+    assert "schedule" not in read(f"Steps: 20, Sampler: {sampler}, Seed: 1").settings
+
+
+def test_the_noise_of_ddim_has_a_name_of_its_own():
+    found = read("Steps: 20, Sampler: DDIM, Seed: 1, Eta DDIM: 0.5")
+    assert (found.settings["eta"], found.left_out) == (0.5, [])
+
+
+def test_the_strength_of_a_second_pass_to_a_size_is_its_own():
+    line = "Steps: 20, Sampler: DDIM, Seed: 1, Hires resize: 512x768, Denoising strength: 0.5"
+    found = read(line)
+    assert "strength" not in found.settings
+    assert found.settings["hires_strength"] == 0.5
+    assert found.left_out[0].startswith("Hires resize '512x768'")
+
+
+@pytest.mark.parametrize("strength", ["1e-320", "nan", "-1", "0", "1", "inf", "0.001"])
+def test_a_strength_that_tells_no_number_of_steps_is_left_alone(strength):
+    line = f"Steps: 20, Sampler: DDIM, Seed: 1, Hires upscale: 2, Denoising strength: {strength}"
+    assert not any("second pass" in said for said in read(line).left_out)
+
+
+@pytest.mark.parametrize(
+    ("run", "is_shared"),
+    [
+        ({"rng": "upstream", "n_samples": 1, "first_seed": 7}, False),
+        ({"rng": "upstream", "n_samples": 2, "first_seed": 7}, True),
+        ({"rng": "upstream", "n_samples": 1, "first_seed": 6}, True),
+        ({"fixed_code": True, "n_samples": 2, "first_seed": 7}, False),
+        ({"fixed_code": True, "n_samples": 2, "first_seed": 6}, True),
+        ({"n_samples": 2, "first_seed": 6}, False),
+    ],
+)
+def test_noise_that_pictures_shared_is_named(run, is_shared):
+    found = understood({"ldm": json.dumps({"prompt": "x", "seed": 7, "rng": "image", **run})}, "x")
+    said = f"(begun by --seed {run['first_seed']} --n_samples {run['n_samples']})"
+    assert any(said in line for line in found.left_out) == is_shared
+
+
+def test_what_else_a_picture_was_made_with_is_named():
+    model = {"name": "a", "vae": "soft", "ema": True}
+    nets = [{"name": "edges", "strength": 0.5, "canny": True}, {"name": "depth", "hash": "00"}]
+    about = {"prompt": "x", "seed": 7, "model": model, "controlnets": nets}
+    assert understood({"ldm": json.dumps(about)}, "x").left_out == [
+        "its model, 'a' (--ckpt)",
+        "its VAE, 'soft' (--vae)",
+        "its averaged weights (--ema)",
+        "'edges' (--controlnet --control_strength 0.5 --control_canny)",
+        "'depth' (--controlnet)",
+    ]
+
+
 def test_a_negative_prompt_begins_a_line():
     text = (
         "a sign that says Negative prompt: none\n  Negative prompt: fog\nSteps: 2, Seed: 1, Eta: 0"
@@ -107,6 +180,8 @@ def test_a_prompt_alone_is_a_prompt():
         ({"parameters": '{"sui_image_params": {"prompt": "hills"}}'}, "JSON of another program"),
         ({"parameters": '{"base_model": "x"}', "fooocus_scheme": "fooocus"}, "Fooocus's settings"),
         ({"sd-metadata": "{}"}, "InvokeAI's settings"),
+        ({"Software": "NovelAI", "Comment": '{"steps": 28}'}, "NovelAI's settings"),
+        ({"prompt": "a house", "seed": "5"}, "another program's settings"),
         ({"ldm": "[" * 9999}, "x.png, its settings: JSON nested deeper"),
         ({"ldm": "[1]"}, "must be an object"),
         ({"ldm": '{"prompt": "\\ud800"}'}, "lone surrogate"),
@@ -178,6 +253,27 @@ def test_flags_win_over_the_picture_also_where_they_say_the_default(tmp_path, ca
     assert "Model hash '6ce0161689' (has no counterpart here)" in caplog.text
     plain_args = parse(txt2img, "--from_picture", path, "--tome-preset", "fast")
     assert options.tome_arguments(plain_args).keys == load_preset("fast")
+
+
+def test_another_sampler_does_without_what_it_does_not_have(tmp_path, caplog):
+    caplog.set_level("INFO", "ldm")
+    path = save(tmp_path / "x.png", A1111)
+    settings = options.settings(parse(txt2img, "--from_picture", path, "--sampler", "plms"))
+    assert (settings.sampler, settings.schedule, settings.steps) == ("plms", "uniform", 20)
+    assert "schedule 'karras' (not with this sampler)" in caplog.text
+    own = parse(txt2img, "--from_picture", path, "--sampler", "euler", "--schedule", "sgm_uniform")
+    assert options.settings(own).schedule == "sgm_uniform"
+    with pytest.raises(InputError, match="schedule karras needs"):
+        options.settings(parse(txt2img, "--from_picture", path, "--dpm", "--schedule", "karras"))
+
+
+@pytest.mark.parametrize("argv", [["--interactive"], ["--from-file", "prompts.txt"]])
+def test_a_picture_s_prompt_gives_way_to_others(tmp_path, caplog, argv):
+    caplog.set_level("INFO", "ldm")
+    path = save(tmp_path / "x.png", A1111.replace("<lora:ink:0.8>", ""))
+    args = parse(txt2img, "--from_picture", path, *argv)
+    assert (args.prompt, args.steps) == (None, 20)
+    assert "its prompt: others are drawn" in caplog.text
 
 
 def test_a_setting_of_another_program_is_named(tmp_path, caplog):
@@ -259,7 +355,7 @@ def test_what_was_added_is_named_in_the_prompt_again(tmp_path, monkeypatch, capl
         path = tmp_path / "models" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    added = [{"name": "ink", "weight": 0.5}, {"name": "oil", "weight": 2}, {"name": "pen"}]
+    added = [{"name": "ink", "weight": 0.123456789}, {"name": "oil", "weight": 2}, {"name": "pen"}]
     about = {
         "prompt": "a cat<lora:oil:2>",
         "seed": 3,
@@ -267,7 +363,7 @@ def test_what_was_added_is_named_in_the_prompt_again(tmp_path, monkeypatch, capl
         "embeddings": [{"name": "cat"}, {"name": "dog"}],
     }
     found = understood({"ldm": json.dumps(about)}, "x.png")
-    assert found.settings["prompt"] == "a cat<lora:oil:2><lora:sub/ink:0.5>"
+    assert found.settings["prompt"] == "a cat<lora:oil:2><lora:sub/ink:0.123456789>"
     named = [f"{name} (--lora)" for name in ("'pen'", "'oil'", "7")]
     assert found.left_out == [*named, "'dog' (--embedding)"]
     prompt = "a <lora:pen:1>house <lora:oil:0.5>"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.images import load_mask
+from ldm.errors import InputError
+from ldm.images import as_mask, load_mask
 
 SQUARE = np.zeros((32, 48), bool)
 SQUARE[8:20, 12:30] = True
@@ -107,3 +108,26 @@ def test_noise_of_compression_is_no_mask(tmp_path):
     noise = np.random.default_rng(0).integers(0, 4, (32, 48), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "m.png")
     assert not load_mask(tmp_path / "m.png").any()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        SQUARE,
+        SQUARE[..., None],
+        grey(255, 0),
+        grey(1, 0),
+        grey(65535, 0, np.uint16),
+        grey(1, 0, np.float32),
+        grey(0.9, 0.1, np.float64),
+        colour((255, 0, 0), (0, 0, 0)),
+    ],
+)
+def test_arrays_are_masks_like_files(array):
+    np.testing.assert_array_equal(as_mask(array), SQUARE)
+
+
+def test_an_array_of_another_shape_is_no_mask():
+    for shape in ((4,), (4, 4, 4), (1, 4, 4), (0, 4)):
+        with pytest.raises(InputError, match="mask: must be"):
+            as_mask(np.zeros(shape, np.uint8))

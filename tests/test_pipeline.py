@@ -344,7 +344,9 @@ def test_a_huge_photograph_is_made_smaller_and_says_so(pipeline, caplog):
     assert pipeline.img2img(huge, "x")[0].pixels.shape == (16, 24, 3)  # 1.5 times the model's 16
     assert "picture of 400x300 is drawn at 24x16" in caplog.text
     assert pipeline.img2img(huge, "x", W=32)[0].pixels.shape == (24, 32, 3)
+    assert "cut off" not in caplog.text
     assert pipeline.img2img(huge, "x", W=32, H=8)[0].pixels.shape == (8, 32, 3)
+    assert "picture of 400x300 is drawn at 32x8, its sides cut off" in caplog.text
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -359,6 +361,19 @@ def test_inpainting_paints_inside_of_the_mask_alone(kind, sampler, photograph, r
         np.testing.assert_array_equal(picture[~mask], photograph[~mask])
         assert np.abs(picture[mask].astype(int) - photograph[mask]).mean() > 10
     assert not np.array_equal(painted[0], painted[1])
+
+
+def test_arrays_are_pictures_and_masks_of_the_right_kind_or_refused(pipeline, photograph):
+    mask = np.zeros((16, 24), np.uint8)
+    mask[3:9, 5:14] = 255
+    (painted,) = pipeline.inpaint(photograph, mask, "x", steps=2)
+    expected = pipeline.inpaint(photograph, mask > 0, "x", steps=2)[0].pixels
+    np.testing.assert_array_equal(painted.pixels, expected)
+    with pytest.raises(InputError, match="mask: it is 16x24, but the picture is 24x16"):
+        pipeline.inpaint(photograph, mask.T, "x", steps=2)
+    for wrong in (photograph / 255, photograph[..., 0], np.zeros((16, 24, 4), np.uint8)):
+        with pytest.raises(InputError, match=r"picture: must be uint8 of shape \(H, W, 3\), not"):
+            pipeline.img2img(wrong, "x")
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "inpainting"])
@@ -611,7 +626,8 @@ def test_a_controlnet_guides_what_is_drawn(pipeline, tiny_checkpoint, controlnet
     pipeline.set_control(**control)
     (guided, _) = pipeline.txt2img("a house", **options)
     assert not np.array_equal(guided.pixels, plain[0])
-    assert [one["name"] for one in guided.settings["controlnets"]] == ["scribble"]
+    (noted,) = guided.settings["controlnets"]
+    assert (noted["name"], noted["strength"], noted["canny"]) == ("scribble", 0.5, False)
     at_once = Pipeline.from_checkpoint(
         tiny_checkpoint, device="cpu", dtype="float32", control=control
     )

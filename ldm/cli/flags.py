@@ -11,11 +11,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOST_REPEATS = 100_000
 
 
-def add_prompt_flags(parser: Parser, has_file: bool = True) -> argparse._ArgumentGroup:
-    """What to draw; returns the group, for what a program adds to it."""
+def add_prompt_flags(
+    parser: Parser, has_file: bool = True, usual: str = "the model's own example"
+) -> argparse._ArgumentGroup:
+    """What to draw, and what that usually is; returns the group, for what a program adds to it."""
     group = parser.add_argument_group("what to draw")
     add = group.add_argument
-    add("--prompt", help="the text to draw (default: the model's own example)")
+    add("--prompt", help=f"the text to draw (default: {usual})")
     add("--negative_prompt", default="", metavar="TEXT", help="what the picture should not show")
     add(
         "--long_prompt",

@@ -31,7 +31,7 @@ A mask is white on black, strokes on a transparent layer, or a picture with a ho
 def build_parser() -> Parser:
     """All flags."""
     parser = Parser(__doc__, EPILOG)
-    group = flags.add_prompt_flags(parser, has_file=False)
+    group = flags.add_prompt_flags(parser, has_file=False, usual="none")
     parser.set_defaults(prompt="")
     group.add_argument("--init-img", metavar="FILE", help="the picture")
     group.add_argument(

@@ -18,7 +18,7 @@ from ldm.cli.values import Wishes
 from ldm.config import find_config
 from ldm.errors import InputError, escaped, shown
 from ldm.images import Gallery, load_rgb, picture_texts
-from ldm.infotext import understood
+from ldm.infotext import fitting, understood
 from ldm.modules.tome.config import ToMeConfig, ToMeWish
 from ldm.settings import Settings
 from ldm.text import MAX_BYTES, check_text, decode_text, read_text, split_lines
@@ -40,12 +40,18 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> Arguments:
         return args
     found = understood(picture_texts(args.from_picture), args.from_picture)
     found = found.without_missing_loras()
+    if args.sampler is not None:  # which may not have what the picture's has
+        found.settings["sampler"] = args.sampler
+        found = fitting(found)
     fields = {field.name for field in dataclasses.fields(Settings)} & vars(args).keys()
     usable, left_out = {}, list(found.left_out)
     prompt = found.settings.get("prompt")
     if args.lora and isinstance(prompt, str) and taken_loras(prompt)[1]:
         found.settings["prompt"] = taken_loras(prompt)[0]
         left_out.append("the LoRAs that its prompt names: --lora takes their place")
+    has_others = getattr(args, "interactive", False) or getattr(args, "from_file", None) is not None
+    if has_others and found.settings.pop("prompt", None) is not None:
+        left_out.append("its prompt: others are drawn")
     for name, value in found.settings.items():
         try:
             Wishes(frozenset(fields)).changed({name: value}).check()

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -19,7 +20,7 @@ from starlette.routing import Route
 from ldm.addons import embedding_words, find_addons
 from ldm.checkpoint.files import stem_of
 from ldm.errors import InputError, OutOfMemory, is_out_of_memory
-from ldm.images import picture_texts
+from ldm.images import loses_sides, picture_texts
 from ldm.infotext import understood
 from ldm.text import check_kind
 from ldm.web.bodies import Options, Order, in_their_words, read_body, switch
@@ -120,6 +121,10 @@ class Api:
                 is_inverted = switch(body.get("inpainting_mask_invert"), "inpainting_mask_invert")
                 mask = ~mask if is_inverted else mask
         draw = Draw(order.wishes.settings(), order.wishes.tome)
+        if init is not None and not body.get("resize_mode"):  # A1111 would squash it
+            height, width = draw.settings.H, draw.settings.W
+            if height and width and loses_sides(init, height, width):
+                order = replace(order, not_used=(*order.not_used, "resize_mode"))
         job = self.desk.order(model, [draw], init, mask, "init_images", order.options.vae)
         return order, job
 
@@ -162,7 +167,7 @@ class Api:
             "token_merging_ratio_img2img": options.img2img_ratio or 0.0,
             "token_merging_ratio_hr": options.hires_ratio or 0.0,
             "tome": dict(options.tome),
-            "CLIP_stop_at_last_layers": options.clip_skip,
+            "CLIP_stop_at_last_layers": wishes.given.get("clip_skip", 1),
             "sd_vae": options.vae or "Automatic",
         }
 

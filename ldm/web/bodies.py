@@ -54,9 +54,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # What says how to answer, not what to draw.
 ABOUT_THE_ANSWER = {
-    *("save_images", "do_not_save_samples", "do_not_save_grid", "include_init_images", "infotext"),
+    *("save_images", "do_not_save_samples", "do_not_save_grid", "include_init_images", "comments"),
     *("send_images", "override_settings_restore_afterwards", "force_task_id", "session_hash"),
-    *("comments", "firstpass_image", "firstphase_width", "firstphase_height"),
 }
 # Of painting inside a mask: done otherwise here, and said so.
 OTHERWISE = (
@@ -75,7 +74,8 @@ class Options:
         img2img_ratio: likewise, in img2img; None: as ``ratio``.
         hires_ratio: likewise, in the second pass.
         tome: keys of ``tome_config``, and ``preset``.
-        clip_skip: which layer of the text encoder is used; 1 is the last.
+        clip_skip: which layer of the text encoder is used, 1 is the last; None: as the program was
+            started.
         vae: a name among ``models/vae``; empty: the model's own.
         not_used: what was named and means nothing here.
     """
@@ -85,7 +85,7 @@ class Options:
     img2img_ratio: float | None = None
     hires_ratio: float | None = None
     tome: Mapping[str, Any] = field(default_factory=dict)
-    clip_skip: int = 1
+    clip_skip: int | None = None
     vae: str = ""
     not_used: tuple[str, ...] = ()
 
@@ -111,7 +111,8 @@ class Options:
                 own = value in (None, "", "None", "Automatic")
                 new = replace(new, vae="" if own else _vae(value))
             elif name == "CLIP_stop_at_last_layers":
-                new = replace(new, clip_skip=check_kind(value, int, name))
+                skip = None if value is None else check_kind(_whole(value), int, name)
+                new = replace(new, clip_skip=skip)
             else:
                 new = replace(new, not_used=(*new.not_used, escaped(name, 80)))
         return new
@@ -131,7 +132,7 @@ class Options:
             changes["tome.ratio"] = ratio
         if self.hires_ratio is not None:
             changes["tome.hires_ratio"] = self.hires_ratio
-        if self.clip_skip != 1:
+        if self.clip_skip is not None:
             changes["clip_skip"] = self.clip_skip
         return {**changes, **({"tome": keys} if keys else {})}
 
@@ -184,6 +185,8 @@ def read_body(
         not_used.append("eta")
     changes |= _second_pass(body)
     has_mask = bool(body.get("mask"))
+    if has_mask and changes.get("strength", 1) != 1:  # all is redrawn inside a mask
+        not_used.append("denoising_strength")
     for name in ("init_images", "mask", "inpainting_mask_invert", *ABOUT_THE_ANSWER):
         body.pop(name, None)
     if body.pop("resize_mode", None) not in (None, 0, 1):  # 1 is what is done here

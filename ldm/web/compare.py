@@ -116,7 +116,7 @@ def cells(
             words = [_called(axis, value) for axis, value, _ in axes if axis != NOTHING]
             draw = read_form(base, changed)
             key = (draw.settings, changed["prompt"])
-            is_off = desk.runner.resolve(model, draw.tome).is_off
+            is_off = desk.runner.resolve(model, draw.tome).changes_nothing
             if key not in plain:
                 plain[key] = len(draws)
                 off = ToMeWish(is_off=True)

@@ -64,6 +64,8 @@ class Desk:
         complete = tuple(self._completed(model, draw, init) for draw in draws)
         if mask is not None and not mask.any():
             raise InputError("there is nothing to paint: brush over the part to be redrawn")
+        if mask is not None and init is not None:
+            images.check_shape(mask, init)
         if vae:
             offered("vae", vae)
         if guide is not None:

@@ -155,7 +155,7 @@ def with_unmerged(desk: Desk, model: str, draw: Draw, compare: bool) -> tuple[Dr
     """
     if not compare:
         return (draw,)
-    if desk.runner.resolve(model, draw.tome).is_off:
+    if desk.runner.resolve(model, draw.tome).changes_nothing:
         raise InputError("there is no merging to compare with: choose a preset or a ratio")
     merged = dataclasses.replace(draw, label="merged")
     return merged, dataclasses.replace(draw, tome=ToMeWish(is_off=True), label="unmerged")

@@ -145,8 +145,9 @@ class GallerySide:
         model = self.runner.loaded or next(iter(self.runner.models))
         info = self.runner.info(model)
         found = understood(texts, name).without_missing_loras()
-        own = f"its model, {shown(stem_of(info.path))} (--ckpt)"
-        found.left_out = [line for line in found.left_out if line != own]
+        own = {f"its model, {shown(stem_of(info.path))} (--ckpt)"}
+        own |= {f"its VAE, {shown(info.vae.name)} (--vae)"} if info.vae else set()
+        found.left_out = [line for line in found.left_out if line not in own]
         usual = self.fields.base.first_form(info.defaults)
         resolve = partial(self.runner.resolve, model)
         return form_of(self.fields.base, found, resolve, usual)

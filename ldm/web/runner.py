@@ -89,7 +89,8 @@ class Runner:
     def describe(self, model: str, tome: AskedTome) -> str:
         """Token Merging settings in one line, as far as they are known before a run."""
         config = self.resolve(model, tome)
-        return "ToMe: off" if config.is_off else f"ToMe: {describe(config)}"
+        words = ["off" if one.is_off else describe(one) for one in (config, config.second_pass)]
+        return f"ToMe: {'; second pass: '.join(dict.fromkeys(words))}"
 
     def load(self, model: str, vae: str = "") -> Pipeline:
         """The pipeline of a model; the one before is given up, if the new file looks right.
@@ -175,7 +176,7 @@ class Runner:
         median = watch.step_seconds
         step = "" if median is None else f", {median:.3g} s a step"
         if task.grid is None and first is not None:
-            what = "Without" if config.is_off else "With"
+            what = "Without" if config.changes_nothing else "With"
             report.say(f"{what} merging: {watch.seconds:.3g} s{step}")
         return None if first is None else (first, watch.seconds)
 

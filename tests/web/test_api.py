@@ -124,6 +124,13 @@ def test_img2img_has_a_ratio_of_its_own(base, stored, override, of_text, of_pict
         assert dict(wishes.tome.keys) == ({} if ratio is None else {"ratio": ratio})
 
 
+def test_the_last_layer_can_be_asked_for_where_the_program_has_another():
+    base = Wishes(frozenset(("clip_skip", "seed")), {"clip_skip": 2})
+    for asked, layer in ((1, 1), (3.0, 3), (None, 2)):
+        body = {"override_settings": {"CLIP_stop_at_last_layers": asked}}
+        assert read_body(body, base, Options(), {}).wishes.given["clip_skip"] == layer
+
+
 def test_merging_is_an_override_or_an_object_of_its_own(client):
     override = {"token_merging_ratio": 0.5, "token_merging_ratio_hr": 0.25}
     result = client.txt2img(enable_hr=True, hr_scale=2, override_settings=override, **DRAW)
@@ -164,12 +171,16 @@ def test_a_client_redraws_and_paints(client, tmp_path):
     start = Image.fromarray(np.full((16, 16, 3), 200, np.uint8))
     about = settings_of(client.img2img(images=[start], denoising_strength=0.5, **DRAW).image)
     assert (about["strength"], about["init_img"]) == (0.5, "init_images")
+    wide = client.img2img(images=[start.resize((32, 16))], **DRAW)
+    assert (wide.image.size, wide.info["not_used"]) == ((16, 16), ["resize_mode"])
+    cropped = client.img2img(images=[start.resize((32, 16))], resize_mode=1, **DRAW)
+    assert cropped.info["not_used"] == []
     mask = Image.fromarray(np.repeat([[0] * 8 + [255] * 8], 16, axis=0).astype(np.uint8))
     result = client.img2img(images=[start], mask_image=mask, **DRAW)
     pixels = np.asarray(result.image)
     assert (pixels[:, :8] == 200).all()
     assert (pixels[:, 8:] != 200).any()
-    assert "mask_blur" in result.info["not_used"]
+    assert {"mask_blur", "denoising_strength"} <= set(result.info["not_used"])
 
 
 def test_what_there_is(client):
@@ -250,6 +261,8 @@ def test_requests_are_drawn_in_the_order_in_which_they_came(client, desk):
         ({"script_name": "x/y"}, "'script_name' 'x/y': this cannot be done here"),
         ({"alwayson_scripts": {"controlnet": {}}}, "'alwayson_scripts'"),
         ({"restore_faces": True}, "'restore_faces' True"),
+        ({"infotext": "hills\nSteps: 9"}, "'infotext' 'hills"),
+        ({"enable_hr": True, "firstphase_width": 256}, "'firstphase_width' 256"),
         ({"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, "hr_upscaler"),
         ({"tome": {"preset": "/etc/passwd"}}, "there is no ToMe preset"),
         ({"tome": {"apply_to": ["kv", "--help"]}}, "must be one or more of"),

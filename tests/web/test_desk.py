@@ -6,6 +6,7 @@ from ldm.modules.tome.config import ToMeWish
 from ldm.settings import Settings
 from ldm.web import limits
 from ldm.web.compare import cells
+from ldm.web.draw import with_unmerged
 from ldm.web.task import Draw
 
 FORM = {"rows": "nothing", "of_rows": "", "columns": "nothing", "of_columns": ""}
@@ -58,8 +59,17 @@ def test_a_second_pass_and_a_picture_to_start_from_do_not_go_together(desk):
         desk.order("tiny", draw(), init=start, mask=np.zeros((16, 16), bool))
 
 
-def grid(desk, base, **kwargs):
-    form = base.first_form({"prompt": "a red house", "steps": 2}) | {"seed": 5}
+def test_a_mask_of_another_shape_would_lie_elsewhere(desk):
+    start = np.zeros((16, 24, 3), np.uint8)
+    with pytest.raises(InputError, match="mask: it is 16x24, but the picture is 24x16"):
+        desk.order("tiny", draw(), init=start, mask=np.ones((24, 16), bool))
+    job = desk.order("tiny", draw(W=24, H=16), init=start, mask=np.ones((33, 50), bool))
+    desk.queue.wait(job, 60)
+    assert job.error == ""
+
+
+def grid(desk, base, form=None, **kwargs):
+    form = base.first_form({"prompt": "a red house", "steps": 2}) | {"seed": 5, **(form or {})}
     return cells(desk, base, "tiny", form, **{**FORM, **kwargs})
 
 
@@ -77,6 +87,23 @@ def test_a_grid_draws_each_unmerged_picture_once(desk, base):
     assert [draws[i].tome for i in found.unmerged] == [ToMeWish(is_off=True)] * 6
     for cell, plain in zip(found.cells, found.unmerged, strict=True):
         assert draws[cell].settings == draws[plain].settings
+
+
+@pytest.mark.parametrize(
+    ("merging", "axes"),
+    [
+        ({"hires_scale": 2.0, "hires_ratio": "0.5"}, {}),
+        ({}, {"rows": "ToMe preset", "of_rows": "trim_context"}),
+    ],
+)
+def test_what_a_second_pass_or_a_shorter_text_changes_is_compared(desk, base, merging, axes):
+    draws, found = grid(desk, base, merging, **axes)
+    assert len(draws) == 2
+    assert (found.cells, found.unmerged) == ((1,), (0,))
+    merged, unmerged = with_unmerged(desk, "tiny", draws[1], compare=True)
+    assert (merged.tome, unmerged.tome) == (draws[1].tome, ToMeWish(is_off=True))
+    with pytest.raises(InputError, match="no merging to compare with"):
+        with_unmerged(desk, "tiny", draws[0], compare=True)
 
 
 def test_a_part_of_the_prompt_can_differ(desk, base):

@@ -144,7 +144,10 @@ def test_a_picture_to_start_from_and_a_mask(runner):
 
 def test_settings_are_described_before_they_are_used(runner):
     assert runner.describe("tiny", False) == "ToMe: off"
-    assert "grid 2x2 ratio=0.5" in runner.describe("tiny", {"ratio": 0.5})
+    said = "ToMe: grid 2x2 ratio=0.5 window=3 on attn"
+    assert runner.describe("tiny", {"ratio": 0.5}) == said
+    said = "ToMe: off; second pass: grid 2x2 ratio=0.5 window=3 on attn"
+    assert runner.describe("tiny", {"hires": {"ratio": 0.5}}) == said
     with pytest.raises(InputError, match=r"can remove at most 0\.75"):
         runner.describe("tiny", {"ratio": 0.9})
 

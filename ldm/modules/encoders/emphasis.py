@@ -21,6 +21,7 @@ _PAIR = r"\[(?:\\.|[^\[\]\\])*\]"
 _INSIDE = rf"(?:\\.|[^\[\]\\]|{_PAIR})*"
 _OPEN = rf"(?<!\\)(?:\\\\)*\[(?={_INSIDE}\])"
 _NUMBER = r"\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?\s*"
+_FLAG = re.compile(r"(?<!\S)--[a-zA-Z][\w-]*")  # as other programs' lines have them
 # What the web UIs read as more than words, and what it is called.
 _EMPHASIS = (
     (re.compile(r"[()][^()]*:\s*[+-]?[\d.]+\s*\)"), "emphasis"),
@@ -105,6 +106,8 @@ def syntax_remarks(prompt: str, is_long: bool = False, has_emphasis: bool = Fals
                 break
     elif not is_long and _BREAK.search(prompt):
         yield "BREAK in a prompt does nothing without --long_prompt, which reads it in chunks"
+    if match := _FLAG.search(prompt):
+        yield f"{escaped(match[0])!r} in a prompt is read as words, not as a flag"
     for pattern, name in _OTHERS:
         if match := pattern.search(prompt):
             yield (

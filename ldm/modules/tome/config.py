@@ -97,9 +97,15 @@ class ToMeConfig:
         return not self._has_amount and all(rule.is_off for rule in self.rules)
 
     @property
+    def changes_nothing(self) -> bool:
+        """Whether pictures are those without it, also where there is a second pass."""
+        passes = (self, self.second_pass)
+        return all(one.is_off and one.context == "full" for one in passes)
+
+    @property
     def _has_amount(self) -> bool:
         if self.method in ("downsample", "tiles"):
-            return self.stride != (1, 1)
+            return self.stride != (1, 1) and 0 not in (self.ratio, self.r)
         if self.steps:
             return any(ratio > 0 for _, ratio in self.steps)
         return bool(self.ratio or self.r or self.max_tokens or self.k not in (None, 1))
@@ -157,7 +163,7 @@ class ToMeConfig:
         if ratio is None:
             ratio = self.ratio
         if self.method in ("kth", "downsample", "tiles"):
-            return limit
+            return limit if self._has_amount else 0
         if isinstance(ratio, (int, float)):
             return min(limit, int(n * ratio + 1e-6))  # 0.29 of 100 tokens are 29
         if self.r is not None:

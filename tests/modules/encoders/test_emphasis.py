@@ -54,6 +54,12 @@ def test_weights_that_are_not_read_are_named(prompt):
     assert not list(syntax_remarks(prompt, has_emphasis=True))
 
 
+def test_flags_of_other_programs_are_named():
+    (said,) = syntax_remarks("a castle --ar 16:9 --v 5")
+    assert said == "'--ar' in a prompt is read as words, not as a flag"
+    assert not list(syntax_remarks("a castle -- by the sea--shore, 1920--30"))
+
+
 @pytest.mark.parametrize(
     ("prompt", "kind"),
     [

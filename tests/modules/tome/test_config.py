@@ -51,6 +51,8 @@ def test_of_two_rules_that_fit_the_first_wins_and_one_that_never_acts_is_named(
         {"apply_to": ["kv"]},
         {"steps": [[0, 0], [1, 0]]},
         {"method": "downsample", "stride": [1, 1]},
+        {"method": "downsample", "ratio": 0},
+        {"method": "tiles", "stride": [8, 8], "r": 0},
         {"context": "trim"},
         {"rules": [{"min_tokens": 4096, "ratio": 0}]},
     ],
@@ -489,11 +491,26 @@ def test_without_keys_of_its_own_the_second_pass_is_as_the_first():
     assert config.second_pass == config
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_a_ratio_of_0_switches_any_preset_off(name):
+    keys = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+    config = ToMeConfig.from_mapping(overlay(keys, {"ratio": 0}))
+    assert config.is_off
+    assert config.for_tokens(64 * 64).removed(64, 64) == 0
+    second = ToMeConfig.from_mapping(overlay(keys, {"hires": {"ratio": 0}})).second_pass
+    assert second.is_off
+    assert second.for_tokens(128 * 128).removed(128, 128) == 0
+
+
 def test_either_pass_can_be_off():
     first = ToMeConfig.from_mapping({"ratio": 0.5, "hires": {"ratio": 0}})
     assert (first.is_off, first.second_pass.is_off) == (False, True)
     second = ToMeConfig.from_mapping({"hires": {"ratio": 0.5}})
     assert (second.is_off, second.second_pass.is_off) == (True, False)
+    assert not first.changes_nothing
+    assert not second.changes_nothing
+    assert not ToMeConfig.from_mapping({"context": "trim"}).changes_nothing
+    assert ToMeConfig.from_mapping({"ratio": 0, "hires": {"ratio": 0}}).changes_nothing
 
 
 def test_the_second_pass_beside_rules():
