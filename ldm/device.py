@@ -185,6 +185,10 @@ def _has_glibc() -> bool:
     return sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"
 
 
+FIRST_STAGE = "the first stage"
+"""What `Attempt` calls that part of a model."""
+
+
 class Attempt:
     """An attempt to compute, and where the result has NaN or infinities, another one in float32.
 

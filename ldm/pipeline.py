@@ -22,7 +22,7 @@ import numpy as np
 from ldm import images
 from ldm.addons import Tags, taken_loras
 from ldm.canvas import latent_shape, prepare
-from ldm.device import NoiseStream
+from ldm.device import FIRST_STAGE, NoiseStream
 from ldm.distributed import ALONE, Process
 from ldm.errors import InputError, NotFinite, memory_advice
 from ldm.images import Mask, Picture, Pixels
@@ -198,12 +198,13 @@ class Pipeline(LoadedModel):
             self._apply(added)
             try:
                 yield
-            except NotFinite as stage:
+            except NotFinite as error:
+                is_of_vae = error.stage == FIRST_STAGE and self.info.vae is not None
+                path = self.info.vae if is_of_vae else self.info.path
                 words = self.model.cond_stage_model.words
-                cause = suspects(settings, added.notes.get("loras", ()), words)
                 raise InputError(
-                    f"{stage} of {self.info.path} gives values that are not numbers, in float32 "
-                    f"too: {cause}"
+                    f"{error.stage} of {path} gives values that are not numbers, in float32 "
+                    f"too: {suspects(settings, added.notes, words)}"
                 ) from None
 
     # --- settings ---------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm import images
 from ldm.canvas import Canvas, PictureNoise, encode, latent_shape, rows
-from ldm.device import Attempt, reused_memory
+from ldm.device import FIRST_STAGE, Attempt, reused_memory
 from ldm.images import Mask, Pixels
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -229,7 +229,7 @@ def n_steps_back(n_steps: int, settings: Settings) -> int:
 def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
     """What the first stage makes of latents (B, C, h, w): float32 (B, 3, H, W) on the CPU."""
     stage = model.first_stage_model
-    attempt = Attempt("the first stage", stage)
+    attempt = Attempt(FIRST_STAGE, stage)
     while True:
         weight = next(stage.parameters())
         pictures = model.decode_first_stage(latents.to(weight.dtype)).float()

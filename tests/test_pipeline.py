@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ldm import images
 from ldm.canvas import PictureNoise
@@ -720,6 +720,24 @@ def test_what_is_too_large_is_named_not_the_file(pipeline, extras):
         "in float32 too: lower LoRA style (weight 90), the embedding cat-toy, scale 900, the "
         "emphasis 80, or leave it out"
     )
+
+
+def test_a_controlnet_or_vae_that_is_too_large_is_named(tiny_checkpoint, controlnet, tmp_path):
+    path, picture = controlnet
+    control = {"net": path, "picture": picture}
+    vae = tmp_path / "large.safetensors"
+    weights = load_file(tiny_checkpoint)
+    stage = {name: one for name, one in weights.items() if name.startswith("first_stage_model.")}
+    save_file({name: 1e30 * one for name, one in stage.items()}, vae)
+    pipeline = Pipeline.from_checkpoint(
+        tiny_checkpoint, device="cpu", dtype="float32", control=control, vae=vae
+    )
+    with pytest.raises(InputError, match=r"the first stage of .*large\.safetensors gives values"):
+        pipeline.txt2img("a house", steps=1)
+    net = pipeline._added.control.net
+    next(net.parameters()).data.fill_(float("inf"))
+    with pytest.raises(InputError, match="float32 too: lower the ControlNet scribble, or leave"):
+        pipeline.txt2img("a house", steps=1)
 
 
 @pytest.mark.parametrize(("value", "name"), [(-3.0, "black"), (0.5, r"RGB \[191, 191, 191\]")])
