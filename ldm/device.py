@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -248,8 +249,10 @@ class NoiseStream:
     """One stream of random numbers from torch's global generators, whoever else draws from them.
 
     A context that may be entered again and again: it starts from the seed, and then goes on where
-    it was left.
+    it was left. Streams of other threads wait meanwhile: the generators are those of all.
     """
+
+    _turn = threading.RLock()
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device
@@ -257,6 +260,7 @@ class NoiseStream:
 
     def __enter__(self) -> None:
         """Go on."""
+        self._turn.acquire()
         if self._states is None:
             torch.manual_seed(self.seed)
         else:
@@ -265,6 +269,7 @@ class NoiseStream:
     def __exit__(self, *error: object) -> None:
         """Remember where it is left."""
         self._states = random_states(self.device)
+        self._turn.release()
 
 
 def _processor_flags() -> set[str]:

@@ -678,6 +678,23 @@ def test_threads_take_turns_and_draw_what_each_would_alone(pipeline, rng):
     assert kinds == [[None] * 3, [None] * 3, [9] * 3]
 
 
+def test_pipelines_share_the_global_generators_in_turns(tiny_checkpoint):
+    both = [Pipeline.from_checkpoint(tiny_checkpoint, device="cpu", dtype="float32") for _ in "ab"]
+    settings = Settings("hills", seed=7, n_iter=3, steps=4, rng="upstream", eta=1.0)
+    alone = pixels(both[0].generate(settings))
+    together = [[], []]
+    threads = [
+        threading.Thread(target=lambda p=p, t=t: t.extend(p.generate(settings)))
+        for p, t in zip(both, together, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for drawn in together:
+        np.testing.assert_array_equal(pixels(drawn), alone)
+
+
 # --- what goes wrong --------------------------------------------------------------------------
 
 
