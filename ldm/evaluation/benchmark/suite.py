@@ -131,8 +131,10 @@ def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> N
         print(line)
     print(f"Results are in {path}")
     if can_plot():
-        write_plot(path.with_suffix(".png"), rows)
-        print(f"The plot is {path.with_suffix('.png')}")
+        plot = path.with_suffix(".png")
+        write_plot(plot, rows)
+        if plot.is_file():  # there is none of nothing but unmerged models
+            print(f"The plot is {plot}")
 
 
 def _claimed(outdir: Path, name: str, about: Mapping[str, Any]) -> Path:
