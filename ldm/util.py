@@ -300,10 +300,11 @@ def folder_beside(target: Path) -> Iterator[Path]:
                     continue
             try:
                 yield folder
-            except OSError as error:
-                if error.errno in _DISK_FAULTS:
-                    raise _cannot_write(target, error) from error
-                raise
+            except Exception as error:
+                fault = disk_fault(error)
+                if fault is None:
+                    raise
+                raise _cannot_write(target, fault) from error
             finally:
                 try:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -347,6 +348,15 @@ def _said(target: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise _cannot_write(target, error) from error
+
+
+def disk_fault(error: BaseException | None) -> OSError | None:
+    """The disk's fault behind an error; torch.save, for one, fails at it and then at its end."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+            return error
+        error = error.__context__
+    return None
 
 
 def _cannot_write(target: Path, error: OSError) -> InputError:

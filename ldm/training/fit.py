@@ -42,7 +42,7 @@ from ldm.training.stop import Stopped, StopSafely
 from ldm.training.trainer import LESS_TO_TRAIN, trainer_settings
 from ldm.training.trial import blamed_on, logged_names
 from ldm.training.wrap import in_training
-from ldm.util import instantiate_from_config, locked
+from ldm.util import disk_fault, instantiate_from_config, locked
 
 logger = logging.getLogger(__name__)
 # Lightning's advice that does not hold here
@@ -356,6 +356,8 @@ def _said(trainer: pl.Trainer, folder: Path, stop: StopSafely) -> Iterator[None]
     except Exception as error:
         if is_out_of_memory(error) or "killed by signal: Killed" in str(error):
             raise OutOfMemory(LESS_TO_TRAIN) from None
+        if fault := disk_fault(error):
+            raise InputError(f"{escaped(folder)} cannot be written: {fault.strerror}") from None
         if not stop.has_begun:  # what Lightning finds when it has the data
             with blamed_on("training cannot begin"):
                 raise
