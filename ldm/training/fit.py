@@ -127,6 +127,13 @@ def fit(
         names = logged_names(training, data, seed)
         monitor = _known_monitor(monitor, names, has_validation="validation" in data.datasets)
         _check_pictures(training, callbacks)
+        for name, callback in callbacks.items():
+            watched = getattr(callback, "monitor", None)
+            if watched is not None and watched not in names:
+                raise InputError(
+                    f"lightning.callbacks.{escaped(name)}.params.monitor {shown(watched)}: choose "
+                    f"from {', '.join(sorted(names))}"
+                )
     if monitor is not None:
         kept = {"save_top_k": 1, **kept, "monitor": monitor}
 
