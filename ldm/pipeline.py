@@ -151,7 +151,7 @@ class Pipeline(LoadedModel):
                 second.canvas = prepare(self.model, second.settings)
             with stream:
                 first.canvas = prepare(self.model, settings, first.init, first.mask)
-        for added, batch in pieces:
+        for added, batch in self._alike(settings, pieces, first.texts):
             untagged = [(taken_loras(prompt)[0], seed) for prompt, seed in batch]
             with self._turn(settings, added), stream:
                 with self._as_asked(first):
@@ -170,6 +170,19 @@ class Pipeline(LoadedModel):
         report_tome(first.tally, first.tome)
         if second is not None:
             report_tome(second.tally, second.tome, "second pass: ")
+
+    def _alike(
+        self, settings: Settings, pieces: Iterable[tuple[Added, Batch]], texts: Texts
+    ) -> Iterator[tuple[Added, Batch]]:
+        """The parts of the pieces whose texts are equally long."""
+        for added, batch in pieces:
+            with self._turn(settings, added):
+                texts.added = self._applied
+                untagged = [(taken_loras(prompt)[0], seed) for prompt, seed in batch]
+                sizes = [len(part) for part in texts.alike(untagged)]
+            rest = iter(batch)
+            for size in sizes:
+                yield added, list(itertools.islice(rest, size))
 
     @contextmanager
     def _as_asked(self, one: Pass) -> Iterator[None]:

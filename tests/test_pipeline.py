@@ -534,9 +534,15 @@ def test_long_prompts_are_read_to_their_end(pipeline, caplog):
     together = pixels(pipeline.txt2img(texts, n_samples=2, **options))
     apart = pixels(pipeline.txt2img(texts, n_samples=1, **options))
     assert np.abs(together.astype(int) - apart).max() <= 1
+    # nor what other prompts a run has, of which --skip leaves some out
+    alone = pixels(pipeline.txt2img("a sea", seed=43, **options))
+    np.testing.assert_array_equal(alone[0], together[1])
     contexts.clear()
     pipeline.txt2img("a house", **options)
+    pipeline.txt2img("a house", negative_prompt=start, **{**options, "scale": 1})
     assert set(contexts) == {77}
+    pipeline.txt2img("a house", negative_prompt=f"{start} sea", **options)
+    assert set(contexts) == {77, 2 * 77}
 
 
 def test_emphasis_changes_the_picture_only_where_it_is_asked_for(pipeline):
