@@ -22,7 +22,6 @@ from ldm.distributed import Process
 from ldm.errors import InputError
 from ldm.util import instantiate_from_config
 
-
 N_COMPARED = 16  # pictures that are read twice, to see whether they vary
 
 

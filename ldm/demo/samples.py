@@ -135,9 +135,9 @@ def samples(
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
     path = Path(cache_dir) / f"samples-{key}.npy"
     side = size * model.first_stage_model.f
-    kept = whole_array(path)
-    if kept is None or kept.shape[1:] != (side, side, 3):
-        kept = np.empty((0, side, side, 3), "uint8")
+    found = whole_array(path)
+    is_whole = found is not None and found.shape[1:] == (side, side, 3)
+    kept: Any = found if is_whole else np.empty((0, side, side, 3), "uint8")
 
     def rows(start: int) -> Iterator[np.ndarray]:
         yield from kept[start:]
