@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm import images
-from ldm.device import Attempt
+from ldm.device import FIRST_STAGE, Attempt
 from ldm.images import Mask, Pixels
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.settings import Settings
@@ -105,7 +105,7 @@ def _fixed_start(model: LatentDiffusion, settings: Settings) -> Tensor:
 def encode(model: LatentDiffusion, settings: Settings, picture: NDArray[np.float32]) -> Tensor:
     """Scaled latents of a picture (3, H, W), (1, C, h, w); with upstream's draw, n_samples."""
     stage = model.first_stage_model
-    attempt = Attempt("the first stage", stage)
+    attempt = Attempt(FIRST_STAGE, stage)
     while True:
         weight = next(stage.parameters())
         posterior = model.encode_first_stage(torch.from_numpy(picture[None]).to(weight))

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,6 +186,10 @@ def _has_glibc() -> bool:
     return sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"
 
 
+FIRST_STAGE = "the first stage"
+"""What `Attempt` calls that part of a model."""
+
+
 class Attempt:
     """An attempt to compute, and where the result has NaN or infinities, another one in float32.
 
@@ -251,8 +256,10 @@ class NoiseStream:
     """One stream of random numbers from torch's global generators, whoever else draws from them.
 
     A context that may be entered again and again: it starts from the seed, and then goes on where
-    it was left.
+    it was left. Streams of other threads wait meanwhile: the generators are those of all.
     """
+
+    _turn = threading.RLock()
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device
@@ -260,6 +267,7 @@ class NoiseStream:
 
     def __enter__(self) -> None:
         """Go on."""
+        self._turn.acquire()
         if self._states is None:
             torch.manual_seed(self.seed)
         else:
@@ -268,6 +276,7 @@ class NoiseStream:
     def __exit__(self, *error: object) -> None:
         """Remember where it is left."""
         self._states = random_states(self.device)
+        self._turn.release()
 
 
 def _processor_flags() -> set[str]:

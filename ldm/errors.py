@@ -46,7 +46,15 @@ class OutOfMemory(InputError):
 
 
 class NotFinite(InputError):
-    """A stage of the model, named in the message, gives NaN or infinities in float32 too."""
+    """A stage of the model gives NaN or infinities in float32 too.
+
+    Args:
+        stage: what it is called.
+    """
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(f"{stage} gives values that are not numbers, in float32 too")
+        self.stage = stage
 
 
 def is_out_of_memory(error: BaseException) -> bool:

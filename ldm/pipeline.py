@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ldm import images
 from ldm.addons import Tags, taken_loras
 from ldm.canvas import latent_shape, prepare
-from ldm.device import NoiseStream
+from ldm.device import FIRST_STAGE, NoiseStream
 from ldm.distributed import ALONE, Process
 from ldm.errors import InputError, NotFinite, memory_advice
 from ldm.images import Mask, Picture, Pixels
@@ -153,7 +153,7 @@ class Pipeline(LoadedModel):
                 second.canvas = prepare(self.model, second.settings)
             with stream:
                 first.canvas = prepare(self.model, settings, first.init, first.mask)
-        for added, batch in pieces:
+        for added, batch in self._alike(settings, pieces, first.texts):
             untagged = [(taken_loras(prompt)[0], seed) for prompt, seed in batch]
             with self._turn(settings, added), stream:
                 with self._as_asked(first):
@@ -172,6 +172,19 @@ class Pipeline(LoadedModel):
         report_tome(first.tally, first.tome)
         if second is not None:
             report_tome(second.tally, second.tome, "second pass: ")
+
+    def _alike(
+        self, settings: Settings, pieces: Iterable[tuple[Added, Batch]], texts: Texts
+    ) -> Iterator[tuple[Added, Batch]]:
+        """The parts of the pieces whose texts are equally long."""
+        for added, batch in pieces:
+            with self._turn(settings, added):
+                texts.added = self._applied
+                untagged = [(taken_loras(prompt)[0], seed) for prompt, seed in batch]
+                sizes = [len(part) for part in texts.alike(untagged)]
+            rest = iter(batch)
+            for size in sizes:
+                yield added, list(itertools.islice(rest, size))
 
     @contextmanager
     def _as_asked(self, one: Pass) -> Iterator[None]:
@@ -200,12 +213,13 @@ class Pipeline(LoadedModel):
             self._apply(added)
             try:
                 yield
-            except NotFinite as stage:
+            except NotFinite as error:
+                is_of_vae = error.stage == FIRST_STAGE and self.info.vae is not None
+                path = self.info.vae if is_of_vae else self.info.path
                 words = self.model.cond_stage_model.words
-                cause = suspects(settings, added.notes.get("loras", ()), words)
                 raise InputError(
-                    f"{stage} of {self.info.path} gives values that are not numbers, in float32 "
-                    f"too: {cause}"
+                    f"{error.stage} of {path} gives values that are not numbers, in float32 "
+                    f"too: {suspects(settings, added.notes, words)}"
                 ) from None
 
     # --- settings ---------------------------------------------------------------------------

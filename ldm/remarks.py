@@ -92,15 +92,18 @@ def model_notes(
     }
 
 
-def suspects(settings: Settings, loras: Sequence[Mapping[str, Any]], words: Iterable[str]) -> str:
+def suspects(
+    settings: Settings, added: Mapping[str, Sequence[Mapping[str, Any]]], words: Iterable[str]
+) -> str:
     """What may be to blame where a model gives values that are not numbers.
 
     Args:
         settings: of the run.
-        loras: name and weight of those in use.
+        added: what pictures remember of the files that are added to the model, by kind.
         words: that stand for embeddings.
     """
-    found = [f"LoRA {one['name']} (weight {one['weight']:g})" for one in loras]
+    found = [f"LoRA {one['name']} (weight {one['weight']:g})" for one in added.get("loras", ())]
+    found += [f"the ControlNet {one['name']}" for one in added.get("controlnets", ())]
     texts = " ".join((settings.negative_prompt, *settings.prompts))
     found += [f"the embedding {word}" for word in words if word.lower() in texts.lower()]
     if settings.scale is not None and abs(settings.scale) > LARGE_SCALE:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ldm import images
 from ldm.canvas import Canvas, PictureNoise, encode, latent_shape, rows
-from ldm.device import Attempt, reused_memory
+from ldm.device import FIRST_STAGE, Attempt, reused_memory
 from ldm.images import Mask, Pixels
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -79,12 +80,18 @@ class Texts:
         self.model, self.settings, self.trims = model, settings, trims
         self._kept = lru_cache(N_KEPT_TEXTS)(self._read)
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """The context of each prompt, (B, L, width)."""
+    def __call__(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Tensor:
+        """The context of each prompt, (B, L, width).
+
+        Args:
+            prompts: B of them.
+            beside: others that are as long in the same call of the model.
+        """
         texts = [self._kept(prompt, self.added) for prompt in prompts]
         if self.settings.long_prompt:  # empty chunks after the shorter ones
-            n_chunks = -(-self._longest // self.model.cond_stage_model.max_length)
             empty = self._kept("", self.added)
+            others = [self._kept(prompt, self.added) for prompt in {*beside}]
+            n_chunks = max(text.shape[1] // empty.shape[1] for text in (*texts, *others))
             n_missing = [n_chunks - text.shape[1] // empty.shape[1] for text in texts]
             texts = [
                 torch.cat([text, *[empty] * n], dim=1)
@@ -93,17 +100,35 @@ class Texts:
         joined = torch.cat(texts)
         return joined[:, : self._longest] if self.trims else joined
 
+    def alike(self, batch: Batch) -> Iterator[Batch]:
+        """The parts of a batch whose texts are equally long, before empty chunks are added.
+
+        So a picture does not depend on those beside it. With upstream's order of random numbers a
+        batch is one piece.
+        """
+        if not self.settings.long_prompt or self.settings.rng == "upstream":
+            yield batch
+            return
+        for _, part in itertools.groupby(batch, lambda one: self._kept(one[0], self.added).shape):
+            yield list(part)
+
     @cached_property
     def _longest(self) -> int:
         """Tokens of context up to the end of the longest text of the run, without its padding."""
         encoder, settings = self.model.cond_stage_model, self.settings
-        longest = max(
-            length_in_use(encoder, prompt, settings.long_prompt, settings.emphasis)
+        lengths = {
+            prompt: length_in_use(encoder, prompt, settings.long_prompt, settings.emphasis)
             for prompt in {*settings.prompts, settings.negative_prompt}
-        )
+        }
+        longest = max(lengths.values())
         if self.trims:
+            differ = len({lengths[prompt] for prompt in settings.prompts}) > 1
             logger.info(
-                "ToMe: the texts' padding is dropped; %d tokens of context are left", longest
+                "ToMe: the texts' padding is dropped; %d tokens of context are left%s",
+                longest,
+                ", for all as for the longest: pictures depend on the texts beside theirs"
+                if differ
+                else "",
             )
         return longest
 
@@ -135,9 +160,11 @@ def noise(
     return source(size).to(model.device), source
 
 
-def conditioning(texts: Texts, prompts: Sequence[str], canvas: Canvas) -> Conditioning:
+def conditioning(
+    texts: Texts, prompts: Sequence[str], canvas: Canvas, beside: Sequence[str] = ()
+) -> Conditioning:
     """What the U-Net is told: the texts, and what lies beside the noise."""
-    text = texts(prompts)
+    text = texts(prompts, beside)
     if canvas.beside is None:
         return text
     return {"c_crossattn": [text], "c_concat": [rows(canvas.beside, len(prompts))]}
@@ -174,10 +201,11 @@ def sample(
     attempt = Attempt("the U-Net", model.model)
     while True:
         x, source = noise(model, settings, [seed for _, seed in batch], ground)
-        negative = None
+        prompts, negative, against = [prompt for prompt, _ in batch], None, []
         if scale != 1:
-            negative = conditioning(texts, [settings.negative_prompt] * len(batch), ground)
-        positive = conditioning(texts, [prompt for prompt, _ in batch], ground)
+            against = [settings.negative_prompt] * len(batch)
+            negative = conditioning(texts, against, ground, prompts)
+        positive = conditioning(texts, prompts, ground, against)
         known, n = None, len(sampler.steps)
         if ground.known is not None:
             known = rows(ground.known, len(x))
@@ -229,7 +257,7 @@ def n_steps_back(n_steps: int, settings: Settings) -> int:
 def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
     """What the first stage makes of latents (B, C, h, w): float32 (B, 3, H, W) on the CPU."""
     stage = model.first_stage_model
-    attempt = Attempt("the first stage", stage)
+    attempt = Attempt(FIRST_STAGE, stage)
     while True:
         weight = next(stage.parameters())
         pictures = model.decode_first_stage(latents.to(weight.dtype)).float()

@@ -228,7 +228,7 @@ def part_of(path: str | os.PathLike[str], exclusive: bool = False) -> Iterator[P
         InputError: as for `written_whole`.
     """
     target = Path(path) if exclusive else Path(os.path.realpath(path))
-    with _folder_beside(target) as folder:
+    with folder_beside(target) as folder:
         part = folder / target.name
         mode = _usual_mode(part)
         yield part
@@ -248,7 +248,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: as for `written_whole`.
     """
     target = Path(os.path.realpath(path))
-    with _folder_beside(target) as folder:
+    with folder_beside(target) as folder:
         mode = _usual_mode(folder / "mode")
         (folder / "mode").unlink()
         yield folder
@@ -279,8 +279,11 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def _folder_beside(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, locked as long as its writer lives."""
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the target, locked as long as its writer lives.
+
+    What a writer that was killed has left there is removed by the next one.
+    """
     with _said(target):
         remove_leftovers(target.parent)
     while True:
@@ -297,10 +300,11 @@ def _folder_beside(target: Path) -> Iterator[Path]:
                     continue
             try:
                 yield folder
-            except OSError as error:
-                if error.errno in _DISK_FAULTS:
-                    raise _cannot_write(target, error) from error
-                raise
+            except Exception as error:
+                fault = disk_fault(error)
+                if fault is None:
+                    raise
+                raise _cannot_write(target, fault) from error
             finally:
                 try:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -344,6 +348,15 @@ def _said(target: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise _cannot_write(target, error) from error
+
+
+def disk_fault(error: BaseException | None) -> OSError | None:
+    """The disk's fault behind an error; torch.save, for one, fails at it and then at its end."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+            return error
+        error = error.__context__
+    return None
 
 
 def _cannot_write(target: Path, error: OSError) -> InputError:

@@ -3,7 +3,15 @@ import errno
 import numpy as np
 import pytest
 
-from ldm.errors import InputError, OutOfMemory, escaped, is_out_of_memory, memory_advice, shown
+from ldm.errors import (
+    InputError,
+    NotFinite,
+    OutOfMemory,
+    escaped,
+    is_out_of_memory,
+    memory_advice,
+    shown,
+)
 
 
 def numpy_error():
@@ -94,3 +102,10 @@ def test_a_list_that_holds_itself_and_a_broken_repr():
 def test_a_name_has_no_quotes():
     assert escaped("a/b\tc") == r"a/b\tc"
     assert escaped("abcdefgh", limit=6) == "abc..."
+
+
+def test_a_stage_without_numbers_is_named_in_a_whole_sentence():
+    """Also in programs that know nothing to add, such as appendix_f."""
+    error = NotFinite("the U-Net")
+    assert error.stage == "the U-Net"
+    assert str(error) == "the U-Net gives values that are not numbers, in float32 too"

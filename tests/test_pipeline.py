@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ldm import images
 from ldm.canvas import PictureNoise
@@ -549,9 +549,15 @@ def test_long_prompts_are_read_to_their_end(pipeline, caplog):
     together = pixels(pipeline.txt2img(texts, n_samples=2, **options))
     apart = pixels(pipeline.txt2img(texts, n_samples=1, **options))
     assert np.abs(together.astype(int) - apart).max() <= 1
+    # nor what other prompts a run has, of which --skip leaves some out
+    alone = pixels(pipeline.txt2img("a sea", seed=43, **options))
+    np.testing.assert_array_equal(alone[0], together[1])
     contexts.clear()
     pipeline.txt2img("a house", **options)
+    pipeline.txt2img("a house", negative_prompt=start, **{**options, "scale": 1})
     assert set(contexts) == {77}
+    pipeline.txt2img("a house", negative_prompt=f"{start} sea", **options)
+    assert set(contexts) == {77, 2 * 77}
 
 
 def test_emphasis_changes_the_picture_only_where_it_is_asked_for(pipeline):
@@ -698,6 +704,23 @@ def test_threads_take_turns_and_draw_what_each_would_alone(pipeline, rng):
     assert kinds == [[None] * 3, [None] * 3, [9] * 3]
 
 
+def test_pipelines_share_the_global_generators_in_turns(tiny_checkpoint):
+    both = [Pipeline.from_checkpoint(tiny_checkpoint, device="cpu", dtype="float32") for _ in "ab"]
+    settings = Settings("hills", seed=7, n_iter=3, steps=4, rng="upstream", eta=1.0)
+    alone = pixels(both[0].generate(settings))
+    together = [[], []]
+    threads = [
+        threading.Thread(target=lambda p=p, t=t: t.extend(p.generate(settings)))
+        for p, t in zip(both, together, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for drawn in together:
+        np.testing.assert_array_equal(pixels(drawn), alone)
+
+
 # --- what goes wrong --------------------------------------------------------------------------
 
 
@@ -740,6 +763,24 @@ def test_what_is_too_large_is_named_not_the_file(pipeline, extras):
         "in float32 too: lower LoRA style (weight 90), the embedding cat-toy, scale 900, the "
         "emphasis 80, or leave it out"
     )
+
+
+def test_a_controlnet_or_vae_that_is_too_large_is_named(tiny_checkpoint, controlnet, tmp_path):
+    path, picture = controlnet
+    control = {"net": path, "picture": picture}
+    vae = tmp_path / "large.safetensors"
+    weights = load_file(tiny_checkpoint)
+    stage = {name: one for name, one in weights.items() if name.startswith("first_stage_model.")}
+    save_file({name: 1e30 * one for name, one in stage.items()}, vae)
+    pipeline = Pipeline.from_checkpoint(
+        tiny_checkpoint, device="cpu", dtype="float32", control=control, vae=vae
+    )
+    with pytest.raises(InputError, match=r"the first stage of .*large\.safetensors gives values"):
+        pipeline.txt2img("a house", steps=1)
+    net = pipeline._added.control.net
+    next(net.parameters()).data.fill_(float("inf"))
+    with pytest.raises(InputError, match="float32 too: lower the ControlNet scribble, or leave"):
+        pipeline.txt2img("a house", steps=1)
 
 
 @pytest.mark.parametrize(("value", "name"), [(-3.0, "black"), (0.5, r"RGB \[191, 191, 191\]")])

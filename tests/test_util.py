@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import shutil
 import subprocess
@@ -6,6 +7,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -215,6 +217,27 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
         fail()
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_seen_behind_other_errors(tmp_path):
+    """torch.save fails at the disk, and then again when it ends the file."""
+
+    class Full(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save(path, file):
+        with written_whole(path):
+            torch.save({"a": torch.ones(1000)}, file)
+
+    with pytest.raises(InputError, match=r"a\.ckpt cannot be written: No space left on device"):
+        save(tmp_path / "a.ckpt", Full())
+    with pytest.raises(ValueError, match="of its own"), written_whole(tmp_path / "b"):
+        raise ValueError("of its own")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_one_line(tmp_path):

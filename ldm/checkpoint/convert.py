@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint import keys
-from ldm.checkpoint.files import INDEX, SPLIT_ID, StateDict, open_state_dict, stem_of
+from ldm.checkpoint.files import (
+    INDEX,
+    SPLIT_ID,
+    SUFFIXES,
+    StateDict,
+    open_state_dict,
+    stem_of,
+)
 from ldm.checkpoint.prediction import MARKERS, decide_prediction, record
 from ldm.checkpoint.sidecar import neighbouring_config
 from ldm.errors import InputError, escaped
@@ -99,8 +106,8 @@ def convert(
 
 def _check_target(target: Path, split: float | None, force: bool) -> None:
     """Stop before anything is read where the target cannot be written."""
-    suffix = ".safetensors" if split is None else ""
-    if target.suffix != suffix:
+    is_file_name = target.suffix in SUFFIXES  # sd1.5 is none
+    if target.suffix != ".safetensors" if split is None else is_file_name:
         kind = ".safetensors file" if split is None else "name for a folder"
         raise InputError(f"{target} is no {kind}")
     if split is not None and not (math.isfinite(split) and split > 0):

@@ -154,6 +154,10 @@ def read_content(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 def _kind(path: Path) -> str:
     """The file's format, as of ``_sniff``; InputError where it cannot be read."""
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{escaped(path)}: its name is no text in UTF-8; rename it") from None
+    try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise InputError(f"{path} is a pipe or a device, not a checkpoint file")
         return _sniff(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm.cli.parser import Parser
-from ldm.cli.program import leaving_at_once
+from ldm.cli.program import leaving_at_once, said_when_stopped
 
 EPILOG = """
 examples:
@@ -51,9 +51,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with leaving_at_once():
         from ldm.checkpoint.convert import convert  # takes torch
 
-    target = convert(
-        args.source, args.output, args.half, args.ema, args.parameterization, args.force, args.split
-    )
+    with said_when_stopped(lambda: "nothing was written"):
+        target = convert(
+            args.source,
+            args.output,
+            args.half,
+            args.ema,
+            args.parameterization,
+            args.force,
+            args.split,
+        )
     files = [target] if target.is_file() else sorted(target.glob("*.safetensors"))
     for file in files:
         print(f"{file}: {file.stat().st_size / 2**20:.0f} MiB")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import InputError, escaped
+from ldm.text import read_json
 from ldm.util import locked, written_whole
 
 KEPT_EVERY = 30.0
@@ -64,6 +65,14 @@ def grow(
         counter.unlink(missing_ok=True)
 
 
+def whole_array(path: Path) -> np.ndarray | None:
+    """The array of a file, mapped; None where there is no such file, or it is damaged."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+
+
 def _reserve(file: Path, path: Path, is_new: bool) -> None:
     """Take the room on the disk now: where it is short later, the system ends the process."""
     if not hasattr(os, "posix_fallocate"):
@@ -87,7 +96,9 @@ def _change_of(path: Path) -> int | None:
 
 
 def _n_done(counter: Path, settings: str) -> int:
-    if not counter.exists():
+    try:
+        state = read_json(counter)
+    except InputError:  # new, or damaged
         return 0
-    state = json.loads(counter.read_text(encoding="utf-8"))
-    return int(state["done"]) if state["settings"] == settings else 0
+    done = state.get("done")
+    return done if state.get("settings") == settings and isinstance(done, int) else 0

@@ -16,11 +16,13 @@ from einops import rearrange
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.data.growing import grow
+from ldm.data.growing import grow, whole_array
 from ldm.device import choose_device, choose_dtype
 from ldm.distributed import Process
 from ldm.errors import InputError
 from ldm.util import instantiate_from_config
+
+N_COMPARED = 16  # pictures that are read twice, to see whether they vary
 
 
 class EncodedPictures(Dataset):
@@ -82,6 +84,12 @@ class EncodedPictures(Dataset):
         n = len(self.pictures)
         if n == 0:
             raise InputError("the data set of pictures to encode is empty")
+        for i in range(min(n, N_COMPARED)):
+            if not np.array_equal(*(self.pictures[i][self.image_key] for _ in range(2))):
+                raise InputError(
+                    "the pictures to encode vary from one reading to the next, and captions would "
+                    "not be theirs: leave out their random flip and crop (flip: false)"
+                )
 
         def encode(start: int, stop: int) -> np.ndarray:
             batch = [self.pictures[i][self.image_key] for i in range(start, min(stop, n))]
@@ -123,8 +131,6 @@ def all_threads() -> Iterator[None]:
 
 def _opened(path: Path, n_pictures: int) -> np.ndarray | None:
     """The latents that a file keeps of so many pictures; None without, or where it is damaged."""
-    try:
-        latents = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return None
-    return latents if latents.ndim == 4 and len(latents) == n_pictures else None
+    latents = whole_array(path)
+    is_whole = latents is not None and latents.ndim == 4 and len(latents) == n_pictures
+    return latents if is_whole else None

@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     only = read_attribute(args.only) if args.only else None
     check_writable(args.outdir)
+    if args.cache_dir:
+        check_writable(args.cache_dir, "--cache_dir")
 
     with leaving_at_once():
         from ldm.checkpoint.load import load_model

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kornia.geometry.transform import resize
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from ldm.checkpoint.files import open_state_dict
 from ldm.config import shipped
 from ldm.demo.scenes import ATTRIBUTES
-from ldm.errors import InputError
+from ldm.errors import InputError, escaped
 
 WEIGHTS = "models/demo/classifier/attributes.safetensors"
 
@@ -148,15 +149,18 @@ def load_classifier(path: str | Path | None = None) -> AttributeClassifier:
         path: weights written by `export_classifier`; None takes those shipped with the project.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or it holds something else.
     """
     path = shipped(WEIGHTS) if path is None else Path(path)
     if not path.is_file():
         raise InputError(
             f"{path}: no classifier weights; train them with configs/demo/classifier.yaml"
         )
-    model = AttributeClassifier()
-    state = {k: v.float() for k, v in load_file(path).items()}
-    counters = {k: v for k, v in model.state_dict().items() if not v.is_floating_point()}
-    model.load_state_dict(state | counters)
+    model, stored = AttributeClassifier(), open_state_dict(path)
+    own = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+    shapes = {name: entry.shape for name, entry in stored.entries.items()}
+    if shapes != {name: tuple(value.shape) for name, value in own.items()}:
+        raise InputError(f"{escaped(path)} holds other weights than those of the classifier")
+    stored.require_weights(stored)
+    model.load_state_dict({k: stored[k].float() for k in stored}, strict=False)
     return model.eval().requires_grad_(False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ldm.checkpoint.files import open_state_dict
 from ldm.demo.rendered import picture_of
 from ldm.images import to_unit
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.util import part_of
+from ldm.util import folder_beside, part_of
 
 N_LEVELLING = 128  # renders that the latents' mean and deviation are taken from
 # Kind of stage -> beginnings of names in its checkpoint -> beginnings of what it hands on.
@@ -113,12 +112,12 @@ def write_model(diffusion: Path, first_stage: Path, classifier: Path, output: Pa
         output: folder; its weights are replaced.
     """
     output.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent) as scratch:
-        flat, joined = Path(scratch, "flat.safetensors"), Path(scratch, "joined.safetensors")
+    with folder_beside(output.absolute()) as scratch:
+        flat, joined = scratch / "flat.safetensors", scratch / "joined.safetensors"
         convert(diffusion, flat, ema=diffusion.suffix == ".ckpt", parameterization="v")
         own = {k: v for k, v in load_file(flat).items() if k.startswith(tuple(COMPONENTS.values()))}
         save_file(own | load_file(first_stage), joined, {"modelspec.prediction_type": "v"})
-        parts = convert(joined, Path(scratch, "parts"), half=True, parameterization="v", split=15.5)
+        parts = convert(joined, scratch / "parts", half=True, parameterization="v", split=15.5)
         for old in output.glob("*.safetensors"):
             old.unlink()
         for part in parts.iterdir():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.cli.parser import Parser, number
-from ldm.cli.program import leaving_at_once
+from ldm.cli.program import leaving_at_once, said_when_stopped
 from ldm.demo.recipe import Recipe, alone, check_hours, check_output, check_state
 
 EPILOG = """
@@ -80,10 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device == "cpu":
         os.nice(recipe.nice)
     hours = args.hours or (recipe.hours if device == "cpu" else recipe.hours_cuda)
-    with alone(state) as lock:
+    go_on = f"the same command goes on from {state}"
+    with alone(state) as lock, said_when_stopped(lambda: go_on):
         is_done = run_stages(recipe, state, device, hours, args.minutes_per_call * 60, lock)
         if not is_done:
-            print(f"Not finished: the same command goes on from {state}")
+            print(f"Not finished: {go_on}")
             return
         if recipe.writes_model:
             finish(recipe, state, device, Path(args.output))

@@ -7,7 +7,7 @@ import multiprocessing
 import multiprocessing.pool
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.data.growing import grow
+from ldm.data.growing import grow, whole_array
 from ldm.demo.scenes import Scene, Split, attributes, caption, mirror, render, sample_scene
 from ldm.errors import InputError
+from ldm.text import read_json
 from ldm.util import written_whole
 
 STYLE = 4
@@ -147,11 +148,16 @@ class RenderedScenes(Dataset):
         stem = f"scenes_{self.split}_{self.n_pictures}x{self.size}_seed{self.seed}"
         data, label = folder / f"{stem}.npy", folder / f"{stem}.json"
         for other in sorted(folder.glob(f"scenes_{self.split}_*x{self.size}_seed{self.seed}.json")):
-            stored = json.loads(other.read_text())
-            is_enough = stored["n_pictures"] >= self.n_pictures  # a longer set begins with ours
-            if is_enough and {**settings, "n_pictures": stored["n_pictures"]} == stored:
-                with suppress(FileNotFoundError):
-                    return np.load(other.with_suffix(".npy"), mmap_mode="r")
+            try:
+                stored = read_json(other)
+            except InputError:  # damaged
+                continue
+            n = stored.get("n_pictures")
+            is_enough = isinstance(n, int) and n >= self.n_pictures  # a longer set begins with ours
+            if is_enough and {**settings, "n_pictures": n} == stored:
+                pictures = whole_array(other.with_suffix(".npy"))
+                if pictures is not None:
+                    return pictures
         folder.mkdir(parents=True, exist_ok=True)
         label.unlink(missing_ok=True)
         self._fill(data, json.dumps(settings), n_workers)

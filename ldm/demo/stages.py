@@ -28,6 +28,7 @@ from ldm.demo.export import export_stage, level_latents
 from ldm.demo.recipe import FOLDER, Recipe, Stage
 from ldm.demo.rendered import STYLE
 from ldm.errors import InputError
+from ldm.text import read_json
 from ldm.util import written_whole
 
 # What may be changed in the middle of a stage: how it is trained, not what comes of it.
@@ -261,7 +262,7 @@ def note_start(file: Path, key: str) -> None:
 
 
 def _stored(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from ldm.modules.tome.merge import bipartite_soft_matching_random2d, merge_source
+from ldm.numbered import make_folder
+from ldm.util import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,8 +78,9 @@ def draw(path: Path) -> None:
     _arrows(axes[1], full, destinations)
     _arrows(axes[2], groups, destinations)
     axes[3].imshow(merged)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    make_folder(path.parent)
+    with written_whole(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _cells(ax: Axes) -> None:

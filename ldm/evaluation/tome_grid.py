@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli import flags, options
 from ldm.cli.lists import words
 from ldm.cli.parser import Arguments, Parser
+from ldm.cli.program import said_when_stopped
 from ldm.cli.tome_flags import add_tome_flags
 from ldm.errors import InputError
 from ldm.modules.tome.config import ToMeWish
@@ -154,22 +155,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     merger = pipeline.model.model.diffusion_model.tome
     report: list[dict[str, Any]] = []
     runs: list[list[Picture]] = []
-    for name, way in everything.items():
-        pipeline.set_tome(way)
-        if not runs:
-            draw(pipeline, dataclasses.replace(settings, steps=1, n_iter=1))
-        pictures, seconds = draw(pipeline, settings)
-        column = {
-            "name": name,
-            "seconds_per_picture": round(seconds, 3),
-            "pictures": compare(pictures, runs[0]) if runs else [],
-            "report": merger.report(),
-            "tome": dataclasses.asdict(merger.config),
-        }
-        for picture in pictures:
-            gallery.add(picture)
-        runs.append(pictures)
-        report.append(column)
+
+    def finished() -> str:
+        done = f"the pictures of {len(runs)} of {len(everything)} columns are in {args.outdir}"
+        return f"{done}; the same command draws all of them again"
+
+    with said_when_stopped(finished):
+        for name, way in everything.items():
+            pipeline.set_tome(way)
+            if not runs:
+                draw(pipeline, dataclasses.replace(settings, steps=1, n_iter=1))
+            pictures, seconds = draw(pipeline, settings)
+            column = {
+                "name": name,
+                "seconds_per_picture": round(seconds, 3),
+                "pictures": compare(pictures, runs[0]) if runs else [],
+                "report": merger.report(),
+                "tome": dataclasses.asdict(merger.config),
+            }
+            for picture in pictures:
+                gallery.add(picture)
+            runs.append(pictures)
+            report.append(column)
 
     cells = [
         cell(picture, column, i)
@@ -187,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if not args.skip_grid:
         grid = Picture(make_grid(cells, args.n_rows or len(runs)), made)
-        grid.save(table.with_suffix(".png"), gallery.has_settings)
-        print(f"The pictures are in {table.with_suffix('.png')}")
+        number = int(table.stem.removeprefix("grid-"))
+        # under the table's number, unless another program was quicker
+        place = grids.save(lambda path: grid.write(path, gallery.has_settings), number)
+        print(f"The pictures are in {place}")
     print(f"The numbers are in {table}")

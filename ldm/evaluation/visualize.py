@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import flags, options
+from ldm.cli.drawing import Progress
 from ldm.cli.lists import numbers
 from ldm.cli.parser import Parser
+from ldm.cli.program import said_when_stopped
 from ldm.cli.tome_flags import add_tome_flags
 from ldm.errors import InputError
 
@@ -146,17 +148,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     recorder = Recorder(unet.tome)
     places = ((i, len(batch)) for batch in settings.batches() for i in range(len(batch)))
     pictures = pipeline.generate(settings, progress=True)
-    for picture, place in zip(pictures, places, strict=True):
-        calls = recorder.maps(*place)
-        page = write(
-            picture,
-            calls,
-            steps or default_steps(len(calls)),
-            blocks or [default_block(calls)],
-            unet.tome.report(),
-            gallery.folder,
-            gallery.has_settings,
-        )
-        gallery.add(picture)
-        print(f"Open {page}")
+    progress = Progress(settings.n_pictures)
+
+    def finished() -> str:
+        done = f"{progress.n_done} of {progress.n_pictures} pictures are in {args.outdir}"
+        return f"{done}; the same command draws all of them again"
+
+    with said_when_stopped(finished):
+        for picture, place in zip(pictures, places, strict=True):
+            calls = recorder.maps(*place)
+            page = write(
+                picture,
+                calls,
+                steps or default_steps(len(calls)),
+                blocks or [default_block(calls)],
+                unet.tome.report(),
+                gallery.folder,
+                gallery.has_settings,
+            )
+            gallery.add(picture)
+            print(f"Open {page}")
+            progress.step()
     gallery.close()

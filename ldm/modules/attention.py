@@ -117,6 +117,7 @@ class CrossAttention(nn.Module):
         projection = nn.Linear if context_dim is None else ContextLinear
         context_dim = context_dim or query_dim
         self.heads = heads
+        self.scale = dim_head**-0.5  # for others' attention, as upstream has it
         self.backend = "sdpa"
         self.to_q = nn.Linear(query_dim, inner, bias=False)
         self.to_k = projection(context_dim, inner, bias=False)
@@ -381,7 +382,9 @@ def _attend(
 ) -> Tensor:
     """Attention with merged queries and, where it is self-attention, merged keys and values."""
     merged, context, bias = plans.for_attention(x, context, queries, keys)
-    return queries.unmerge(attention(merged, context, bias=bias))
+    # Others' code may replace forward by a function of upstream's arguments, without a bias.
+    more = {} if bias is None else {"bias": bias}
+    return queries.unmerge(attention(merged, context, **more))
 
 
 class SpatialTransformer(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.training.checkpoints import Diverged
 from ldm.training.order import seed_all
+from ldm.util import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class SetupCallback(pl.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, config in self.files.items():
             text = yaml.safe_dump(config, sort_keys=False)
-            (self.folder / name).write_text(text, encoding="utf-8")
+            with written_whole(self.folder / name, "w") as file:
+                file.write(text)
 
 
 class Chance(pl.Callback):

@@ -114,6 +114,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
                     f"{len(dataset)} pictures, so give at most that"
                 )
 
+    @property
+    def has_order(self) -> bool:
+        """Whether the training batches follow from seed and number; those of a stream do not."""
+        return not _is_stream(self.datasets["train"])
+
     def train_dataloader(self) -> DataLoader:
         """Training pictures, shuffled; full batches only."""
         dataset = self.datasets["train"]

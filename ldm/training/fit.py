@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,7 +42,7 @@ from ldm.training.stop import Stopped, StopSafely
 from ldm.training.trainer import LESS_TO_TRAIN, trainer_settings
 from ldm.training.trial import blamed_on, logged_names
 from ldm.training.wrap import in_training
-from ldm.util import instantiate_from_config
+from ldm.util import disk_fault, instantiate_from_config, locked
 
 logger = logging.getLogger(__name__)
 # Lightning's advice that does not hold here
@@ -117,11 +117,23 @@ def fit(
             data.setup()
             if "train" not in data.datasets:
                 raise InputError("data.params.train is missing: there is nothing to train on")
+    if resumed is not None and not (isinstance(data, DataModuleFromConfig) and data.has_order):
+        logger.warning(
+            "the training data are a stream, or of a module of their own, which keeps no place: "
+            "this run may read them from the beginning again"
+        )
     monitor = kept.get("monitor", getattr(training, "monitor", None))
     if isinstance(training, Training) and isinstance(data, DataModuleFromConfig):
         names = logged_names(training, data, seed)
         monitor = _known_monitor(monitor, names, has_validation="validation" in data.datasets)
         _check_pictures(training, callbacks)
+        for name, callback in callbacks.items():
+            watched = getattr(callback, "monitor", None)
+            if watched is not None and watched not in names:
+                raise InputError(
+                    f"lightning.callbacks.{escaped(name)}.params.monitor {shown(watched)}: choose "
+                    f"from {', '.join(sorted(names))}"
+                )
     if monitor is not None:
         kept = {"save_top_k": 1, **kept, "monitor": monitor}
 
@@ -257,9 +269,17 @@ def learning_rate(config: dict[str, Any], n_batches: int | None) -> float:
 
 @contextmanager
 def _run_folder(folder: Path, is_new: bool) -> Iterator[Path]:
-    """The folder of a run, made now if it is new, and removed where no step was done."""
-    if not is_new or getattr(rank_zero_only, "rank", 0) != 0:
+    """The folder of a run, made now if it is new, and removed where no step was done.
+
+    Raises:
+        InputError: it cannot be made, or another process trains in it.
+    """
+    if getattr(rank_zero_only, "rank", 0) != 0:
         yield folder
+        return
+    if not is_new:
+        with _alone_in(folder):
+            yield folder
         return
     made, number = folder, 1
     try:
@@ -274,11 +294,27 @@ def _run_folder(folder: Path, is_new: bool) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"--logdir {escaped(folder.parent)}: {error.strerror}") from None
     try:
-        yield made
+        with _alone_in(made):
+            yield made
     except BaseException:
         if not any((made / "checkpoints").glob("*.ckpt")):
             shutil.rmtree(made, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: two processes would write their checkpoints over each other's."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, wait=False))
+        except BlockingIOError:
+            raise InputError(
+                f"--resume {escaped(folder)}: another process trains in this folder; let it end"
+            ) from None
+        except OSError:  # a disk without locks
+            pass
+        yield
 
 
 def _trainer(
@@ -327,6 +363,8 @@ def _said(trainer: pl.Trainer, folder: Path, stop: StopSafely) -> Iterator[None]
     except Exception as error:
         if is_out_of_memory(error) or "killed by signal: Killed" in str(error):
             raise OutOfMemory(LESS_TO_TRAIN) from None
+        if fault := disk_fault(error):
+            raise InputError(f"{escaped(folder)} cannot be written: {fault.strerror}") from None
         if not stop.has_begun:  # what Lightning finds when it has the data
             with blamed_on("training cannot begin"):
                 raise

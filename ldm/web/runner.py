@@ -47,7 +47,7 @@ class Runner:
         gallery: where pictures are saved.
 
     Attributes:
-        loaded: the name of the model in memory, or None.
+        loaded: the name of the model in memory, or on its way there, or None.
         pipeline: that model, or None.
     """
 
@@ -107,11 +107,15 @@ class Runner:
             arguments = dict(self.arguments)
             if vae:
                 arguments["vae"] = offered("vae", vae)
-            self.loaded = self.pipeline = self._preview = None  # two may be too much for memory
+            self.pipeline = self._preview = None  # two may be too much for memory
             self._guided = False
-            self.pipeline = Pipeline.from_checkpoint(path=self.models[model], **arguments)
+            self.loaded, self._vae = model, vae  # while it loads, others already ask which it is
+            try:
+                self.pipeline = Pipeline.from_checkpoint(path=self.models[model], **arguments)
+            except BaseException:
+                self.loaded = None
+                raise
             self._preview = Preview(self.pipeline.model)
-            self.loaded, self._vae = model, vae
         return self.pipeline
 
     def work(self, job: DrawJob) -> None:

@@ -385,6 +385,17 @@ def test_a_dictionary_that_holds_itself_ends(tmp_path):
     assert list(open_state_dict(tmp_path / "m.ckpt")) == ["x"]
 
 
+@pytest.mark.parametrize("suffix", [b"ckpt", b"safetensors"])
+def test_a_file_name_that_is_no_text_is_not_called_damage(tmp_path, suffix):
+    path = tmp_path / os.fsdecode(b"m\xff." + suffix)
+    try:
+        path.write_bytes(b"PK")
+    except OSError:
+        pytest.skip("this disk has no such names")
+    with pytest.raises(InputError, match=r"m\\udcff\.\w+: its name is no text in UTF-8; rename it"):
+        open_state_dict(path)
+
+
 def test_long_names_are_refused_and_shown_short(tmp_path):
     save_file({"w\n\x1b[31m" + "x" * 10**4: torch.ones(1)}, tmp_path / "m.safetensors")
     with pytest.raises(InputError, match=r"a name in it is w\\n\\x1b\[31mx+\.\.\.$") as caught:

@@ -3,6 +3,7 @@ import os
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -81,6 +82,26 @@ def test_another_look_of_the_renderer_has_another_cache(weights, tmp_path, monke
         monkeypatch.setattr("ldm.demo.rendered.STYLE", style)
         EncodedPictures(PICTURES, FIRST_STAGE, path, 1.0, str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_pictures_that_vary_are_refused(weights, tmp_path):
+    """Their latents would be of one flip, and their captions of another."""
+    params = {key: value for key, value in PICTURES["params"].items() if key != "flip"}
+    with pytest.raises(InputError, match=r"vary from one reading .*\(flip: false\)"):
+        EncodedPictures({**PICTURES, "params": params}, FIRST_STAGE, weights[1], 1.0, str(tmp_path))
+
+
+def test_a_damaged_note_of_how_far_it_is_begins_anew(tmp_path):
+    def stop(start):
+        yield np.zeros(2)
+        raise KeyboardInterrupt
+
+    path = tmp_path / "a.npy"
+    with pytest.raises(KeyboardInterrupt):
+        grow(path, "s", (3, 2), np.float32, stop)
+    path.with_name("a.npy.count").write_text('{"done": ')
+    grow(path, "s", (3, 2), np.float32, lambda start: (np.full(2, i) for i in range(start, 3)))
+    assert np.load(path)[:, 0].tolist() == [0, 1, 2]
 
 
 def test_missing_weights(tmp_path):

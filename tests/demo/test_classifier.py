@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ldm.config import shipped
 from ldm.demo.classifier import (
@@ -84,6 +85,24 @@ def test_exported_weights_are_those_that_load(tmp_path):
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nothing\.safetensors"):
         load_classifier(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"head.weight": torch.ones(2)}, "holds other weights than those of the classifier"),
+        (b"hello", "is a text file"),
+        (b"", "is empty"),
+    ],
+)
+def test_what_is_no_classifier_is_one_line(tmp_path, content, message):
+    path = tmp_path / "a.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_file(content, path)
+    with pytest.raises(InputError, match=message):
+        load_classifier(path)
 
 
 def test_the_shipped_classifier_knows_scenes_it_has_not_seen():

@@ -111,6 +111,18 @@ def test_the_cache_holds_the_same_pictures_and_is_reused(tmp_path):
     assert file.stat().st_mtime_ns == stamp
 
 
+@pytest.mark.usefixtures("draw_in_this_process")
+@pytest.mark.parametrize("suffix", ["json", "npy"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\x93NUMPY\x01\x00v\x00{'descr"])
+def test_a_damaged_cache_is_made_anew(tmp_path, suffix, content):
+    RenderedScenes(3, size=16, flip=False, cache_dir=str(tmp_path))
+    (file,) = tmp_path.glob(f"*.{suffix}")
+    file.write_bytes(content)
+    again = RenderedScenes(3, size=16, flip=False, cache_dir=str(tmp_path))
+    drawn = RenderedScenes(3, size=16, flip=False)
+    np.testing.assert_array_equal(again[1]["image"], drawn[1]["image"])
+
+
 def test_a_longer_set_holds_a_shorter_one(tmp_path):
     longer = RenderedScenes(4, size=16, flip=False, cache_dir=str(tmp_path))
     shorter = RenderedScenes(3, size=16, flip=False, cache_dir=str(tmp_path))

@@ -57,6 +57,14 @@ def test_what_was_drawn_is_kept(tmp_path, drawn):
     assert colours(samples(MODEL, 4, 5, 4.0, 2)) == [0, 1, 2, 3]
 
 
+def test_what_is_damaged_is_drawn_again(tmp_path, drawn):
+    samples(MODEL, 3, 5, 4.0, 2, cache_dir=str(tmp_path))
+    (file,) = tmp_path.glob("*.npy")
+    file.write_bytes(file.read_bytes()[:200])
+    assert colours(samples(MODEL, 3, 5, 4.0, 2, cache_dir=str(tmp_path))) == [0, 1, 2]
+    assert drawn == [0, 1, 2, 0, 1, 2]
+
+
 def test_a_stopped_run_goes_on(tmp_path, drawn, monkeypatch):
     def stop(values):
         if len(drawn) == 4:

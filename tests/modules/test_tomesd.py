@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention
 from ldm.pipeline import Pipeline
@@ -56,6 +57,36 @@ def test_it_merges_as_ours_does(pipeline: Pipeline) -> None:
     pipeline.set_tome({"ratio": 0.5, "metric": "hidden", "window": None, "proportional": False})
     torch.testing.assert_close(unet(x, t, context), theirs)
     assert not torch.allclose(theirs, plain)
+
+
+def test_attention_of_others_may_take_its_place(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As prompt-to-prompt and the web UIs do it: a function of upstream's arguments."""
+
+    def forward(
+        self: CrossAttention,
+        x: torch.Tensor,
+        context: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(t, "b n (h d) -> (b h) n d", h=self.heads)
+            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        weights = (q @ k.mT * self.scale).softmax(-1)
+        return self.to_out(rearrange(weights @ v, "(b h) n d -> b n (h d)", h=self.heads))
+
+    def draw() -> np.ndarray:
+        return pipeline.txt2img("hills", seed=1, steps=2, scale=3.0)[0].pixels
+
+    for tome in (False, {"ratio": 0.5, "proportional": False}):
+        pipeline.set_tome(tome)
+        own = draw().astype(int)
+        with monkeypatch.context() as patch:
+            patch.setattr(CrossAttention, "forward", forward)
+            assert np.abs(draw() - own).max() <= 1
 
 
 def test_a_mask_bars_keys() -> None:

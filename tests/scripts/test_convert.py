@@ -78,6 +78,11 @@ def test_the_name_of_a_folder_has_no_ending(tmp_path, monkeypatch):
     assert convert(folder) == tmp_path / "sd1.5.safetensors"
     assert convert(".", force=True) == tmp_path / "sd1.5.safetensors"
     assert find_vae(Path(".")) is None
+    weights = {f"{UNET}out.2.bias": torch.ones(4)}
+    torch.save(weights, tmp_path / "sd2.1.ckpt")
+    assert convert(tmp_path / "sd2.1.ckpt", split=1) == tmp_path / "sd2.1"
+    with pytest.raises(InputError, match=r"parts\.safetensors is no name for a folder"):
+        convert(tmp_path / "sd2.1.ckpt", tmp_path / "parts.safetensors", split=1)
 
 
 def test_command_refuses_in_one_line(ckpt, tmp_path):

@@ -69,6 +69,18 @@ def test_losses_are_those_of_the_unbroken_run(kind: str, n_first: int, tmp_path:
     check_same(unbroken, stopped)
 
 
+def test_a_stream_that_begins_again_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = toy_config(tmp_path, max_steps=2)
+    config["data"]["params"] |= {"train": {"target": "tests.training.toy.Stream"}}
+    del config["data"]["params"]["validation"]
+    run = train(write(tmp_path / "toy.yaml", config), tmp_path / "logs")
+    assert "a stream" not in caplog.text
+    main(["--resume", str(run), "--train", "--max_steps", "3"])
+    assert "this run may read them from the beginning again" in caplog.text
+
+
 @pytest.mark.parametrize("has_schedule", [False, True])
 def test_a_run_goes_on_with_the_rate_that_it_is_given(has_schedule: bool, tmp_path: Path) -> None:
     config = toy_config(pictures(tmp_path / "pictures"), max_steps=1)

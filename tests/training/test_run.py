@@ -119,6 +119,13 @@ NO_RUN = [  # what a user may type or write -> what the line says
     (["--base", "TOY", "lightning.trainer=3"], "lightning.trainer 3: must be"),
     (["--base", "TOY", "lightning.modelcheckpoint.params.mode=up"], "mode 'up'|lightning.modelch"),
     (["--base", "TOY", "lightning.callbacks.x.target=ldm.data.folder.FolderPictures"], "no Callba"),
+    (
+        [
+            *("--base", "TOY", "lightning.callbacks.x.params.monitor=val/los"),
+            "lightning.callbacks.x.target=pytorch_lightning.callbacks.EarlyStopping",
+        ],
+        "callbacks.x.params.monitor 'val/los': choose from .*val/loss",
+    ),
     (["--base", "TOY", "--accelerator", "gpu"], "lightning.trainer"),
     (["--base", "TOY", "--val_check_interval", "99"], "training cannot begin.*less than or equal"),
 ]

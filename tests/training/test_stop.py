@@ -10,6 +10,7 @@ import torch
 from ldm.errors import InputError
 from ldm.training.checkpoints import Diverged, WholeCheckpoints, newest_checkpoint
 from ldm.training.run import main
+from ldm.util import locked
 from tests.training.test_resume import check_same
 from tests.training.toy import Interrupting, pictures, toy_config, train, write
 
@@ -124,6 +125,17 @@ def test_the_newest_whole_checkpoint_is_taken(
         (folder / f"{name}.ckpt").unlink()
     with pytest.raises(InputError, match="no whole checkpoint"):
         newest_checkpoint(tmp_path)
+
+
+def test_two_processes_do_not_go_on_with_one_run(tmp_path: Path) -> None:
+    config = write(tmp_path / "toy.yaml", toy_config(pictures(tmp_path / "p"), max_steps=1))
+    run = train(config, tmp_path / "logs")
+    more = ["--resume", str(run), "--train", "--max_steps", "2"]
+    with locked(run, wait=False), pytest.raises(InputError, match="another process trains in"):
+        main(more)
+    assert newest_checkpoint(run)[1] == 1
+    main(more)
+    assert newest_checkpoint(run)[1] == 2
 
 
 def test_two_runs_of_one_second_have_folders_of_their_own(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytorch_lightning as pl
 import yaml
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from ldm.training.run import main
 from tests.tiny_models import FIRST_STAGE, tiny_config
@@ -83,6 +86,14 @@ def diffusion_config(data: Path, **trainer: Any) -> dict[str, Any]:
     target = "ldm.models.diffusion.ddpm.LatentDiffusion"
     config["model"] = {"base_learning_rate": 1e-3, "target": target, "params": params}
     return config
+
+
+class Stream(IterableDataset):
+    """Pictures without an end, which cannot be asked for by number."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for i in itertools.count():
+            yield {"image": np.full((16, 16, 3), i % 7 / 7, np.float32)}
 
 
 class Interrupting(pl.Callback):

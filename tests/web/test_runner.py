@@ -6,6 +6,7 @@ import pytest
 from ldm.errors import InputError
 from ldm.images import load_rgb, read_settings
 from ldm.modules.tome.config import ToMeWish
+from ldm.pipeline import Pipeline
 from ldm.settings import Settings
 from ldm.web.queue import Job, State, Stopped
 from ldm.web.report import Report
@@ -126,6 +127,25 @@ def test_a_wrong_checkpoint_leaves_the_loaded_model(runner):
         run(runner, task(model="other"))
     assert runner.loaded == "tiny"
     assert run(runner, task()).pictures
+
+
+def test_while_a_model_loads_it_is_the_one_that_is_asked_for(runner, monkeypatch):
+    """A request that names no model gets it, not the first of all."""
+    runner.models["second"] = runner.models["tiny"]
+    runner.load("tiny")
+    load, seen = Pipeline.from_checkpoint, []
+
+    def slowly(**arguments):
+        seen.append((runner.loaded, runner.pipeline))
+        return load(**arguments)
+
+    monkeypatch.setattr(Pipeline, "from_checkpoint", slowly)
+    runner.load("second")
+    assert seen == [("second", None)]
+    monkeypatch.setattr(Pipeline, "from_checkpoint", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner.load("tiny")
+    assert runner.loaded is None
 
 
 def test_a_picture_to_start_from_and_a_mask(runner):

@@ -22,6 +22,7 @@ from ldm.errors import InputError
 from ldm.evaluation.appendix_f.plan import Batch, Setting
 from ldm.images import Picture, Pixels, load_rgb
 from ldm.images import read_settings as settings_of_picture
+from ldm.numbered import make_folder
 from ldm.text import read_json
 from ldm.util import remove_leftovers, written_whole
 
@@ -100,7 +101,7 @@ class Store:
     def write_text(self, name: str, text: str) -> Path:
         """Likewise, of any text."""
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with written_whole(path, "w") as file:
             file.write(text)
         return path
@@ -166,7 +167,7 @@ class Store:
     ) -> None:
         """Keep what networks say of a batch's pictures, beside what is known."""
         path = self._beside(setting, batch)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         marks = self._marks(setting, batch)
         everything = {**self.judged(setting, batch), **values, "pictures": marks}
         with written_whole(path) as file:

@@ -194,7 +194,8 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
         axis.axvline(1, color="k", linewidth=0.5)
         axis.set_title(title(case), fontsize="medium")
     axes[-1].set_xlabel("speed-up over no merging (|: the oracle)")
-    figure.savefig(path, dpi=150)
+    with written_whole(path) as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
 def _processor() -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ldm.cli.program import said_when_stopped
 from ldm.config import model_defaults
 from ldm.errors import InputError
 from ldm.evaluation.benchmark.peers import PACKAGES, TOMESD_MAX_RATIO, diffusers_unet, installed
@@ -38,6 +39,7 @@ from ldm.evaluation.benchmark.speed_report import (
 from ldm.evaluation.benchmark.unets import UNets, build_unet, compiled_unet, upstream_unet
 from ldm.modules.tome import backend
 from ldm.modules.tome.config import ToMeConfig
+from ldm.util import part_of
 
 BUSY = 0.5  # load of a core, from which on other programs disturb the timings
 
@@ -114,7 +116,6 @@ def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> N
         command: noted in it.
     """
     started = datetime.now(timezone.utc)
-    path = outdir / f"{started:%Y%m%d-%H%M%S}.json"
     about: dict[str, Any] = {
         "command": command,
         "started": f"{started:%Y-%m-%d %H:%M:%S} UTC",
@@ -125,6 +126,36 @@ def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> N
     outdir.mkdir(parents=True, exist_ok=True)
     _say_what_disturbs(scope, about["machine"])
     rows: list[Row] = []
+    path = _claimed(outdir, f"{started:%Y%m%d-%H%M%S}", about)
+    with said_when_stopped(lambda: f"what was measured is in {path}"):
+        _measure(scope, device, path, about, rows)
+    for line in against_upstream(rows):
+        print(line)
+    print(f"Results are in {path}")
+    if can_plot():
+        plot = path.with_suffix(".png")
+        write_plot(plot, rows)
+        if plot.is_file():  # there is none of nothing but unmerged models
+            print(f"The plot is {plot}")
+
+
+def _claimed(outdir: Path, name: str, about: Mapping[str, Any]) -> Path:
+    """The JSON file of this run; another one that began in the same second has another."""
+    path, number = outdir / f"{name}.json", 1
+    while True:
+        try:
+            with part_of(path, exclusive=True) as part:
+                write_json(part, about, [])
+            return path
+        except FileExistsError:
+            number += 1
+            path = outdir / f"{name}-{number}.json"
+
+
+def _measure(
+    scope: Scope, device: torch.device, path: Path, about: Mapping[str, Any], rows: list[Row]
+) -> None:
+    """Fill the rows, and write the file anew after each measurement."""
     peers = installed() if scope.has_peers else []
     with tqdm(total=scope.n_visits(peers), unit="visit", smoothing=0.1) as bar:
         for (name, config), dtype in itertools.product(scope.models.items(), scope.dtypes):
@@ -158,12 +189,6 @@ def measure(scope: Scope, device: torch.device, outdir: Path, command: str) -> N
                 shown = table([row for row in rows if row.case == case])
                 bar.write(f"\n{title(case)}\n\n{shown}\n")
             del unet, unets, found  # one model in memory at a time
-    for line in against_upstream(rows):
-        print(line)
-    print(f"Results are in {path}")
-    if can_plot():
-        write_plot(path.with_suffix(".png"), rows)
-        print(f"The plot is {path.with_suffix('.png')}")
 
 
 def _peer(config: Mapping[str, Any], unet: torch.nn.Module) -> Any:

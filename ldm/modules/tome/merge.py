@@ -122,7 +122,8 @@ def _method(decision: Decision) -> Callable[..., MergePlan]:
         n = decision.n_tokens - config.removable(*size)
         return partial(since.plan_chosen, r=r, draw=draw, n_destinations=n, rank=_rank)
     if config.method == "cover":
-        return partial(since.plan_cover, size=size, stride=stride, r=r)
+        guided = decision.is_guided
+        return partial(since.plan_cover, size=size, stride=stride, r=r, is_guided=guided)
     geometry: dict[str, Any] = {"size": size, "stride": stride, "draw": draw, "window": window}
     if decision.is_whole_grid:
         return partial(whole.plan_grid, r=r, **geometry)

@@ -216,11 +216,18 @@ class CoverPlan(Tiled):
         return self.joined(self.weights.mT.to(x.dtype) @ x.unflatten(1, self.weights.shape[1:3]))
 
 
-def plan_cover(metric: Tensor, size: tuple[int, int], stride: tuple[int, int], r: int) -> MergePlan:
+def plan_cover(
+    metric: Tensor,
+    size: tuple[int, int],
+    stride: tuple[int, int],
+    r: int,
+    is_guided: bool = False,
+) -> MergePlan:
     """Merge into destinations that cover each tile best, each token into several by a softmax.
 
     Destinations are chosen one after another, such that the sum over a tile of each token's cosine
-    to the nearest of them grows most; by the first row of the batch, for all.
+    to the nearest of them grows most: for each picture its own, and in guidance the same for both
+    of its rows.
 
     Source: ToMA, Lu et al., ICML 2025 (arXiv 2509.10918).
 
@@ -229,6 +236,7 @@ def plan_cover(metric: Tensor, size: tuple[int, int], stride: tuple[int, int], r
         size: h, w.
         stride: the least rows and columns of a tile.
         r: tokens removed, as many in each tile.
+        is_guided: the batch has two halves, of the same pictures.
     """
     tile = tile_side(size[0], stride[0]), tile_side(size[1], stride[1])
     n_tokens, n_inside = size[0] * size[1], tile[0] * tile[1]
@@ -236,8 +244,10 @@ def plan_cover(metric: Tensor, size: tuple[int, int], stride: tuple[int, int], r
     n_each = max(1, (n_tokens - r) // n_tiles)
     geometry = Tiled(size=size, tile=tile)
     unit = geometry.cut(F.normalize(metric.float(), dim=2).nan_to_num())
-    chosen = covering(unit[0] @ unit[0].mT, n_each)
-    index = chosen[None, ..., None].expand(len(unit), -1, -1, unit.shape[3])
+    n_rows = 2 if is_guided else 1  # of a picture
+    own = unit[: len(unit) // n_rows].flatten(0, 1)
+    chosen = covering(own @ own.mT, n_each).unflatten(0, (-1, n_tiles)).repeat(n_rows, 1, 1)
+    index = chosen[..., None].expand(-1, -1, -1, unit.shape[3])
     logits = SHARPNESS * unit.gather(2, index) @ unit.mT
     return CoverPlan(
         n_tokens,

@@ -477,11 +477,18 @@ def test_what_was_measured_before_an_interruption_is_there(tmp_path, monkeypatch
     scope = benchmark.Scope(
         {"tiny": tiny_config()}, [16], ["float32"], ["sdpa"], [1], {}, 5, has_peers=False
     )
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         benchmark.measure(scope, CPU, tmp_path, "it")
     (path,) = tmp_path.iterdir()
     (row,) = json.loads(path.read_text())["rows"]
     assert len(row["ms"]) == 3
+    assert stop.value.args == (f"what was measured is in {path}",)
+
+
+def test_runs_of_one_second_have_files_of_their_own(tmp_path):
+    paths = [benchmark._claimed(tmp_path, "now", {"command": name}) for name in "abc"]
+    assert [path.name for path in paths] == ["now.json", "now-2.json", "now-3.json"]
+    assert [json.loads(path.read_text())["command"] for path in paths] == ["a", "b", "c"]
 
 
 @pytest.mark.usefixtures("_one_call_a_round")

@@ -39,10 +39,13 @@ def x() -> Tensor:
 CONTEXT = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(2))
 
 
-def run(block: BasicTransformerBlock, x: Tensor, name: str, **keys: Any) -> Tensor:
+def run(
+    block: BasicTransformerBlock, x: Tensor, name: str, is_guided: bool = False, **keys: Any
+) -> Tensor:
     """The block with a preset, whose thresholds ``keys`` fit to these few tokens."""
     preset = yaml.safe_load((ROOT / "configs" / "tome" / f"{name}.yaml").read_text())
     merger = TokenMerger(ToMeConfig.from_mapping(overlay(preset, keys)))
+    merger.is_guided = is_guided
     merging = merger.block(x, (H, W), 1)
     assert merging.removed > 0
     return block(x, CONTEXT, merging)

@@ -129,25 +129,25 @@ def test_ibtm(block: BasicTransformerBlock, x: Tensor) -> None:
     torch.testing.assert_close(found, rest(block, x, attended))
 
 
-def test_toma(block: BasicTransformerBlock, x: Tensor) -> None:
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_toma(block: BasicTransformerBlock, x: Tensor, is_guided: bool) -> None:
     """Greedily by the sum of each token's cosine to the nearest destination.
 
     Of two tokens that are nearest to each other, either is as good, so the choice is checked.
     """
-    found = run(block, x, "toma", stride=[4, 4], apply_to=["attn"])
+    found = run(block, x, "toma", is_guided, stride=[4, 4], apply_to=["attn"])
     merge, unmerge = torch.zeros(2, N // 2, N), torch.zeros(2, N, N // 2)
-    for number, tile in enumerate(tiles(4, 4)):
-        cosine = cosines(x[0, tile])
+    for row, (number, tile) in product(range(2), enumerate(tiles(4, 4))):
+        cosine = cosines(x[0 if is_guided else row, tile])
         chosen = covering(cosine[None], 8)[0].tolist()
         for n in range(8):
             sums = [cosine[:, [*chosen[:n], v]].amax(1).sum() for v in range(16)]
             torch.testing.assert_close(sums[chosen[n]], max(sums), atol=1e-3, rtol=0)
         assert len({*chosen}) == 8
-        for row in range(2):
-            weights = (1000 * cosines(x[row, tile])[chosen]).softmax(0)
-            place = slice(8 * number, 8 * number + 8)
-            merge[row, place, tile] = weights / weights.sum(1, keepdim=True)
-            unmerge[row, tile, place] = weights.T
+        weights = (1000 * cosines(x[row, tile])[chosen]).softmax(0)
+        place = slice(8 * number, 8 * number + 8)
+        merge[row, place, tile] = weights / weights.sum(1, keepdim=True)
+        unmerge[row, tile, place] = weights.T
     normed = block.norm1(x)
     attended = unmerge @ block.attn1(merge @ normed)
     torch.testing.assert_close(found, rest(block, x, attended), atol=1e-4, rtol=1e-4)
