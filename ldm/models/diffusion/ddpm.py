@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.files import open_state_dict
-from ldm.checkpoint.keys import COMPONENTS, UNET, canonical_names, is_weight
+from ldm.checkpoint.keys import COMPONENTS, SCHEDULE, UNET, canonical_names, is_weight
 from ldm.checkpoint.prediction import decide_prediction
 from ldm.errors import InputError, escaped
 from ldm.models.diffusion.arguments import INERT_ARGUMENTS, check_choice, check_inert
@@ -397,6 +397,8 @@ class LatentDiffusion(nn.Module):
     ) -> None:
         """Load what a training run or a published file has of this model's weights.
 
+        The schedule stays the configured one: published files may have it in half precision.
+
         Args:
             path: .ckpt (read without executing pickled code), .safetensors, or a folder of them.
             ignore_keys: names that begin so are not loaded.
@@ -407,12 +409,14 @@ class LatentDiffusion(nn.Module):
         """
         weights = open_state_dict(path)
         stored = canonical_names(weights)
-        names = [name for name in stored if not name.startswith(tuple(ignore_keys))]
+        left_out = tuple(ignore_keys)
+        names = [n for n in stored if n not in SCHEDULE and not n.startswith(left_out)]
         if only_model:
             names = [name for name in names if name.startswith(UNET)]
         weights.require_weights(stored[name] for name in names if is_weight(name))
         state = {name: weights[stored[name]] for name in names}
         missing, unexpected = self.load_state_dict(state, strict=False)
+        missing = [name for name in missing if name not in SCHEDULE]
         self.has_loaded_scale = self.scale_by_std and "scale_factor" in state
         if len(unexpected) == len(state):
             raise InputError(f"{escaped(path)} has no weights of this model in it")
@@ -420,7 +424,7 @@ class LatentDiffusion(nn.Module):
             self.model_ema = LitEma(self.model)  # an average of these weights, not of random ones
         # whole components may come from elsewhere
         begun = tuple(part for part in COMPONENTS if any(name.startswith(part) for name in state))
-        lost = [n for n in missing if n.startswith(begun) and not n.startswith(tuple(ignore_keys))]
+        lost = [n for n in missing if n.startswith(begun) and not n.startswith(left_out)]
         if lost:
             logger.warning(
                 "%s lacks weights of this model, which stay as they began: %d, such as %s",
@@ -432,6 +436,12 @@ class LatentDiffusion(nn.Module):
                 "%s predicts %s (%s), and is to be trained to predict %s: "
                 "model.params.parameterization decides",
                 *(escaped(path), said.kind, said.source, self.parameterization),
+            )
+        has_noise_alone = float(self.alphas_cumprod[-1]) == 0
+        if said is not None and said.zero_snr and not has_noise_alone:
+            logger.warning(
+                "%s has a schedule with zero terminal SNR, and model.params.zero_snr is not set",
+                escaped(path),
             )
         counts = len(state), len(missing), len(unexpected)
         logger.info("%s: %d tensors, %d missing, %d without a place", path, *counts)
