@@ -27,7 +27,8 @@ _DIFFUSERS = [
 
 def find_vae(checkpoint: Path) -> Path | None:
     """The VAE that belongs to a checkpoint by its name, such as MODEL.vae.safetensors."""
-    beside = (checkpoint.parent / (stem_of(checkpoint) + ending) for ending in _ENDINGS)
+    homes = (checkpoint, checkpoint.resolve())  # links lead home
+    beside = (home.parent / (stem_of(home) + ending) for home in homes for ending in _ENDINGS)
     return next((file for file in beside if file.is_file() and file != checkpoint), None)
 
 

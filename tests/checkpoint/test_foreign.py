@@ -147,6 +147,13 @@ def test_a_vae_of_its_own_takes_the_place(tmp_path, config, weights, form, besid
         assert is_same(load_model(path, config, vae=given), weights | other)
 
 
+def test_the_vae_of_a_link_is_that_of_its_file(tmp_path, config, weights):
+    path = write_safetensors(tmp_path / "m.safetensors", weights)
+    vae = write_safetensors(tmp_path / "m.vae.safetensors", weights)
+    (tmp_path / "model.safetensors").symlink_to(path)
+    assert inspect_checkpoint(tmp_path / "model.safetensors", config).vae == vae
+
+
 def test_without_a_vae_the_way_out_is_named(tmp_path, config, weights):
     rest = {n: t for n, t in weights.items() if not n.startswith(VAE)}
     path = write_safetensors(tmp_path / "m.safetensors", rest)
