@@ -158,6 +158,7 @@ class Api:
         return {
             "sd_model_checkpoint": options.model or self._model(),
             "token_merging_ratio": (0.0 if config.is_off else config.ratio if is_number else None),
+            "token_merging_ratio_img2img": options.img2img_ratio or 0.0,
             "token_merging_ratio_hr": options.hires_ratio or 0.0,
             "tome": dict(options.tome),
             "CLIP_stop_at_last_layers": options.clip_skip,

@@ -72,6 +72,7 @@ class Options:
     Attributes:
         model: a checkpoint's name; None: the one that is loaded.
         ratio: share of tokens merged away; None: as the program was started.
+        img2img_ratio: instead of it, above 0, where a picture is drawn over.
         hires_ratio: likewise, in the second pass.
         tome: keys of ``tome_config``, and ``preset``.
         clip_skip: which layer of the text encoder is used; 1 is the last.
@@ -81,6 +82,7 @@ class Options:
 
     model: str | None = None
     ratio: float | None = None
+    img2img_ratio: float | None = None
     hires_ratio: float | None = None
     tome: Mapping[str, Any] = field(default_factory=dict)
     clip_skip: int = 1
@@ -97,8 +99,10 @@ class Options:
         for name, value in check_kind(given, dict, "override_settings").items():
             if name == "sd_model_checkpoint":
                 new = replace(new, model=None if value in (None, "") else _model(value, models))
-            elif name in ("token_merging_ratio", "token_merging_ratio_img2img"):
+            elif name == "token_merging_ratio":
                 new = replace(new, ratio=_number(name, value))
+            elif name == "token_merging_ratio_img2img":
+                new = replace(new, img2img_ratio=_number(name, value))
             elif name == "token_merging_ratio_hr":
                 new = replace(new, hires_ratio=_number(name, value))
             elif name == "tome":
@@ -112,16 +116,17 @@ class Options:
                 new = replace(new, not_used=(*new.not_used, escaped(name, 80)))
         return new
 
-    def changes(self) -> Body:
-        """What they change in the wishes."""
+    def changes(self, has_picture: bool = False) -> Body:
+        """What they change in the wishes; with a picture to start from, or without."""
         changes: Body = {}
         keys = dict(self.tome)
-        if self.ratio is not None or keys:
+        ratio = (self.img2img_ratio or self.ratio) if has_picture else self.ratio
+        if ratio is not None or keys:
             changes["no_tome"] = None
         if "preset" in keys:
             changes["tome.preset"] = keys.pop("preset")
-        if self.ratio is not None:
-            changes["tome.ratio"] = self.ratio
+        if ratio is not None:
+            changes["tome.ratio"] = ratio
         if self.hires_ratio is not None:
             changes["tome.hires_ratio"] = self.hires_ratio
         if self.clip_skip != 1:
@@ -154,7 +159,7 @@ def read_body(body: Any, base: Wishes, options: Options, models: Mapping[str, Pa
     options = options.changed(_open(body.pop("override_settings", None), {}), models)
     if "tome" in body:
         options = options.changed({"tome": body.pop("tome")}, models)
-    changes, not_used = options.changes(), list(options.not_used)
+    changes, not_used = options.changes(bool(body.get("init_images"))), list(options.not_used)
     for theirs, ours in SAME.items():
         if body.get(theirs) is not None:
             changes[ours] = _whole(body[theirs]) if ours in WHOLE else body[theirs]
@@ -167,6 +172,8 @@ def read_body(body: Any, base: Wishes, options: Options, models: Mapping[str, Pa
         not_used.append("eta")
     changes |= _second_pass(body)
     has_mask = bool(body.get("mask"))
+    if has_mask and changes.pop("strength", 1) != 1:  # what is in the hole is not looked at
+        not_used.append(THEIRS["strength"])
     for name in ("init_images", "mask", "inpainting_mask_invert", *ABOUT_THE_ANSWER):
         body.pop(name, None)
     if body.pop("resize_mode", None) not in (None, 0, 1):  # 1 is what is done here
@@ -261,15 +268,26 @@ def _number(name: str, value: Any) -> float | None:
 def _vae(value: Any) -> str:
     """A VAE by its name or its file's."""
     name = check_kind(value, str, "sd_vae")
-    names = {path.name: name for name, path in find_addons("vae").items()}
-    offered("vae", names.get(name, name))
-    return names.get(name, name)
+    files = find_addons("vae")
+    if name not in files:
+        name = _only_one(name, [one for one, path in files.items() if path.name == name], "sd_vae")
+    offered("vae", name)
+    return name
 
 
 def _model(value: Any, models: Mapping[str, Path]) -> str:
     """A checkpoint by its name, its title (name and hash), or its file's name without ending."""
     name = check_kind(value, str, "sd_model_checkpoint").partition(" [")[0]
-    for known, path in models.items():
-        if name in (known, path.name, stem_of(path)):
-            return known
-    raise InputError(f"sd_model_checkpoint {shown(value)}: choose one of {', '.join(models)}")
+    if name not in models:
+        alike = [one for one, path in models.items() if name in (path.name, stem_of(path))]
+        name = _only_one(name, alike, "sd_model_checkpoint")
+    if name not in models:
+        raise InputError(f"sd_model_checkpoint {shown(value)}: choose one of {', '.join(models)}")
+    return name
+
+
+def _only_one(name: str, alike: list[str], option: str) -> str:
+    """The one of the full names that a file's name stands for; where there is none, that name."""
+    if len(alike) > 1:
+        raise InputError(f"{option} {shown(name)}: choose one of {', '.join(alike)}")
+    return alike[0] if alike else name
