@@ -188,8 +188,9 @@ def fit(pixels: Pixels, height: int, width: int) -> Pixels:
 
 
 def fit_mask(mask: Mask, height: int, width: int) -> Mask:
-    """Likewise for a mask (H, W), which stays two-valued."""
-    grey = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
+    """Likewise for a mask (H, W), which stays two-valued; of numbers, the upper half is white."""
+    is_white = mask if mask.dtype == bool else (mask > 0) & (mask >= mask.max() / 2)
+    grey = np.repeat(is_white[..., None], 3, axis=2).astype(np.uint8) * 255
     return fit(grey, height, width)[..., 0] >= 128
 
 

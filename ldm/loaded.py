@@ -363,5 +363,15 @@ def _read_control(
 
 
 def pixels_of(picture: str | Path | Pixels) -> Pixels:
-    """The pixels of a picture, (H, W, 3), that may be a file."""
-    return picture if isinstance(picture, np.ndarray) else images.load_rgb(picture)
+    """The pixels of a picture, (H, W, 3), that may be a file.
+
+    Raises:
+        InputError: the file cannot be read, or these are no pixels of 0 to 255.
+    """
+    if not isinstance(picture, np.ndarray):
+        return images.load_rgb(picture)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise InputError(
+            f"pixels of a picture are uint8 (H, W, 3), not {picture.dtype} {picture.shape}"
+        )
+    return picture

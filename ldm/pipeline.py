@@ -71,6 +71,8 @@ class Pipeline(LoadedModel):
         **settings: Any,
     ) -> list[Picture]:
         """Redraw the part of a picture where a mask (a file, or (H, W)) is white or True."""
+        if "strength" in settings:
+            logger.warning("strength has no effect inside of a mask: all of it is drawn anew")
         hole = mask if isinstance(mask, np.ndarray) else images.load_mask(mask)
         return list(self.generate(Settings(prompt, **settings), pixels_of(init), hole))
 
@@ -105,6 +107,8 @@ class Pipeline(LoadedModel):
                 f"hires_scale {settings.hires_scale:g} is for txt2img; with a picture to start "
                 "from, H and W say how large it is drawn"
             )
+        if mask is not None and init is not None:
+            _check_mask(init, mask)
         settings = self._settled(settings, init)
         batches = process.share(settings.batches())
         named = self._named_by(settings.prompts, settings.negative_prompt)
@@ -258,6 +262,20 @@ class Pipeline(LoadedModel):
             "tome": dataclasses.asdict(tome),
             **self._applied.notes,
         }
+
+
+def _check_mask(init: Pixels, mask: Mask) -> None:
+    """Refuse a mask of another shape than the picture's, which would lie elsewhere on it."""
+    height, width = init.shape[:2]
+    is_same = mask.ndim == 2  # but for rounding
+    if is_same:
+        h, w = mask.shape
+        is_same = abs(h * width - w * height) <= max(h, w, height, width)
+    if not is_same:
+        size = "x".join(map(str, mask.shape[::-1]))
+        raise InputError(
+            f"the mask is {size}, but the picture is {width}x{height}: make them one shape"
+        )
 
 
 def _untagged(settings: Settings) -> Settings:

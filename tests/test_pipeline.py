@@ -361,6 +361,27 @@ def test_inpainting_paints_inside_of_the_mask_alone(kind, sampler, photograph, r
     assert not np.array_equal(painted[0], painted[1])
 
 
+def test_a_mask_of_numbers_is_white_where_they_are_high(pipeline, photograph):
+    mask = np.zeros((16, 24), bool)
+    mask[3:9, 5:14] = True
+    right = pipeline.inpaint(photograph, mask, "x", steps=1)[0].pixels
+    for white, kind in ((255, np.uint8), (1, np.uint8), (1, np.float32), (65535, np.int32)):
+        drawn = pipeline.inpaint(photograph, mask.astype(kind) * kind(white), "x", steps=1)
+        np.testing.assert_array_equal(drawn[0].pixels, right)
+
+
+def test_what_would_not_lie_where_it_is_meant_is_refused(pipeline, photograph, caplog):
+    mask = np.ones((16, 24), bool)
+    for wrong in (mask.T, mask[:, :16], mask[..., None]):
+        with pytest.raises(InputError, match="make them one shape"):
+            pipeline.inpaint(photograph, wrong, "x", steps=1)
+    for wrong in (photograph / 255, photograph[..., 0], photograph.astype(np.int64)):
+        with pytest.raises(InputError, match=r"pixels of a picture are uint8 \(H, W, 3\)"):
+            pipeline.img2img(wrong, "x")
+    pipeline.inpaint(photograph, np.ones((32, 49), bool), "x", steps=1, strength=0.5)
+    assert "strength has no effect inside of a mask" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["pipeline", "inpainting"])
 def test_inpainting_sees_what_surrounds_the_hole_but_not_what_is_in_it(kind, photograph, request):
     painter = request.getfixturevalue(kind)
