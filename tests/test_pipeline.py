@@ -90,6 +90,9 @@ def test_picture_noise_is_that_of_a_cpu_generator():
     assert not torch.equal(noise((2, 4, 2, 2))[1], expected)  # the stream goes on
     torch.set_default_dtype(torch.bfloat16)  # which is for what has no type of its own
     try:
+        with torch.device("meta"):
+            noise = PictureNoise([2])
+            assert torch.equal(noise((1, 4, 2, 2))[0], expected)
         assert torch.equal(PictureNoise([2])((1, 4, 2, 2))[0], expected)
     finally:
         torch.set_default_dtype(torch.float32)
