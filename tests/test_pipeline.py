@@ -21,7 +21,7 @@ from ldm.sampling import Texts
 from ldm.settings import SAMPLERS, Settings
 from ldm.web_ui import web_ui_text
 from tests.golden_util import fill_parameters
-from tests.tiny_models import write_safetensors
+from tests.tiny_models import tiny_config, write_safetensors
 
 
 @pytest.fixture
@@ -96,6 +96,14 @@ def test_picture_noise_is_that_of_a_cpu_generator():
         assert torch.equal(PictureNoise([2])((1, 4, 2, 2))[0], expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_picture_remembers_zero_terminal_snr(tiny_checkpoint):
+    config = tiny_config(parameterization="v", zero_snr=True)
+    pipeline = Pipeline.from_checkpoint(tiny_checkpoint, config, device="cpu", dtype="float32")
+    drawn = pipeline.txt2img("x", steps=2)[0]
+    assert drawn.settings["model"]["zero_snr"] is True
+    assert drawn.settings["model"]["parameterization"] == "v"
 
 
 def test_upstream_s_noise_is_one_stream_from_the_seed(pipeline):
