@@ -33,6 +33,7 @@ OTHERS = {
     "fooocus_scheme": "Fooocus's settings",
     "prompt": "a ComfyUI graph",
 }
+_OVER_ANOTHER = "it was drawn over another picture (img2img --init-img)"
 _PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _NEGATIVE = re.compile(r"^[ \t]*Negative prompt:", re.MULTILINE)
 _NAMES = {name: own for own, name in WEB_UI_SAMPLERS.items()}  # of two, the last
@@ -114,7 +115,7 @@ def _own(about: Mapping[str, Any]) -> Found:
     if "mask" in about:
         found.left_out.append("it was painted inside a mask (inpaint --mask)")
     elif "init_img" in about:
-        found.left_out.append("it was drawn over another picture (img2img --init-img)")
+        found.left_out.append(_OVER_ANOTHER)
     model = about.get("model")
     if isinstance(model, Mapping):
         found.left_out.append(f"its model, {shown(model.get('name'))} (--ckpt)")
@@ -221,7 +222,9 @@ def _web_ui(text: str, where: str) -> Found:
     for text in (without_tags(prompt), negative):
         found.left_out += syntax_remarks(text, is_long=True, has_emphasis=True)
     tome: dict[str, Any] = {}
-    is_hires = "Hires upscale" in pairs
+    is_hires = any(name.startswith("Hires ") for name in pairs)
+    if "Denoising strength" in pairs and not is_hires:
+        found.left_out.append(_OVER_ANOTHER)
     for name, value in pairs.items():
         try:
             known = _READERS[name](value.strip())
