@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ldm.checkpoint.files import StateDict, stem_of
-from ldm.checkpoint.keys import FIRST_STAGE, canonical_name
+from ldm.checkpoint.keys import FIRST_STAGE, canonical_name, canonical_names
 from ldm.errors import InputError
 
 _ENDINGS = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
@@ -60,7 +60,7 @@ def with_vae(weights: StateDict, vae: StateDict) -> StateDict:
 
 def _vae_entries(vae: StateDict) -> dict[str, str]:
     """Name in our models -> name in the file."""
-    plain = {canonical_name(name): name for name in vae}
+    plain = canonical_names(vae)
     prefix = next(p for p in _PREFIXES if p == "" or any(name.startswith(p) for name in plain))
     found = {
         name[len(prefix) :]: raw
