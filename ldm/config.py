@@ -90,13 +90,19 @@ def load_config(
     return resolved(merged, "configuration")
 
 
-def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read one YAML file of a model as data; references of other sections may lead nowhere.
+def load_yaml(
+    path: str | os.PathLike[str], sections: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Read one YAML file as data.
+
+    Args:
+        path: the file.
+        sections: those that are needed; references in others may lead nowhere. None: all are.
 
     Raises:
         InputError: it cannot be read, is not a YAML mapping, or is beyond the limits.
     """
-    return resolved(_read(Path(path)), escaped(path), MODEL_SECTIONS)
+    return resolved(_read(Path(path)), escaped(path), sections)
 
 
 def _read(path: Path) -> dict[str, Any]:

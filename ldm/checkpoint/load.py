@@ -23,6 +23,7 @@ from ldm.checkpoint.prediction import ZERO_SNR_KEYS, decide_prediction, kind_of
 from ldm.checkpoint.sidecar import neighbouring_config, without_training_keys
 from ldm.checkpoint.vae import find_vae, with_vae
 from ldm.config import (
+    MODEL_SECTIONS,
     find_config,
     load_config,
     load_yaml,
@@ -291,5 +292,5 @@ def _given_config(config: ConfigLike) -> tuple[str, dict[str, Any]]:
     if isinstance(config, Mapping):
         name, whole = "the given configuration", copy.deepcopy(dict(config))
     else:
-        name, whole = str(config), load_yaml(find_config(config))
+        name, whole = str(config), load_yaml(find_config(config), MODEL_SECTIONS)
     return name, without_training_keys(whole, name)
