@@ -229,6 +229,13 @@ def test_alpha_scales(shapes, tmp_path):
     assert {change.scale for change in read_lora(path, 1, shapes).changes} == {1.0}
 
 
+def test_a_layer_under_two_names_is_refused(shapes, tmp_path):
+    """Which of both holds, or whether both do, nobody knows."""
+    both = kohya(*all_factors(shapes), 1) | dotted(*all_factors(shapes), "lora_A", "lora_B")
+    with pytest.raises(InputError, match="has one layer twice, as"):
+        read_lora(write(tmp_path, both), 1, shapes)
+
+
 def test_scales_in_diffusers_metadata(shapes, tmp_path):
     said = {
         "unet.lora_alpha": 6,
