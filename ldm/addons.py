@@ -54,6 +54,8 @@ def named(paths: Iterable[Path], below: Sequence[Path]) -> dict[str, Path]:
 def find_addons(kind: str) -> dict[str, Path]:
     """The files of ``models/KIND`` by the names to show, which have no ending.
 
+    Of two files that differ in their ending the last by name has that name, the others keep theirs.
+
     Args:
         kind: ``lora``, ``embeddings``, ``vae`` or ``controlnet``.
     """
@@ -61,7 +63,14 @@ def find_addons(kind: str) -> dict[str, Path]:
     files = [path for folder in below for path in files_below(folder)]
     if kind == "embeddings":  # pictures may hold some, or be the preview of the file of their name
         files = [path for folder in below for path in files_below(folder, (".png",))] + files
-    return {name.removesuffix(path.suffix): path for name, path in named(files, below).items()}
+    found: dict[str, Path] = {}
+    for name, path in named(files, below).items():
+        short = name.removesuffix(path.suffix)
+        before = found.get(short)
+        if before is not None and before.suffix.lower() != ".png":
+            found[short + before.suffix] = before
+        found[short] = path
+    return found
 
 
 def offered(kind: str, name: object) -> Path:

@@ -15,6 +15,7 @@ from ldm.text import read_text
 
 MODEL_FOLDERS = ("configs/stable-diffusion", "configs/demo")
 PRESET_FOLDER = "configs/tome"
+MODEL_SECTIONS = ("model", "defaults")  # what is needed to draw
 MAX_YAML_BYTES = 2**20
 DEFAULT_PROMPT = "a painting of a virus monster playing guitar"
 TOME_PLACE = ("model", "params", "unet_config", "params", "tome_config")
@@ -89,13 +90,19 @@ def load_config(
     return resolved(merged, "configuration")
 
 
-def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_yaml(
+    path: str | os.PathLike[str], sections: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Read one YAML file as data.
+
+    Args:
+        path: the file.
+        sections: those that are needed; references in others may lead nowhere. None: all are.
 
     Raises:
         InputError: it cannot be read, is not a YAML mapping, or is beyond the limits.
     """
-    return resolved(_read(Path(path)), escaped(path))
+    return resolved(_read(Path(path)), escaped(path), sections)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ OTHERS = {
     "fooocus_scheme": "Fooocus's settings",
     "prompt": "a ComfyUI graph",
 }
+_OVER_ANOTHER = "it was drawn over another picture (img2img --init-img)"
 _PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _NEGATIVE = re.compile(r"^[ \t]*Negative prompt:", re.MULTILINE)
 _NAMES = {name: own for own, name in WEB_UI_SAMPLERS.items()}  # of two, the last
@@ -121,7 +122,7 @@ def _own(about: Mapping[str, Any]) -> Found:
     if "mask" in about:
         found.left_out.append("it was painted inside a mask (inpaint --mask)")
     elif "init_img" in about:
-        found.left_out.append("it was drawn over another picture (img2img --init-img)")
+        found.left_out.append(_OVER_ANOTHER)
     if _shared_noise(about):
         found.left_out.append(
             "its noise, which it shared with others of its run (begun by --seed "
@@ -254,7 +255,9 @@ def _web_ui(text: str, where: str) -> Found:
     for text in (without_tags(prompt), negative):
         found.left_out += syntax_remarks(text, is_long=True, has_emphasis=True)
     tome: dict[str, Any] = {}
-    is_hires = bool({"Hires upscale", "Hires resize"} & pairs.keys())
+    is_hires = any(name.startswith("Hires ") for name in pairs)
+    if "Denoising strength" in pairs and not is_hires:
+        found.left_out.append(_OVER_ANOTHER)
     for name, value in pairs.items():
         try:
             known = _READERS[name](value.strip())

@@ -13,6 +13,7 @@ Mask = NDArray[np.bool_]
 Values = NDArray[np.float32]
 
 _NOISE = 8 / 255  # what lossy compression adds to a constant picture
+_BLACK = 0.125  # what is darker
 _MANY_COLOURS = 8  # a picture has more, strokes have fewer
 
 
@@ -45,7 +46,9 @@ def _half(alpha: Values) -> float:
     low, high = float(alpha.min()), float(alpha.max())
     if low < 0.5 <= high:
         return 0.5
-    return (low + high) / 2 if high - low > _NOISE else min(low, 0.5) or 0.5
+    if low == 0 < high or high - low > _NOISE:  # the former also of an alpha of 0 and 1
+        return (low + high) / 2
+    return min(low, 0.5) or 0.5
 
 
 def _by_colour(colours: Values) -> tuple[Mask, str]:
@@ -53,11 +56,25 @@ def _by_colour(colours: Values) -> tuple[Mask, str]:
     spread = colours.max(axis=2) - colours.min(axis=2)
     if not (spread > 0.2).any():
         return _bright(colours.mean(axis=2)), "its white part"
-    if (colours.max(axis=2) < 0.125).mean() >= 0.01:  # there is black, which means: leave it
-        return _bright(colours.max(axis=2)), "its coloured part"
+    if (colours.max(axis=2) < _BLACK).mean() >= 0.01:  # there is black, which means: leave it
+        return _distinct(colours, colours.max(axis=2)), "its coloured part"
     edges = [colours[0], colours[-1], colours[:, 0], colours[:, -1]]
     background = np.median(np.concatenate(edges), axis=0)
-    return _bright(np.abs(colours - background).max(axis=2)), "what differs from its border"
+    apart = np.abs(colours - background).max(axis=2)
+    return _distinct(colours, apart), "what differs from its border"
+
+
+def _distinct(colours: Values, values: Values) -> Mask:
+    """The upper half of the values; where there are several colours, half of the least bright."""
+    levels = np.round(values * 15).astype(np.int64)
+    inside = levels[1:-1, 1:-1]  # of an even colour, not on a soft or damaged edge
+    sides = (levels[:-2, 1:-1], levels[2:, 1:-1], levels[1:-1, :-2], levels[1:-1, 2:])
+    is_even = np.logical_and.reduce([inside == side for side in sides])
+    found = inside[is_even & (values[1:-1, 1:-1] >= _BLACK)]
+    if found.size == 0 or not _is_flat(colours.reshape(-1, 3)):
+        return _bright(values)
+    least = np.flatnonzero(np.bincount(found) >= 0.02 * found.size)[0] / 15
+    return values >= least / 2
 
 
 def _bright(values: Values) -> Mask:
@@ -80,5 +97,5 @@ def _is_flat(colours: Values) -> bool:
 
 def _is_black_and_white(colours: Values) -> bool:
     """Whether there is black and white and nothing else, (n, 3)."""
-    is_black, is_white = colours.max(axis=1) < 0.125, colours.min(axis=1) > 0.875
+    is_black, is_white = colours.max(axis=1) < _BLACK, colours.min(axis=1) > 0.875
     return bool(is_black.any() and is_white.any() and (is_black | is_white).all())

@@ -71,6 +71,8 @@ class Pipeline(LoadedModel):
         **settings: Any,
     ) -> list[Picture]:
         """Redraw the part of a picture where a mask (a file, or (H, W)) is white or True."""
+        if "strength" in settings:
+            logger.warning("strength has no effect inside of a mask: all of it is drawn anew")
         hole = images.as_mask(mask)
         return list(self.generate(Settings(prompt, **settings), pixels_of(init), hole))
 

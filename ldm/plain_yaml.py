@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Container
 from typing import Any
 
 import yaml
@@ -71,8 +72,15 @@ def parse_yaml(text: str, where: str) -> Any:
     return value
 
 
-def resolved(config: dict[str, Any], where: str) -> dict[str, Any]:
+def resolved(
+    config: dict[str, Any], where: str, sections: Container[str] | None = None
+) -> dict[str, Any]:
     """A copy in which each ``${a.b}`` is what stands at the key b of a, seen from the top.
+
+    Args:
+        config: the whole document.
+        where: the file, for messages.
+        sections: leave those of other names as they are; None: there are none.
 
     Raises:
         InputError: there is no such key, it leads back to itself, or ``${...}`` asks for something
@@ -120,7 +128,10 @@ def resolved(config: dict[str, Any], where: str) -> dict[str, Any]:
             raise InputError(f"{where}: ${{{path}}} is too much to be a part of a text")
         return text
 
-    return {key: copy(value, ()) for key, value in config.items()}
+    return {
+        key: copy(value, ()) if sections is None or key in sections else value
+        for key, value in config.items()
+    }
 
 
 def _extent(

@@ -82,6 +82,7 @@ def model_notes(
             "hash": file_hash,
             "family": info.family,
             "parameterization": model.parameterization,
+            **({"zero_snr": True} if info.zero_snr else {}),
             "ema": ema,
             **({"vae": info.vae.name} if info.vae else {}),
         },

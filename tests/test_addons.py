@@ -16,6 +16,20 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "models"
 
 
+def test_of_two_files_that_differ_in_their_ending_none_is_hidden(folder):
+    for name in ("lora/ink.pt", "lora/ink.safetensors", "lora/ink.ckpt", "embeddings/dog.pt"):
+        (folder / name).touch()
+    lora = folder / "lora"
+    assert find_addons("lora") == {
+        "ink": lora / "ink.safetensors",
+        "ink.ckpt": lora / "ink.ckpt",
+        "ink.pt": lora / "ink.pt",
+        "sub/ink": lora / "sub/ink.safetensors",
+    }
+    assert find_addons("embeddings")["dog"] == folder / "embeddings" / "dog.pt"
+    assert "dog.png" not in find_addons("embeddings")
+
+
 def test_tags_are_taken_out_of_a_prompt():
     found = taken_loras("a <lora:my style:0.5>house <LORA: b >(<lyco:c:-1>)")
     assert found == ("a house ()", (("my style", 0.5), ("b", 1.0), ("c", -1.0)))

@@ -53,6 +53,19 @@ def test_a_web_ui_s_picture_may_be_merged_in_its_second_pass_alone():
     assert (config.second_pass.ratio, config.second_pass.random) == (0.5, False)
 
 
+def test_what_was_drawn_over_another_picture_is_said():
+    plain = "a house\nSteps: 20, Sampler: Euler, Seed: 1"
+    for more, is_said in (
+        (", Denoising strength: 0.5", True),
+        (", Denoising strength: 0.5, Hires upscale: 2", False),
+        (", Denoising strength: 0.5, Hires resize: 1024x1024", False),
+        ("", False),
+    ):
+        found = understood({"parameters": plain + more}, "x.png")
+        assert any("over another picture" in one for one in found.left_out) == is_said
+        assert ("strength" in found.settings) == is_said
+
+
 @pytest.mark.parametrize(
     ("prompt", "kind"),
     [

@@ -26,6 +26,13 @@ def with_alpha(pixels, is_visible):
 
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+UPPER = SQUARE & (np.arange(32) < 14)[:, None]
+
+
+def two_colours(upper, lower, outside):
+    return np.where(UPPER[..., None], upper, colour(lower, outside)).astype(np.uint8)
+
+
 FILES = {
     "white on black": grey(255, 0),
     "grey, two values": grey(100, 0),
@@ -39,6 +46,11 @@ FILES = {
     "green on white": colour((0, 200, 0), (255, 255, 255)),
     "blue on red": colour((0, 0, 255), (255, 0, 0)),
     "white on blue": colour((255, 255, 255), (0, 0, 255)),
+    "yellow and dark blue on black": two_colours((255, 255, 0), (0, 0, 90), (0, 0, 0)),
+    "white and dark red on black": two_colours((255, 255, 255), (90, 0, 0), (0, 0, 0)),
+    "red and pink on white": two_colours((255, 0, 0), (255, 190, 190), (255, 255, 255)),
+    "strokes, an alpha of 0 and 1": np.dstack([colour((255, 0, 0), (0, 0, 0)), grey(1, 0)]),
+    "erased from a photo, an alpha of 0 and 1": np.dstack([PHOTO, grey(0, 1)]),
     "white strokes": with_alpha(colour((255, 255, 255), (0, 0, 0)), SQUARE),
     "black strokes": with_alpha(colour((0, 0, 0), (0, 0, 0)), SQUARE),
     "red strokes": with_alpha(colour((255, 0, 0), (255, 0, 0)), SQUARE),
@@ -102,6 +114,15 @@ def test_all_or_nothing_is_a_warning(tmp_path, caplog, pixels, share, much):
     assert f"{share} is painted" in caplog.text
     assert f"paints {much}" in caplog.records[-1].getMessage()
     assert caplog.records[-1].levelno == logging.WARNING
+
+
+@pytest.mark.parametrize("quality", [30, 75, 95])
+def test_coloured_strokes_in_a_jpeg_keep_their_edges(tmp_path, quality):
+    large = np.kron(SQUARE, np.ones((4, 4), bool))
+    for ink, paper in (((255, 0, 0), (0, 0, 0)), ((255, 0, 0), (255, 255, 255))):
+        pixels = np.where(large[..., None], ink, paper).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "m.jpg", quality=quality)
+        assert (load_mask(tmp_path / "m.jpg") != large).mean() < 0.02
 
 
 def test_noise_of_compression_is_no_mask(tmp_path):

@@ -21,7 +21,7 @@ from ldm.sampling import Texts
 from ldm.settings import SAMPLERS, Settings
 from ldm.web_ui import web_ui_text
 from tests.golden_util import fill_parameters
-from tests.tiny_models import write_safetensors
+from tests.tiny_models import tiny_config, write_safetensors
 
 
 @pytest.fixture
@@ -90,9 +90,20 @@ def test_picture_noise_is_that_of_a_cpu_generator():
     assert not torch.equal(noise((2, 4, 2, 2))[1], expected)  # the stream goes on
     torch.set_default_dtype(torch.bfloat16)  # which is for what has no type of its own
     try:
+        with torch.device("meta"):
+            noise = PictureNoise([2])
+            assert torch.equal(noise((1, 4, 2, 2))[0], expected)
         assert torch.equal(PictureNoise([2])((1, 4, 2, 2))[0], expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_picture_remembers_zero_terminal_snr(tiny_checkpoint):
+    config = tiny_config(parameterization="v", zero_snr=True)
+    pipeline = Pipeline.from_checkpoint(tiny_checkpoint, config, device="cpu", dtype="float32")
+    drawn = pipeline.txt2img("x", steps=2)[0]
+    assert drawn.settings["model"]["zero_snr"] is True
+    assert drawn.settings["model"]["parameterization"] == "v"
 
 
 def test_upstream_s_noise_is_one_stream_from_the_seed(pipeline):
@@ -374,6 +385,24 @@ def test_arrays_are_pictures_and_masks_of_the_right_kind_or_refused(pipeline, ph
     for wrong in (photograph / 255, photograph[..., 0], np.zeros((16, 24, 4), np.uint8)):
         with pytest.raises(InputError, match=r"picture: must be uint8 of shape \(H, W, 3\), not"):
             pipeline.img2img(wrong, "x")
+
+
+def test_a_mask_of_numbers_is_white_where_they_are_high(pipeline, photograph):
+    mask = np.zeros((16, 24), bool)
+    mask[3:9, 5:14] = True
+    right = pipeline.inpaint(photograph, mask, "x", steps=1)[0].pixels
+    for white, kind in ((255, np.uint8), (1, np.uint8), (1, np.float32), (65535, np.int32)):
+        drawn = pipeline.inpaint(photograph, mask.astype(kind) * kind(white), "x", steps=1)
+        np.testing.assert_array_equal(drawn[0].pixels, right)
+
+
+def test_what_would_not_lie_where_it_is_meant_is_refused(pipeline, photograph, caplog):
+    mask = np.ones((16, 24), bool)
+    for wrong in (mask.T, mask[:, :16]):
+        with pytest.raises(InputError, match="make them alike"):
+            pipeline.inpaint(photograph, wrong, "x", steps=1)
+    pipeline.inpaint(photograph, np.ones((32, 49), bool), "x", steps=1, strength=0.5)
+    assert "strength has no effect inside of a mask" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "inpainting"])

@@ -132,7 +132,7 @@ def _check_target(target: Path, split: float | None, force: bool) -> None:
 
 def _tensors(weights: StateDict, half: bool, ema: bool) -> dict[str, Tensor]:
     """What to store: each tensor once, in memory of its own."""
-    names = {keys.canonical_name(name): name for name in weights}
+    names = keys.canonical_names(weights)
     if ema:
         if not keys.has_ema(names):
             raise InputError(f"{weights.path} has no EMA weights; leave out --ema")

@@ -22,7 +22,15 @@ from ldm.checkpoint.fill import build_without_weights, fill
 from ldm.checkpoint.prediction import ZERO_SNR_KEYS, decide_prediction, kind_of
 from ldm.checkpoint.sidecar import neighbouring_config, without_training_keys
 from ldm.checkpoint.vae import find_vae, with_vae
-from ldm.config import load_config, model_configs, model_defaults, shipped
+from ldm.config import (
+    MODEL_SECTIONS,
+    find_config,
+    load_config,
+    load_yaml,
+    model_configs,
+    model_defaults,
+    shipped,
+)
 from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import set_attention_backend
@@ -284,5 +292,5 @@ def _given_config(config: ConfigLike) -> tuple[str, dict[str, Any]]:
     if isinstance(config, Mapping):
         name, whole = "the given configuration", copy.deepcopy(dict(config))
     else:
-        name, whole = str(config), load_config(config)
+        name, whole = str(config), load_yaml(find_config(config), MODEL_SECTIONS)
     return name, without_training_keys(whole, name)

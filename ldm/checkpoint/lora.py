@@ -122,6 +122,12 @@ def read_lora(path: str | os.PathLike[str], weight: float, shapes: Mapping[str, 
             f"{path} does not fit the model: {len(unknown)} of {len(file)} tensors have no place "
             f"in it, such as {some}"
         )
+    spelt: dict[Place, str] = {}
+    for layer in layers:
+        if (before := spelt.setdefault(known[layer], layer)) != layer:
+            raise InputError(
+                f"{path} has one layer twice, as {escaped(before)} and as {escaped(layer)}"
+            )
     said = said_scale(file)
     changes = []
     for layer, own in layers.items():

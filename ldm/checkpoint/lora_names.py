@@ -38,6 +38,8 @@ _ROLES = [(re.compile(rf"(?P<layer>.+?){suffix}"), role) for suffix, role in _SU
 _MAX_PATTERN = 200
 ADAPTER_CONFIG = "adapter_config.json"
 _PEFT = "base_model.model."  # before the names of layers in PEFT's own files
+# Ways to begin that take from the model's weights what the adapter has from then on.
+_TAKES_FROM_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def role_of(name: str) -> tuple[str, str] | None:
@@ -161,6 +163,12 @@ def _strength(said: Mapping[str, Any], prefix: str, where: str) -> Strength:
             raise InputError(f"{where}: {name} must be a number, not {shown(value)}")
         return float(value)
 
+    begun = said.get(f"{prefix}init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_TAKES_FROM_MODEL):
+        raise InputError(
+            f"{where}: init_lora_weights is {shown(begun)}, so the adapter belongs to weights that "
+            "are not the model's; have PEFT convert it (path_initial_model_for_weight_conversion)"
+        )
     alpha = said.get(f"{prefix}lora_alpha")
     rank = None
     if said.get(f"{prefix}peft_type") in ("LOHA", "LOKR"):

@@ -5,9 +5,11 @@ The tensors' shapes cannot tell. In this order, the first that says something de
 1. what the user asked for,
 2. the file's metadata (`METADATA_KEYS`),
 3. keys in the file (`v_pred`, `ztsnr`),
-4. the configuration beside the file, or in its training run's folder,
-5. the exact name of a published file, or the words v-pred and eps in a name,
-6. the configuration that fits, which is a guess where a file says nothing.
+4. the configuration beside the file, or in its training run's folder, where it has the key,
+5. the exact name of a published file of Stable Diffusion 2, or the words v-pred and eps in a name,
+   of a link or of what it leads to,
+6. the configuration beside the file without the key, which means eps,
+7. the configuration that fits, which is a guess where a file says nothing.
 
 Sources: ComfyUI's and kohya-ss's metadata and keys; Lin et al. 2023 (arXiv 2305.08891) for the
 schedule with zero terminal SNR.
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm.checkpoint.files import StateDict, stem_of
-from ldm.checkpoint.keys import canonical_names
+from ldm.checkpoint.keys import canonical_names, canonical_shapes, family
 from ldm.errors import InputError, escaped, shown
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ _SAID_ELSEWHERE = {
         "stable-diffusion-v2-768-v": "v",
     },
     "ss_v_parameterization": {"true": "v", "false": "eps"},
+    "v_pred": {"true": "v", "1": "v"},
 }
 """Metadata that say it in passing, or say nothing of it: key -> value -> kind."""
 ZERO_SNR_KEYS = ("zero_snr", "ztsnr", "zero_terminal_snr", "rescale_betas_zero_snr")
@@ -165,14 +168,29 @@ def decide_prediction(
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """What the U-Net of a configuration predicts; upstream's default is eps."""
-    return config["model"]["params"].get("parameterization", "eps")
+    """What the U-Net of a configuration predicts; upstream's default is eps.
+
+    Raises:
+        InputError: it says something else.
+    """
+    said = config["model"]["params"].get("parameterization", "eps")
+    found = _kind(said) if isinstance(said, str) else None
+    if found is None:
+        raise InputError(f"parameterization {shown(said)} is none of {', '.join(KINDS)}")
+    return found
 
 
 def has_zero_terminal(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration asks for the schedule with zero terminal SNR."""
+    """Whether a configuration asks for the schedule with zero terminal SNR.
+
+    Raises:
+        InputError: it says neither yes nor no.
+    """
     params = config["model"]["params"]
-    return any(params.get(key) is True for key in ZERO_SNR_KEYS)
+    for key in ZERO_SNR_KEYS:
+        if not isinstance(params.get(key), bool | None):
+            raise InputError(f"{key} {shown(params[key])}: allowed is true or false")
+    return any(params.get(key) for key in ZERO_SNR_KEYS)
 
 
 def record(metadata: Mapping[str, str], prediction: Prediction | None) -> dict[str, str]:
@@ -191,9 +209,12 @@ def record(metadata: Mapping[str, str], prediction: Prediction | None) -> dict[s
     return kept | ({"ztsnr": "true"} if prediction.zero_snr else {})
 
 
-def prediction_in_name(stem: str) -> str | None:
-    """``eps`` or ``v`` if a file has the exact name of a published one, or a word that says so."""
-    if published := _PUBLISHED.get(_STORAGE.sub("", stem).lower()):
+def prediction_in_name(stem: str, is_sd2: bool = True) -> str | None:
+    """``eps`` or ``v`` if a file has the exact name of a published one, or a word that says so.
+
+    The published ones are of Stable Diffusion 2; elsewhere ``768`` is a size.
+    """
+    if is_sd2 and (published := _PUBLISHED.get(_STORAGE.sub("", stem).lower())):
         return published
     is_v, is_eps = bool(_V_WORD.search(stem)), bool(_EPS_WORD.search(stem))
     return None if is_v == is_eps else "v" if is_v else "eps"
@@ -231,12 +252,20 @@ def _statements(
     )
     found = set(MARKERS) & canonical_names(weights).keys()
     yield _Statement("v" if "v_pred" in found else None, "ztsnr" in found, "keys")
+    configuration = []
     if beside is not None:
         name, whole = beside
         literal = "parameterization" in whole["model"]["params"]
-        yield _Statement(kind_of(whole), has_zero_terminal(whole), f"configuration {name}", literal)
-    stem = stem_of(weights.path)
-    yield _Statement(prediction_in_name(stem), bool(_ZERO_WORD.search(stem)), "name")
+        said = kind_of(whole), has_zero_terminal(whole), f"configuration {name}", literal
+        configuration = [_Statement(*said)]
+        if literal:
+            yield configuration.pop()
+    is_sd2 = family(canonical_shapes(weights)).startswith("sd2")
+    stems = [stem_of(path) for path in (weights.path, weights.path.resolve())]  # links lead home
+    kinds = (prediction_in_name(stem, is_sd2) for stem in stems)
+    is_zero = any(_ZERO_WORD.search(stem) for stem in stems)
+    yield _Statement(next(filter(None, kinds), None), is_zero, "name")
+    yield from configuration
 
 
 def _kind(text: str) -> str | None:

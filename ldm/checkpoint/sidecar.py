@@ -15,7 +15,7 @@ from typing import Any
 from ldm.checkpoint.files import stem_of
 from ldm.checkpoint.keys import TEXT_ENCODER, Shape
 from ldm.checkpoint.prediction import ZERO_SNR_KEYS
-from ldm.config import load_yaml
+from ldm.config import MODEL_SECTIONS, load_yaml
 from ldm.errors import InputError, escaped
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import INERT_ARGUMENTS, LatentDiffusion
@@ -50,7 +50,7 @@ def neighbouring_config(
     found = next(filter(None, map(_beside, (path, path.resolve()))), None)  # links lead home
     if found is None:
         return None
-    return str(found), _values(load_yaml(found), str(found), shapes)
+    return str(found), _values(load_yaml(found, MODEL_SECTIONS), str(found), shapes)
 
 
 def _beside(path: Path) -> Path | None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ldm.checkpoint.files import StateDict, stem_of
-from ldm.checkpoint.keys import FIRST_STAGE, canonical_name
+from ldm.checkpoint.keys import FIRST_STAGE, canonical_name, canonical_names
 from ldm.errors import InputError
 
 _ENDINGS = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
@@ -27,7 +27,8 @@ _DIFFUSERS = [
 
 def find_vae(checkpoint: Path) -> Path | None:
     """The VAE that belongs to a checkpoint by its name, such as MODEL.vae.safetensors."""
-    beside = (checkpoint.parent / (stem_of(checkpoint) + ending) for ending in _ENDINGS)
+    homes = (checkpoint, checkpoint.resolve())  # links lead home
+    beside = (home.parent / (stem_of(home) + ending) for home in homes for ending in _ENDINGS)
     return next((file for file in beside if file.is_file() and file != checkpoint), None)
 
 
@@ -59,7 +60,7 @@ def with_vae(weights: StateDict, vae: StateDict) -> StateDict:
 
 def vae_entries(vae: StateDict) -> dict[str, str]:
     """Name in our models -> name in the file, for a VAE or whatever has one in it."""
-    plain = {canonical_name(name): name for name in vae}
+    plain = canonical_names(vae)
     prefix = next(p for p in _PREFIXES if p == "" or any(name.startswith(p) for name in plain))
     found = {
         name[len(prefix) :]: raw

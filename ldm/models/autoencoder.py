@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint.files import open_state_dict
-from ldm.checkpoint.keys import FIRST_STAGE, canonical_name
+from ldm.checkpoint.keys import FIRST_STAGE, canonical_names
 from ldm.checkpoint.vae import vae_entries
 from ldm.errors import InputError, escaped
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
@@ -122,7 +122,7 @@ class AutoencoderKL(nn.Module):
             InputError: there is nothing to load.
         """
         weights, places = open_state_dict(path), self.state_dict()
-        named = {canonical_name(raw): raw for raw in weights} | vae_entries(weights)
+        named = canonical_names(weights) | vae_entries(weights)
         stored = {name.removeprefix(FIRST_STAGE): raw for name, raw in named.items()}
         wanted = [name for name in places if not name.startswith(tuple(ignore_keys))]
         kept = [name for name in wanted if name in stored]

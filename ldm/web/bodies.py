@@ -185,8 +185,8 @@ def read_body(
         not_used.append("eta")
     changes |= _second_pass(body)
     has_mask = bool(body.get("mask"))
-    if has_mask and changes.get("strength", 1) != 1:  # all is redrawn inside a mask
-        not_used.append("denoising_strength")
+    if has_mask and changes.pop("strength", 1) != 1:  # what is in the hole is not looked at
+        not_used.append(THEIRS["strength"])
     for name in ("init_images", "mask", "inpainting_mask_invert", *ABOUT_THE_ANSWER):
         body.pop(name, None)
     if body.pop("resize_mode", None) not in (None, 0, 1):  # 1 is what is done here
@@ -281,15 +281,26 @@ def _number(name: str, value: Any) -> float | None:
 def _vae(value: Any) -> str:
     """A VAE by its name or its file's."""
     name = check_kind(value, str, "sd_vae")
-    names = {path.name: name for name, path in find_addons("vae").items()}
-    offered("vae", names.get(name, name))
-    return names.get(name, name)
+    files = find_addons("vae")
+    if name not in files:
+        name = _only_one(name, [one for one, path in files.items() if path.name == name], "sd_vae")
+    offered("vae", name)
+    return name
 
 
 def _model(value: Any, models: Mapping[str, Path]) -> str:
     """A checkpoint by its name, its title (name and hash), or its file's name without ending."""
     name = check_kind(value, str, "sd_model_checkpoint").partition(" [")[0]
-    for known, path in models.items():
-        if name in (known, path.name, stem_of(path)):
-            return known
-    raise InputError(f"sd_model_checkpoint {shown(value)}: choose one of {', '.join(models)}")
+    if name not in models:
+        alike = [one for one, path in models.items() if name in (path.name, stem_of(path))]
+        name = _only_one(name, alike, "sd_model_checkpoint")
+    if name not in models:
+        raise InputError(f"sd_model_checkpoint {shown(value)}: choose one of {', '.join(models)}")
+    return name
+
+
+def _only_one(name: str, alike: list[str], option: str) -> str:
+    """The one of the full names that a file's name stands for; where there is none, that name."""
+    if len(alike) > 1:
+        raise InputError(f"{option} {shown(name)}: choose one of {', '.join(alike)}")
+    return alike[0] if alike else name

@@ -27,10 +27,11 @@ examples:
   for others on your network, with a password:
     python scripts/webui.py --host 0.0.0.0 --auth me:secret
 
-Flags are the fields' first values. Only this machine can open the page, unless --host says
-otherwise. The page asks no other host for anything. Pictures land in OUTDIR/samples/00000.png and
-on. LoRAs and embeddings of models/lora and models/embeddings can be named in a prompt. Prompts are
-read as with --long_prompt and --emphasis.
+Flags are the fields' first values. Beside --ckpt, the flags --config, --parameterization and --ema
+are about that checkpoint, not about the others of models/. Only this machine can open the page,
+unless --host says otherwise. The page asks no other host for anything. Pictures land in
+OUTDIR/samples/00000.png and on. LoRAs and embeddings of models/lora and models/embeddings can be
+named in a prompt. Prompts are read as with --long_prompt and --emphasis.
 """
 
 
@@ -109,8 +110,10 @@ def _serve(args: Arguments, model: dict[str, Any], port: int) -> None:
 
     path = model.pop("path")
     models = find_models(None if path is None else str(path))
-    runner = Runner(models, model, Gallery(Path(args.outdir), has_grid=False))
-    runner.load(next(iter(models)))
+    first = next(iter(models))
+    own = None if path is None else first
+    runner = Runner(models, model, Gallery(Path(args.outdir), has_grid=False), own)
+    runner.load(first)
     queue: Queue[Task, Report] = Queue(runner.work)
     desk, pictures = Desk(runner, queue), Pictures(Path(args.outdir))
     base = Base.from_arguments(args)

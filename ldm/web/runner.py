@@ -45,6 +45,7 @@ class Runner:
         models: checkpoints by the names that the page shows.
         arguments: of Pipeline.from_checkpoint, but for the path.
         gallery: where pictures are saved.
+        own: the model that ``config``, ``parameterization`` and ``ema`` are about; None: all.
 
     Attributes:
         loaded: the name of the model in memory, or on its way there, or None.
@@ -52,10 +53,15 @@ class Runner:
     """
 
     def __init__(
-        self, models: Mapping[str, Path], arguments: Mapping[str, Any], gallery: Gallery
+        self,
+        models: Mapping[str, Path],
+        arguments: Mapping[str, Any],
+        gallery: Gallery,
+        own: str | None = None,
     ) -> None:
         self.models = models
         self.arguments = arguments
+        self.own = own
         self.gallery = gallery
         self.loaded: str | None = None
         self._vae = ""
@@ -74,9 +80,14 @@ class Runner:
             raise InputError(f"Model {shown(model)}: choose one of {', '.join(self.models)}")
         if model not in self._infos:
             names = ("config", "parameterization", "ema", "vae")
-            given = (self.arguments[name] for name in names)
+            given = (self._given(model)[name] for name in names)
             self._infos[model] = inspect_checkpoint(self.models[model], *given)
         return self._infos[model]
+
+    def _given(self, model: str) -> dict[str, Any]:
+        """The arguments for a model: what the command line says of one file holds for no other."""
+        others = {"config": None, "parameterization": None, "ema": False}
+        return {**self.arguments, **({} if self.own in (None, model) else others)}
 
     def resolve(self, model: str, tome: AskedTome) -> ToMeConfig:
         """Token Merging settings over those of a model's YAML.
@@ -104,7 +115,7 @@ class Runner:
         """
         if self.pipeline is None or (model, vae) != (self.loaded, self._vae):
             self.info(model)
-            arguments = dict(self.arguments)
+            arguments = self._given(model)
             if vae:
                 arguments["vae"] = offered("vae", vae)
             self.pipeline = self._preview = None  # two may be too much for memory

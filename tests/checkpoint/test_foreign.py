@@ -160,6 +160,13 @@ def test_a_first_stage_in_training_begins_with_any_of_them(tmp_path, caplog, wei
     assert not caplog.records
 
 
+def test_the_vae_of_a_link_is_that_of_its_file(tmp_path, config, weights):
+    path = write_safetensors(tmp_path / "m.safetensors", weights)
+    vae = write_safetensors(tmp_path / "m.vae.safetensors", weights)
+    (tmp_path / "model.safetensors").symlink_to(path)
+    assert inspect_checkpoint(tmp_path / "model.safetensors", config).vae == vae
+
+
 def test_without_a_vae_the_way_out_is_named(tmp_path, config, weights):
     rest = {n: t for n, t in weights.items() if not n.startswith(VAE)}
     path = write_safetensors(tmp_path / "m.safetensors", rest)

@@ -527,6 +527,10 @@ def test_training_run_keeps_the_configuration(tmp_path, config, weights):
     torch.save({"state_dict": weights}, tmp_path / "checkpoints" / "last.ckpt")
     info = inspect_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert info.config_name == str(new)
+    # what it says of its data may have been true on another machine
+    new.write_text(yaml.safe_dump({**config, "data": {"params": {"folder": "${oc.env:DATA}"}}}))
+    for given in (None, new):
+        assert inspect_checkpoint(tmp_path / "checkpoints" / "last.ckpt", given).family == "custom"
 
 
 def test_other_families_are_refused(tmp_path):

@@ -229,6 +229,13 @@ def test_alpha_scales(shapes, tmp_path):
     assert {change.scale for change in read_lora(path, 1, shapes).changes} == {1.0}
 
 
+def test_a_layer_under_two_names_is_refused(shapes, tmp_path):
+    """Which of both holds, or whether both do, nobody knows."""
+    both = kohya(*all_factors(shapes), 1) | dotted(*all_factors(shapes), "lora_A", "lora_B")
+    with pytest.raises(InputError, match="has one layer twice, as"):
+        read_lora(write(tmp_path, both), 1, shapes)
+
+
 def test_scales_in_diffusers_metadata(shapes, tmp_path):
     said = {
         "unet.lora_alpha": 6,
@@ -503,6 +510,16 @@ def test_strength_is_what_the_adapters_configuration_says(shapes, tmp_path):
         assert change.scale == alpha / RANK
     adapter(tmp_path, shapes, lora_alpha=32, use_rslora=True)
     assert {c.scale for c in read_lora(path, 1, shapes).changes} == {32 / math.sqrt(RANK)}
+
+
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "OLoRA", "corda", "loftq"])
+def test_an_adapter_of_changed_weights_is_refused(shapes, tmp_path, begun):
+    path = adapter(tmp_path, shapes, lora_alpha=RANK, init_lora_weights=begun)
+    with pytest.raises(InputError, match=f"init_lora_weights is '{begun}'"):
+        read_lora(path, 1, shapes)
+    for begun in (True, False, "gaussian", "eva"):
+        adapter(tmp_path, shapes, lora_alpha=RANK, init_lora_weights=begun)
+        assert {change.scale for change in read_lora(path, 1, shapes).changes} == {1.0}
 
 
 def test_an_adapters_configuration_lies_beside_what_a_link_leads_to(shapes, tmp_path):

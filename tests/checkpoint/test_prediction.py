@@ -85,6 +85,7 @@ def test_prediction_in_a_files_name(stem, prediction):
         ({"modelspec.architecture": "stable-diffusion-v1"}, None),
         ({"ss_v_parameterization": "True"}, "v"),
         ({"ss_v_parameterization": "False", "prediction_type": "v"}, "v"),
+        ({"v_pred": "True"}, "v"),
         ({"format": "pt"}, None),
         ({}, None),
     ],
@@ -116,6 +117,7 @@ def test_metadata_that_say_something_else_are_not_passed_by(tmp_path):
         ("m", {"ss_v_parameterization": "true", "ztsnr": "yes"}, "v", True, "by its metadata"),
         ("m", {"markers": ["module.v_pred", "module.ztsnr"]}, "v", True, "by its keys"),
         ("mVPred_zeroSnr", {}, "v", True, "by its name"),
+        ("m", {"v_pred": "true", "ztsnr": "true"}, "v", True, "by its metadata"),
     ],
 )
 def test_loading_and_converting_decide_alike(tmp_path, family, name, facts, kind, zero_snr, source):
@@ -171,6 +173,53 @@ def test_the_configuration_of_a_link_is_that_of_its_file(tmp_path):
     assert inspect_checkpoint(link).prediction == "eps"
 
 
+def test_a_link_has_the_name_of_its_file(tmp_path):
+    """Upstream's README puts a link at the default path."""
+    for name, family in (("my-vpred_ztsnr", "sd1"), ("v2-1_768-ema-pruned", "sd2")):
+        link = tmp_path / f"{family}.safetensors"
+        link.symlink_to(model(tmp_path / f"{name}.safetensors", family))
+        info = inspect_checkpoint(link)
+        assert (info.prediction, info.zero_snr) == ("v", family == "sd1")
+
+
+@pytest.mark.parametrize("name", ["768", "768-v-ema", "v2-1_768-ema-pruned"])
+def test_names_of_published_files_are_those_of_their_family(tmp_path, name):
+    assert inspect_checkpoint(model(tmp_path / f"{name}.safetensors")).prediction == "eps"
+    assert inspect_checkpoint(model(tmp_path / f"{name}.safetensors", "sd2")).prediction == "v"
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"), [("v_prediction", "v"), ("V", "v"), ("epsilon", "eps"), ("sample", "x0")]
+)
+def test_a_configuration_may_say_it_in_other_words(tmp_path, said, kind):
+    whole = load_config("configs/stable-diffusion/v1-inference.yaml")
+    whole["model"]["params"]["parameterization"] = said
+    path = model(tmp_path / "m.safetensors")
+    assert inspect_checkpoint(path, whole).prediction == kind
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(whole))
+    assert inspect_checkpoint(path).config["model"]["params"]["parameterization"] == kind
+    convert(write_header(path, BIAS), tmp_path / "b.safetensors")
+    assert (
+        inspect_checkpoint(
+            model(tmp_path / "b.safetensors", **stored(tmp_path / "b.safetensors")[1])
+        ).prediction
+        == kind
+    )
+
+
+@pytest.mark.parametrize("key", ["zero_snr", "rescale_betas_zero_snr"])
+@pytest.mark.parametrize("value", [1, "true", "yes"])
+def test_a_configuration_says_yes_or_no_to_zero_terminal_snr(tmp_path, key, value):
+    whole = load_config("configs/stable-diffusion/v1-inference.yaml")
+    whole["model"]["params"] |= {"parameterization": "v", key: value}
+    path = model(tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=f"{key} .*allowed is true or false"):
+        inspect_checkpoint(path, whole)
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(whole))
+    with pytest.raises(InputError, match=f"{key} .*allowed is true or false"):
+        inspect_checkpoint(path)
+
+
 def test_the_first_in_the_order_holds_and_a_contradiction_is_said(tmp_path, caplog):
     path = tmp_path / "m-vpred.safetensors"
     model(path, markers=["v_pred"], modelspec__prediction_type="epsilon")
@@ -186,6 +235,8 @@ def test_a_configuration_that_says_nothing_does_not_contradict(tmp_path, caplog)
     assert inspect_checkpoint(model(tmp_path / "m.safetensors", "sd2")).prediction == "eps"
     path = model(tmp_path / "m.safetensors", "sd2", markers=["v_pred"])
     assert inspect_checkpoint(path).prediction == "v"
+    (tmp_path / "m.yaml").rename(tmp_path / "m-vpred.yaml")
+    assert inspect_checkpoint(model(tmp_path / "m-vpred.safetensors", "sd2")).prediction == "v"
     assert not caplog.records
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from safetensors.torch import save_file
 
@@ -20,6 +21,7 @@ from ldm.evaluation.appendix_f import program as appendix_f
 from ldm.evaluation.appendix_f.networks import alexnet_layers
 from ldm.evaluation.appendix_f.protocols import imagenet
 from ldm.images import load_rgb, read_settings
+from tests.tiny_models import tiny_config, tiny_weights, write_safetensors
 
 ROOT = Path(__file__).parents[2]
 FAST = [
@@ -154,6 +156,17 @@ def test_a_trial_batch_tells_hours_and_disk(run, argv, tmp_path, capsys):
     assert 0 < float(hours) < 1
     assert 0 < float(gib) < 0.01
     assert not out.exists()
+
+
+def test_the_vae_may_be_a_file_of_its_own(run, argv, tmp_path):
+    """That of a checkpoint that has none."""
+    config = tiny_config()
+    weights = tiny_weights(config)
+    parts = ({n: t for n, t in weights.items() if n.startswith("first_") == b} for b in (0, 1))
+    model, vae = (write_safetensors(tmp_path / f"{n}.safetensors", next(parts)) for n in "mv")
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(config))
+    argv[1] = model
+    assert run(*argv, tmp_path / "out", "--vae", vae, "--dry-run") == 0
 
 
 def test_the_published_protocol_has_the_published_settings(tiny_checkpoint, capsys, run, tmp_path):

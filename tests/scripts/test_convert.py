@@ -166,6 +166,15 @@ def test_metadata_are_kept(tmp_path):
     assert content(target)[1] == expected
 
 
+def test_of_two_spellings_the_one_that_is_loaded_is_written(tmp_path):
+    name = f"{UNET}out.2.bias"
+    for order in ((name, f"module.{name}"), (f"module.{name}", name)):
+        values = {name: torch.ones(4), f"module.{name}": torch.zeros(4)}
+        torch.save({one: values[one] for one in order}, tmp_path / "m.ckpt")
+        path = convert(tmp_path / "m.ckpt", force=True)
+        assert torch.equal(content(path)[0][name], torch.ones(4))
+
+
 def test_tensors_that_share_memory(tmp_path):
     both = torch.arange(10.0)
     torch.save({"a": both[:6], "b": both[3:], "c": both}, tmp_path / "m.ckpt")

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ldm.cli.values import Wishes
+from ldm.errors import InputError
 from ldm.web.address import free_port
 from ldm.web.api import Api
 from ldm.web.bodies import Options, read_body
@@ -102,8 +103,44 @@ def test_what_a1111_has_by_default_asks_for_nothing(base):
         order = read_body({**body, "enable_hr": is_on}, base.wishes, Options(), {})
         given = {"seed": -1, **({"hires_scale": 2.0, "hires_upscaler": "latent"} if is_on else {})}
         assert (order.wishes, order.not_used) == (base.wishes.changed(given), ())
-    painted = read_body({**body, "mask": "x", "resize_mode": 2}, base.wishes, Options(), {})
-    assert painted.not_used == ("resize_mode", "mask_blur_x", "mask_blur_y", "mask_round")
+    body |= {"mask": "x", "resize_mode": 2, "denoising_strength": 0.4}
+    painted = read_body(body, base.wishes, Options(), {})
+    unused = ("resize_mode", "mask_blur_x", "mask_blur_y", "mask_round")
+    assert painted.not_used == ("denoising_strength", *unused)
+
+
+def test_the_ratio_of_img2img_is_not_that_of_txt2img(base):
+    both = {"token_merging_ratio": 0.5, "token_merging_ratio_img2img": 0.25}
+    zero = {"token_merging_ratio": 0.5, "token_merging_ratio_img2img": 0}
+    for said, ratio, again in ((both, 0.5, 0.25), (zero, 0.5, 0.5)):
+        body = {"override_settings": said}
+        assert read_body(body, base.wishes, Options(), {}).wishes.keys == {"ratio": ratio}
+        drawn_over = read_body({**body, "init_images": ["x"]}, base.wishes, Options(), {})
+        assert drawn_over.wishes.keys == {"ratio": again}
+
+
+def test_a_name_of_two_files_stands_for_the_one_that_it_names_whole(base, tmp_path, monkeypatch):
+    models = {"old/v1.safetensors": tmp_path / "old/v1.safetensors"}
+    models |= {"v1.safetensors": tmp_path / "v1.safetensors", "v2": tmp_path / "v2.ckpt"}
+    files = [tmp_path / "models" / "vae" / name for name in ("mine.pt", "old/mine.pt", "b/x.pt")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    monkeypatch.chdir(tmp_path)
+
+    def options(**said):
+        order = read_body({"override_settings": said}, base.wishes, Options(), models)
+        return order.options.model, order.options.vae
+
+    for name in models:
+        assert options(sd_model_checkpoint=f"{name} [0123456789]")[0] == name
+    assert options(sd_model_checkpoint="v2.ckpt")[0] == "v2"
+    with pytest.raises(InputError, match=r"'v1': choose one of old/v1.safetensors, v1.safetensors"):
+        options(sd_model_checkpoint="v1")
+    for name, said in (("mine", "mine"), ("old/mine", "old/mine"), ("b/x", "x.pt")):
+        assert options(sd_vae=said)[1] == name
+    with pytest.raises(InputError, match=r"sd_vae 'mine.pt': choose one of mine, old/mine"):
+        options(sd_vae="mine.pt")
 
 
 @pytest.mark.parametrize(

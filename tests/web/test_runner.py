@@ -66,6 +66,16 @@ def test_previews_change_nothing_and_look_like_the_picture(runner, monkeypatch):
     assert error.max() < 32
 
 
+def test_what_is_said_of_one_checkpoint_holds_for_no_other(runner, tiny_checkpoint):
+    models = {"first": tiny_checkpoint, "other": tiny_checkpoint}
+    said = {**runner.arguments, "parameterization": "v"}
+    for own, kinds in (("first", ("v", "eps")), (None, ("v", "v"))):
+        page = type(runner)(models, said, runner.gallery, own)
+        assert tuple(page.info(name).prediction for name in models) == kinds
+        for name, kind in zip(models, kinds, strict=True):
+            assert page.load(name).model.parameterization == kind
+
+
 def test_several_pictures_are_those_of_a_single_run(runner):
     run(runner, task(settings={"n_iter": 2, "n_samples": 2}))
     whole = runner.pipeline.txt2img("a house", steps=3, seed=7, n_iter=2, n_samples=2)

@@ -183,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.evaluation.appendix_f.work import unet_outline
 
     path = model["path"] or default_checkpoint()[0]
-    info = inspect_checkpoint(path, model["config"], model["parameterization"], model["ema"])
+    names = ("config", "parameterization", "ema", "vae")
+    info = inspect_checkpoint(path, **{name: model[name] for name in names})
     is_demo = info.defaults.get("vocabulary") == VOCABULARY
     protocol = PROTOCOLS[args.protocol or ("demo" if is_demo else "tomesd")]
     if args.quick:

@@ -420,6 +420,7 @@ class LatentDiffusion(nn.Module):
         weights.require_weights(stored[name] for name in names if is_weight(name))
         state = {name: weights[stored[name]] for name in names}
         missing, unexpected = self.load_state_dict(state, strict=False)
+        missing = [name for name in missing if name not in SCHEDULE]
         self.has_loaded_scale = self.scale_by_std and "scale_factor" in state
         if len(unexpected) == len(state):
             raise InputError(f"{escaped(path)} has no weights of this model in it")
@@ -439,6 +440,12 @@ class LatentDiffusion(nn.Module):
                 "%s predicts %s (%s), and is to be trained to predict %s: "
                 "model.params.parameterization decides",
                 *(escaped(path), said.kind, said.source, self.parameterization),
+            )
+        has_noise_alone = float(self.alphas_cumprod[-1]) == 0
+        if said is not None and said.zero_snr and not has_noise_alone:
+            logger.warning(
+                "%s has a schedule with zero terminal SNR, and model.params.zero_snr is not set",
+                escaped(path),
             )
         counts = len(state), len(missing), len(unexpected)
         logger.info("%s: %d tensors, %d missing, %d without a place", path, *counts)

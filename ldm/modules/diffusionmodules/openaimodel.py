@@ -380,7 +380,7 @@ class UNetModel(nn.Module):
                 f"y is {'missing' if y is None else 'given'}, but num_classes is "
                 f"{self.num_classes!r}"
             )
-        if self.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # in training, which some loops begin without train()
             self.tome.begin_batch()
         self.tome.begin_call(x.shape[-2], x.shape[-1], timesteps)
         dtype = self.dtype

@@ -31,6 +31,7 @@ from ldm.modules.tome.plan import BlockPlans, MergePlan
 
 HANDLES = "_tome_handles"  # of a U-Net: what takes the hooks off again
 UNET = "UNet2DConditionModel"  # the one class whose tokens are the positions of one picture
+BLOCK = "BasicTransformerBlock"  # the class of its transformer blocks
 # Processors that only compute attention: merged tokens are to them tokens like any others.
 PLAIN_PROCESSORS = {
     "AttnProcessor",
@@ -152,6 +153,11 @@ def _refuse_misfits(unet: Any, transformers: list[tuple[Any, int]], config: ToMe
                 f"{name} has transformer blocks of the kind {kind!r}; merging knows those of "
                 "Stable Diffusion 1, 2 and XL"
             )
+        if type(block).__name__ != BLOCK:
+            raise InputError(
+                f"{name} has transformer blocks that something else has changed "
+                f"({type(block).__name__}); take that off first, as with tomesd.remove_patch"
+            )
         if getattr(block, "fuser", None) is not None:
             raise InputError(f"{name} has gated attention (GLIGEN), which merging does not know")
         for entry in (config, *config.rules):
@@ -216,7 +222,7 @@ class _Calls:
         if is_new or len(latents) != self.n_rows:
             self.merger.is_guided = self._is_guided(latents)
         self.last, self.context, self.n_rows = now, context, len(latents)
-        if unet.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # in training, which some loops begin without train()
             self.merger.begin_batch()
         h, w = latents.shape[-2:]
         self.merger.begin_call(h, w, timesteps)

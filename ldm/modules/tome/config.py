@@ -6,7 +6,7 @@ Pure Python, so that ``--help`` and configuration errors need no torch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,7 @@ from ldm.modules.tome.keys import AMOUNTS, KEYS, LARGEST, METHOD_KEYS, METHODS, 
 
 logger = logging.getLogger(__name__)
 
+BY_STRIDE = ("downsample", "tiles")  # methods whose amount the stride sets
 ROUNDING = 1e-4  # a ratio written with four digits may stand for a fraction such as 8/9
 
 
@@ -104,7 +105,7 @@ class ToMeConfig:
 
     @property
     def _has_amount(self) -> bool:
-        if self.method in ("downsample", "tiles"):
+        if self.method in BY_STRIDE:
             return self.stride != (1, 1) and 0 not in (self.ratio, self.r)
         if self.steps:
             return any(ratio > 0 for _, ratio in self.steps)
@@ -162,7 +163,7 @@ class ToMeConfig:
         n, limit = h * w, self.removable(h, w)
         if ratio is None:
             ratio = self.ratio
-        if self.method in ("kth", "downsample", "tiles"):
+        if self.method in ("kth", *BY_STRIDE):
             return limit if self._has_amount else 0
         if isinstance(ratio, (int, float)):
             return min(limit, int(n * ratio + 1e-6))  # 0.29 of 100 tokens are 29
@@ -194,8 +195,12 @@ def overlay(base: Mapping[str, Any] | None, override: Mapping[str, Any] | None) 
     """Lay one mapping of keys over another: a flag over a preset, a preset over a YAML.
 
     A key that sets the amount replaces whichever key set it below, another method drops the
-    keys below that mean nothing to it, and what is overridden is so in the rules below as well.
+    keys below that mean nothing to it, and what is overridden is so in the rules below as well:
+    none acts on fewer tokens than ``min_tokens``, and an amount of 0 leaves none of them.
     What is said of the second pass (``hires``) stands, and is laid over in the same way.
+
+    Raises:
+        InputError: an amount would do nothing in one of these rules.
     """
     below, above = spelled_out(base or {}), spelled_out(override or {})
     drops = set(above)
@@ -204,15 +209,37 @@ def overlay(base: Mapping[str, Any] | None, override: Mapping[str, Any] | None) 
     method = above.get("method")
     if method is not None and method != below.get("method", "grid"):
         drops |= {key for key, methods in METHOD_KEYS.items() if method not in methods}
+    amount = next((key for key in AMOUNTS if above.get(key) not in (None, ())), None)
+    if amount is not None and above[amount] == 0:
+        drops.add("rules")
     kept = {key: value for key, value in below.items() if key not in drops}
     if isinstance(kept.get("rules"), (list, tuple)):
-        kept["rules"] = [
-            {k: v for k, v in spelled_out(entry).items() if k == "min_tokens" or k not in drops}
-            for entry in kept["rules"]
-        ]
+        kept["rules"] = list(_overlaid_rules(kept["rules"], above, drops, amount))
     if isinstance(below.get("hires"), Mapping) and isinstance(above.get("hires"), Mapping):
         above["hires"] = overlay(below["hires"], above["hires"])
     return {**kept, **above}
+
+
+def _overlaid_rules(
+    rules: Iterable[Any], above: Mapping[str, Any], drops: Set[str], amount: str | None
+) -> Iterator[dict[str, Any]]:
+    """The entries of rules that lie below other keys; see `overlay`."""
+    least = above.get("min_tokens")
+    before = None
+    for entry in map(spelled_out, rules):
+        kept = {k: v for k, v in entry.items() if k == "min_tokens" or k not in drops}
+        own = kept.get("min_tokens")
+        if amount is not None and kept.get("method") in BY_STRIDE:
+            raise InputError(
+                f"ToMe {amount}={above[amount]!r} means nothing to method {kept['method']}, which "
+                f"the rules below have from {own!r} tokens; give a method or rules, too"
+            )
+        if isinstance(least, int) and isinstance(own, int) and own < least:
+            kept["min_tokens"] = least
+            if before == least:
+                continue  # the one before it always fits
+        before = kept.get("min_tokens")
+        yield kept
 
 
 @dataclass(frozen=True)
@@ -317,6 +344,8 @@ def _rule(entry: Mapping[str, Any], base: Mapping[str, Any]) -> ToMeConfig:
     beside = {key: value for key, value in base.items() if key not in ("rules", "hires")}
     where = f"ToMe rules: the entry from {entry['min_tokens']!r} tokens"
     own = [key for key in AMOUNTS if entry.get(key) is not None]
+    if not own and entry.get("method") in BY_STRIDE:
+        own = ["method"]
     if own and beside.get("steps"):
         raise InputError(
             f"{where} sets {own[0]}={entry[own[0]]!r}, so the 'steps' beside it would do nothing "

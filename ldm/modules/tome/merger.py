@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -245,13 +246,14 @@ class TokenMerger:
 
 def _drawn(config: ToMeConfig, size: tuple[int, int], n: int, generator: torch.Generator) -> Tensor:
     """Random numbers for n plans, (n, 1, N) or (n, rows, columns)."""
+    # types and places of their own, whatever the defaults are
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     if config.method in ("random", "guided"):
-        shape = (n, 1, size[0] * size[1])
-        return torch.rand(shape, generator=generator, dtype=torch.float32)
-    if config.method == "tiles":
-        return torch.randint(2, (n, 2), generator=generator)
+        return torch.rand((n, 1, size[0] * size[1]), generator=generator, **kind)
     if config.method == "prune":
-        shape = (n, 1, size[0] * size[1])
-        return torch.randn(shape, generator=generator, dtype=torch.float32)
-    n_choices = min(config.stride[0], size[0]) * min(config.stride[1], size[1])
-    return torch.randint(n_choices, (n, *cells(*size, config.stride)), generator=generator)
+        return torch.randn((n, 1, size[0] * size[1]), generator=generator, **kind)
+    n_choices, shape = 2, [n, 2]
+    if config.method != "tiles":
+        n_choices = min(config.stride[0], size[0]) * min(config.stride[1], size[1])
+        shape = [n, *cells(*size, config.stride)]
+    return torch.randint(n_choices, shape, generator=generator, device="cpu")

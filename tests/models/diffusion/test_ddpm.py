@@ -192,10 +192,21 @@ def test_weights_under_other_names_are_loaded_and_what_is_lost_is_said(tmp_path,
     assert (build(ckpt_path=str(path)).model.diffusion_model.conv_in.weight == 7).all()
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     name = "module.first_stage_model.encoder.weight"
-    torch.save({**{n: t for n, t in state.items() if n != name}, "v_pred": torch.ones(())}, path)
+    torch.save(
+        {
+            **{n: t for n, t in state.items() if n != name},
+            "v_pred": torch.ones(()),
+            "ztsnr": torch.ones(()),
+        },
+        path,
+    )
     build(ckpt_path=str(path))
     assert "which stay as they began: 1, such as first_stage_model.encoder.weight" in caplog.text
     assert "predicts v (by its keys), and is to be trained to predict eps" in caplog.text
+    assert "zero terminal SNR, and model.params.zero_snr is not set" in caplog.text
+    caplog.clear()
+    build(ckpt_path=str(path), parameterization="v", zero_snr=True)
+    assert "SNR" not in caplog.text
     torch.save(state | {name: torch.ones(3, dtype=torch.int8)}, path)
     with pytest.raises(InputError, match=r"first_stage_model\.encoder\.weight is int8"):
         build(ckpt_path=str(path))

@@ -438,6 +438,29 @@ def test_logits_are_computed_through_the_layers(preset: str) -> None:
     torch.testing.assert_close(outs[2], outs[1], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_in_training_no_plan_is_another_batchs(is_training: bool) -> None:
+    """Also where the loop never calls ``train()``."""
+    unet = diffusers.UNet2DConditionModel(**THEIRS).train(is_training)
+    merger = adapters.apply(unet, ratio=0.5, random=True, reuse_steps=4, max_downsample=2)
+    plans = []
+    for t in (10, 500, 200):
+        unet(torch.randn(2, 4, 8, 8), t, torch.randn(2, 5, 16))
+        plans.append(merger.last_decisions[0].plan)
+    assert len({id(plan) for plan in plans}) == 3
+
+
+def test_blocks_that_tomesd_has_changed_are_refused() -> None:
+    tomesd = pytest.importorskip("tomesd")
+    unet = diffusers.UNet2DConditionModel(**THEIRS)
+    pipe = SimpleNamespace(unet=unet)
+    for module in unet.modules():
+        if type(module).__name__ == adapters.BLOCK:
+            module.__class__ = tomesd.patch.make_diffusers_tome_block(type(module))
+    with pytest.raises(InputError, match=r"ToMeBlock.*tomesd\.remove_patch"):
+        adapters.apply(pipe, ratio=0.5)
+
+
 def test_compiled_unets_are_compiled_anew(pairs: Callable[[str], Pair]) -> None:
     pair = pairs("sd1")
     plain = pair.run_theirs([900])[0]

@@ -183,9 +183,13 @@ def test_rules_over_an_amount_beside_them() -> None:
         ({"rules": [{"min_tokens": 512, "method": "kth", "k": 8}]}, {"r": 9}, "r=9"),
         ({"rules": [{"min_tokens": 512, "k": 8}], "method": "kth"}, {"max_tokens": 9}, "max_tok"),
         ({"rules": [{"min_tokens": 1, "method": "kth"}]}, {"steps": [[0, 0.5]]}, "steps"),
+        ({"rules": [{"min_tokens": 9, "method": "downsample"}]}, {"ratio": 0.5}, "ratio=0.5"),
+        ({"rules": [{"min_tokens": 9, "method": "tiles"}]}, {"ratio": "auto"}, "ratio='auto'"),
+        ({"rules": [{"min_tokens": 9, "method": "tiles"}]}, {"steps": [[0, 0.5]]}, "steps"),
         # a rule in which the steps beside it would do nothing
         ({}, {"steps": [[0, 0.5], [1, 0]], "rules": [{"min_tokens": 9, "ratio": 0.5}]}, "steps"),
         ({}, {"steps": [[0, 0.5], [1, 0]], "rules": [{"min_tokens": 9, "k": 4}]}, "steps"),
+        ({}, {"steps": [[0, 0.5]], "rules": [{"min_tokens": 9, "method": "downsample"}]}, "steps"),
         # the same in a second pass
         (
             {"rules": [{"min_tokens": 1, "method": "kth", "k": 4}]},
@@ -207,6 +211,29 @@ def test_an_amount_over_rules_acts_in_them() -> None:
     assert (steps.ratio, steps.ratio_at(0.5)) == (None, 0.25)
     off = {"rules": [{"min_tokens": 512, "method": "kth", "k": 1}]}
     assert ToMeConfig.from_mapping(overlay(off, {"rules": off["rules"], "ratio": 0.5})).rules[0].k
+
+
+@pytest.mark.parametrize("method", ["kth", "downsample", "tiles", "grid"])
+@pytest.mark.parametrize("amount", [{"ratio": 0}, {"ratio": 0.0}, {"r": 0}])
+def test_an_amount_of_0_over_rules_is_off(method: str, amount: dict) -> None:
+    for keys in ({"k": 4} if method == "kth" else {}, {}):
+        rules = [{"min_tokens": 1024, "method": method, **keys}]
+        for below in ({"rules": rules}, {"method": method, **keys}):
+            found = ToMeConfig.from_mapping(overlay(below, amount))
+            assert found.is_off
+            assert found.for_tokens(4096).removed(64, 64) == 0
+
+
+def test_a_least_number_of_tokens_over_rules_holds_in_them() -> None:
+    rules = [
+        {"min_tokens": n, "ratio": ratio} for n, ratio in ((9216, 0.3), (4096, 0.2), (64, 0.1))
+    ]
+    below = {"rules": rules, "ratio": 0.5}
+    found = ToMeConfig.from_mapping(overlay(below, {"min_tokens": 5000}))
+    assert [(rule.min_tokens, rule.ratio) for rule in found.rules] == [(9216, 0.3), (5000, 0.2)]
+    assert found.for_tokens(4096).min_tokens == 5000
+    assert overlay(below, {"min_tokens": 10})["rules"] == rules
+    assert ToMeConfig.from_mapping({**below, "min_tokens": 9999}).for_tokens(64).ratio == 0.1
 
 
 def test_contradictions_are_found_whatever_lies_below() -> None:

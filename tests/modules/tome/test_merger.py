@@ -104,6 +104,26 @@ def test_by_default_every_block_of_every_call_has_its_own_plan() -> None:
     assert same(groups(first), groups(second)) == [False, False, True, False]  # level 2 has none
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "random", "ratio": 0.5},
+        {"method": "tiles", "random": True},
+        {"method": "prune", "ratio": 0.5, "random": True},
+        {"ratio": 0.5, "random": True},
+    ],
+)
+def test_random_numbers_are_the_processors_whatever_the_default_device_is(config: Any) -> None:
+    expected = merger(**config)
+    expected.begin_call(SIDE, SIDE, torch.tensor([500]))
+    other = merger(**config)
+    x = torch.zeros(1, SIDE * SIDE, 4)
+    block = expected.block(x, (SIDE, SIDE), 1)
+    with torch.device("meta"):
+        other.begin_call(SIDE, SIDE, torch.tensor([500], device="cpu"))
+        assert torch.equal(other.block(x, (SIDE, SIDE), 1).draw, block.draw)
+
+
 def test_reuse_steps() -> None:
     tome = merger(ratio=0.5, reuse_steps=3)
     calls = [groups(call(tome, t)) for t in (900, 800, 700, 600)]
