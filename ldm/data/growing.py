@@ -26,6 +26,7 @@ def grow(
     shape: tuple[int, ...],
     dtype: Any,
     rows: Callable[[int], Iterable[np.ndarray]],
+    before: int | None = None,
 ) -> None:
     """Fill an array row by row; what an earlier call left unfinished is kept.
 
@@ -35,14 +36,14 @@ def grow(
         shape: of the array.
         dtype: of the array.
         rows: all rows from a number on, in order.
+        before: `change_of` the file that the caller found not to do; None: there was none.
 
     Raises:
         InputError: the disk has too little room.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = _change_of(path)
     with locked(path.parent, wait=True):
-        if _change_of(path) != before:
+        if change_of(path) != before:
             return  # another process has just made it
         unfinished, counter = (
             path.with_name(f"{path.name}.partial"),
@@ -91,7 +92,8 @@ def _reserve(file: Path, path: Path, is_new: bool) -> None:
             ) from None
 
 
-def _change_of(path: Path) -> int | None:
+def change_of(path: Path) -> int | None:
+    """When a file was last changed, in nanoseconds; None: there is none."""
     return path.stat().st_mtime_ns if path.exists() else None
 
 

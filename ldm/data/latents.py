@@ -16,7 +16,7 @@ from einops import rearrange
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.data.growing import grow, whole_array
+from ldm.data.growing import change_of, grow, whole_array
 from ldm.device import choose_device, choose_dtype
 from ldm.distributed import Process
 from ldm.errors import InputError
@@ -63,15 +63,23 @@ class EncodedPictures(Dataset):
         settings = json.dumps([pictures, version, first_stage], sort_keys=True).encode()
         digest = hashlib.sha256(settings + Path(weights).read_bytes()).hexdigest()[:16]
         path = Path(cache_dir) / f"latents-{digest}.npy"
+        before = change_of(path)
         latents = _opened(path, len(self.pictures))
         if latents is None:
-            self._encode(path, first_stage, weights, batch_size)
+            self._encode(path, before, first_stage, weights, batch_size)
             latents = _opened(path, len(self.pictures))
             assert latents is not None, "just written"
         self.latents = latents
 
     @torch.no_grad()
-    def _encode(self, path: Path, config: dict[str, Any], weights: str, batch_size: int) -> None:
+    def _encode(
+        self,
+        path: Path,
+        before: int | None,
+        config: dict[str, Any],
+        weights: str,
+        batch_size: int,
+    ) -> None:
         from safetensors.torch import load_file
 
         device = choose_device()
@@ -103,7 +111,7 @@ class EncodedPictures(Dataset):
                 yield from encode(first, first + batch_size)
 
         with all_threads():
-            grow(path, path.name, (n, *encode(0, 1).shape[1:]), np.float16, rows)
+            grow(path, path.name, (n, *encode(0, 1).shape[1:]), np.float16, rows, before)
 
     def __len__(self) -> int:
         """How many pictures there are."""

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.data.growing import grow, whole_array
+from ldm.data.growing import change_of, grow, whole_array
 from ldm.demo.scenes import Scene, Split, attributes, caption, mirror, render, sample_scene
 from ldm.errors import InputError
 from ldm.text import read_json
@@ -147,6 +147,7 @@ class RenderedScenes(Dataset):
         }
         stem = f"scenes_{self.split}_{self.n_pictures}x{self.size}_seed{self.seed}"
         data, label = folder / f"{stem}.npy", folder / f"{stem}.json"
+        before = change_of(data)
         for other in sorted(folder.glob(f"scenes_{self.split}_*x{self.size}_seed{self.seed}.json")):
             try:
                 stored = read_json(other)
@@ -160,12 +161,12 @@ class RenderedScenes(Dataset):
                     return pictures
         folder.mkdir(parents=True, exist_ok=True)
         label.unlink(missing_ok=True)
-        self._fill(data, json.dumps(settings), n_workers)
+        self._fill(data, before, json.dumps(settings), n_workers)
         with written_whole(label, "w") as file:
             file.write(json.dumps(settings))
         return np.load(data, mmap_mode="r")
 
-    def _fill(self, path: Path, settings: str, n_workers: int | None) -> None:
+    def _fill(self, path: Path, before: int | None, settings: str, n_workers: int | None) -> None:
         """Renders every picture into `path`, which appears only when it is whole."""
         draw = partial(picture_of, seed=self.seed, split=self.split, size=self.size)
 
@@ -177,7 +178,8 @@ class RenderedScenes(Dataset):
                 total = self.n_pictures
                 yield from tqdm(drawn, "rendering scenes", total, initial=start, unit="picture")
 
-        grow(path, settings, (self.n_pictures, self.size, self.size, 3), np.uint8, rows)
+        shape = (self.n_pictures, self.size, self.size, 3)
+        grow(path, settings, shape, np.uint8, rows, before)
 
 
 def _worker_pool(n_workers: int | None) -> multiprocessing.pool.Pool:

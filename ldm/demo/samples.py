@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.checkpoint.hashes import weights_key
-from ldm.data.growing import grow, whole_array
+from ldm.data.growing import change_of, grow, whole_array
 from ldm.demo.rendered import STYLE, scene_of
 from ldm.demo.scenes import Scene, attributes, caption
 from ldm.images import to_pixels, to_unit
@@ -135,7 +135,7 @@ def samples(
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
     path = Path(cache_dir) / f"samples-{key}.npy"
     side = size * model.first_stage_model.f
-    found = whole_array(path)
+    before, found = change_of(path), whole_array(path)
     is_whole = found is not None and found.shape[1:] == (side, side, 3)
     kept: Any = found if is_whole else np.empty((0, side, side, 3), "uint8")
 
@@ -145,6 +145,6 @@ def samples(
             yield from to_pixels(batch)
 
     if len(kept) < n:
-        grow(path, f"{key} {n}", (n, side, side, 3), np.uint8, rows)
+        grow(path, f"{key} {n}", (n, side, side, 3), np.uint8, rows, before)
         kept = np.load(path, mmap_mode="r")
     return torch.from_numpy(to_unit(np.asarray(kept[:n])))

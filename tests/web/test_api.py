@@ -109,16 +109,6 @@ def test_what_a1111_has_by_default_asks_for_nothing(base):
     assert painted.not_used == ("denoising_strength", *unused)
 
 
-def test_the_ratio_of_img2img_is_not_that_of_txt2img(base):
-    both = {"token_merging_ratio": 0.5, "token_merging_ratio_img2img": 0.25}
-    zero = {"token_merging_ratio": 0.5, "token_merging_ratio_img2img": 0}
-    for said, ratio, again in ((both, 0.5, 0.25), (zero, 0.5, 0.5)):
-        body = {"override_settings": said}
-        assert read_body(body, base.wishes, Options(), {}).wishes.keys == {"ratio": ratio}
-        drawn_over = read_body({**body, "init_images": ["x"]}, base.wishes, Options(), {})
-        assert drawn_over.wishes.keys == {"ratio": again}
-
-
 def test_a_name_of_two_files_stands_for_the_one_that_it_names_whole(base, tmp_path, monkeypatch):
     models = {"old/v1.safetensors": tmp_path / "old/v1.safetensors"}
     models |= {"v1.safetensors": tmp_path / "v1.safetensors", "v2": tmp_path / "v2.ckpt"}

@@ -53,47 +53,43 @@ def plan_block(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan
     kind = metrics[0].device.type
     is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
-        return _plans(decision, metrics)
-
-
-def _plans(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan, MergePlan]:
-    backend.say_what_is_left(decision.config)
-    plan_of, config = _method(decision), decision.config
-    logits = dict(zip(decision.metrics, metrics, strict=True))
-    keys, queries = logits.get("key_logits"), logits.get("query_logits")
-    plan: MergePlan | None = None
-    query_plan: MergePlan | None = None
-    if keys is None and queries is None:
-        plan = plan_of(metrics[0])
-    elif keys is not None and queries is not None and decision.is_whole_grid:
-        plan, query_plan = whole.plan_attention(
-            keys,
-            queries,
-            decision.size,
-            config.stride,
-            decision.removed,
-            decision.draw,
-            config.window,
-            decision.is_guided,
-        )
-    elif queries is not None:
-        if not decision.is_guided:
-            query_plan = plan_of(queries.flatten(2), by_distance=True)
-        elif decision.is_whole_grid:
-            query_plan = plan_of(queries.flatten(2), by_distance=True, is_tied=True)
-        else:
-            both = torch.cat(queries.chunk(2), 3).flatten(2)
-            query_plan = plan_of(both, by_distance=True).repeated(2)
-    if keys is not None:
-        plan = plan or plan_of(keys.flatten(2), by_distance=True)
-        if config.weighted:
-            received = whole.attention_received if decision.is_whole else attention_received
-            plan = plan.weighted(received(keys))
-    plan = plan or query_plan
-    assert plan is not None
-    if config.mean == "norm":
-        plan = since.NormPlan.of(plan)
-        query_plan = query_plan and since.NormPlan.of(query_plan)
+        backend.say_what_is_left(decision.config)
+        plan_of, config = _method(decision), decision.config
+        logits = dict(zip(decision.metrics, metrics, strict=True))
+        keys, queries = logits.get("key_logits"), logits.get("query_logits")
+        plan: MergePlan | None = None
+        query_plan: MergePlan | None = None
+        if keys is None and queries is None:
+            plan = plan_of(metrics[0])
+        elif keys is not None and queries is not None and decision.is_whole_grid:
+            plan, query_plan = whole.plan_attention(
+                keys,
+                queries,
+                decision.size,
+                config.stride,
+                decision.removed,
+                decision.draw,
+                config.window,
+                decision.is_guided,
+            )
+        elif queries is not None:
+            if not decision.is_guided:
+                query_plan = plan_of(queries.flatten(2), by_distance=True)
+            elif decision.is_whole_grid:
+                query_plan = plan_of(queries.flatten(2), by_distance=True, is_tied=True)
+            else:
+                both = torch.cat(queries.chunk(2), 3).flatten(2)
+                query_plan = plan_of(both, by_distance=True).repeated(2)
+        if keys is not None:
+            plan = plan or plan_of(keys.flatten(2), by_distance=True)
+            if config.weighted:
+                received = whole.attention_received if decision.is_whole else attention_received
+                plan = plan.weighted(received(keys))
+        plan = plan or query_plan
+        assert plan is not None
+        if config.mean == "norm":
+            plan = since.NormPlan.of(plan)
+            query_plan = query_plan and since.NormPlan.of(query_plan)
     return plan, query_plan or plan
 
 
