@@ -11,6 +11,7 @@ import torch
 
 from ldm.checkpoint.diffusers_keys import unet_layers
 from ldm.checkpoint.files import StateDict, open_state_dict
+from ldm.checkpoint.keys import same_but_for_ones
 from ldm.errors import InputError, escaped
 from ldm.modules.controlnet import ControlNet
 
@@ -51,7 +52,7 @@ def load_controlnet(
     state = {}
     for name, meta in wanted.items():
         tensor = weights[stored[name]]
-        is_wide = {tensor.ndim, meta.ndim} == {2, 4} and tensor.numel() == meta.numel()
+        is_wide = {tensor.ndim, meta.ndim} == {2, 4} and same_but_for_ones(tensor.shape, meta.shape)
         if tensor.shape != meta.shape and not is_wide:  # a 1x1 convolution and a matrix are alike
             raise InputError(
                 f"{path} is a ControlNet for another model: {name} is {tuple(tensor.shape)}, and "

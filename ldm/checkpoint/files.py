@@ -6,11 +6,12 @@ tensor that is asked for as a weight is one of real floating-point numbers.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor
 from ldm.checkpoint.pickles import unpickle
 from ldm.errors import InputError, escaped
 from ldm.text import read_json
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 INDEX = "model.safetensors.index.json"
@@ -88,6 +91,14 @@ class StateDict(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Number of tensors."""
         return len(self.entries)
+
+    def report_lost(self, names: Sequence[str]) -> None:
+        """Warn of a model's weights that are to come from this file and are not in it."""
+        if names:
+            logger.warning(
+                "%s lacks weights of this model, which stay as they began: %d, such as %s",
+                *(escaped(self.path), len(names), names[0]),
+            )
 
     def require_weights(self, names: Iterable[str]) -> None:
         """Stop at tensors that cannot be weights, without reading any.

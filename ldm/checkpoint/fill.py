@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,8 +192,7 @@ def _fits(name: str, shape: keys.Shape, wanted: keys.Shape) -> bool:
     if name.endswith(keys.TOKENS) and len(shape) == 2:
         extra = shape[0] - wanted[0]  # words that somebody's training added at the end
         return shape[1] == wanted[1] and 0 <= extra <= keys.MAX_ADDED_TOKENS
-    plain = [n for n in shape if n != 1], [n for n in wanted if n != 1]
-    return plain[0] == plain[1] and math.prod(shape) == math.prod(wanted)
+    return keys.same_but_for_ones(shape, wanted)
 
 
 class NoEncoder(nn.Module):
@@ -246,7 +244,11 @@ def _report_schedule(
     That with zero terminal SNR is decided otherwise; see `ldm.checkpoint.prediction`.
     """
     raw, own = names.get("alphas_cumprod"), model.alphas_cumprod
-    if raw is None or weights.entries[raw].kind not in ("F32", "F16", "BF16") or own[-1] == 0:
+    if (
+        raw is None
+        or weights.entries[raw].kind not in ("F64", "F32", "F16", "BF16")
+        or own[-1] == 0
+    ):
         return
     stored = weights[raw].float().flatten()
     if not (len(stored) and 0.5 < stored[0] <= 1 and (stored.diff() <= 0).all()):

@@ -186,6 +186,12 @@ def refuse_other_families(shapes: Mapping[str, Shape], where: str) -> None:
 # --- what the shapes say ----------------------------------------------------------------------
 
 
+def same_but_for_ones(shape: Shape, wanted: Shape) -> bool:
+    """Whether a tensor fills a place as it is or reshaped: they differ in dimensions of 1 alone."""
+    plain = [[n for n in one if n != 1] for one in (shape, wanted)]
+    return plain[0] == plain[1]
+
+
 def input_channels(shapes: Mapping[str, Shape]) -> int | None:
     """Input channels of the U-Net; None without one."""
     shape = shapes.get(f"{UNET}input_blocks.0.0.weight")

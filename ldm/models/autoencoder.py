@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint.files import open_state_dict
-from ldm.checkpoint.keys import FIRST_STAGE, canonical_names
+from ldm.checkpoint.keys import FIRST_STAGE, canonical_names, same_but_for_ones
 from ldm.checkpoint.vae import vae_entries
 from ldm.errors import InputError, escaped
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
-
-logger = logging.getLogger(__name__)
 
 
 class ReconstructionLoss(nn.Module):
@@ -130,14 +127,10 @@ class AutoencoderKL(nn.Module):
         lost = [name for name in wanted if name not in stored and not name.startswith("loss.")]
         if not kept:
             raise InputError(f"{escaped(path)} has no weights of a first stage in it")
-        if lost:
-            logger.warning(
-                "%s lacks weights of this model, which stay as they began: %d, such as %s",
-                *(escaped(path), len(lost), lost[0]),
-            )
+        weights.report_lost(lost)
         state = {name: weights[stored[name]] for name in kept}
         for name, tensor in state.items():  # a 1x1 convolution and a matrix are alike
-            if tensor.numel() == places[name].numel():
+            if same_but_for_ones(tensor.shape, places[name].shape):
                 state[name] = tensor.reshape(places[name].shape)
         self.load_state_dict(state, strict=False)
 

@@ -186,6 +186,7 @@ def test_another_schedule_in_the_file_is_named(tmp_path, caplog, config, weights
     for kind in (torch.float32, torch.float16, torch.bfloat16):
         assert warnings(own.to(kind)) == ""
     buffers = schedule_buffers(make_beta_schedule("linear", 1000, 0.0015, 0.0205))
+    assert "another schedule" in warnings(buffers["alphas_cumprod"].double())
     said = warnings(buffers["alphas_cumprod"])
     assert "another schedule than that of the given configuration, which holds" in said
     assert "alphas_cumprod 9.69e-05 at its end, not 0.00466" in said

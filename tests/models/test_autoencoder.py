@@ -67,6 +67,9 @@ def test_weights_to_start_from_are_found_or_missed(tiny, tmp_path, caplog):
     assert not caplog.records
     with pytest.raises(InputError, match="has no weights of a first stage in it"):
         build({"model.diffusion_model.out.2.bias": torch.zeros(4)})
+    turned = state["encoder.conv_in.weight"].transpose(0, 1)  # as many numbers, of another model
+    with pytest.raises(RuntimeError, match=r"size mismatch for encoder\.conv_in\.weight"):
+        build({**state, "encoder.conv_in.weight": turned})
 
 
 def test_attention_resolutions_add_attention():

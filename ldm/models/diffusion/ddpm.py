@@ -429,11 +429,7 @@ class LatentDiffusion(nn.Module):
         # whole components may come from elsewhere
         begun = tuple(part for part in COMPONENTS if any(name.startswith(part) for name in state))
         lost = [n for n in missing if n.startswith(begun) and not n.startswith(left_out)]
-        if lost:
-            logger.warning(
-                "%s lacks weights of this model, which stay as they began: %d, such as %s",
-                *(escaped(path), len(lost), lost[0]),
-            )
+        weights.report_lost(lost)
         said = decide_prediction(weights)
         if said is not None and said.kind != self.parameterization:
             logger.warning(
