@@ -135,16 +135,18 @@ def samples(
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
     path = Path(cache_dir) / f"samples-{key}.npy"
     side = size * model.first_stage_model.f
-    before, found = change_of(path), whole_array(path)
-    is_whole = found is not None and found.shape[1:] == (side, side, 3)
-    kept: Any = found if is_whole else np.empty((0, side, side, 3), "uint8")
+    kept: Any = ()
 
     def rows(start: int) -> Iterator[np.ndarray]:
         yield from kept[start:]
         for batch in after(max(start, len(kept))):
             yield from to_pixels(batch)
 
-    if len(kept) < n:
+    while True:  # another process may have kept fewer meanwhile
+        before, found = change_of(path), whole_array(path)
+        is_whole = found is not None and found.shape[1:] == (side, side, 3)
+        kept = found if is_whole else np.empty((0, side, side, 3), "uint8")
+        if len(kept) >= n:
+            break
         grow(path, f"{key} {n}", (n, side, side, 3), np.uint8, rows, before)
-        kept = np.load(path, mmap_mode="r")
     return torch.from_numpy(to_unit(np.asarray(kept[:n])))

@@ -65,6 +65,22 @@ def test_what_is_damaged_is_drawn_again(tmp_path, drawn):
     assert drawn == [0, 1, 2, 0, 1, 2]
 
 
+def test_what_another_process_kept_meanwhile_may_be_less_than_is_wanted(
+    tmp_path, drawn, monkeypatch
+):
+    look = module.whole_array
+
+    def late(path):
+        """There is nothing yet, and two pictures a moment later."""
+        monkeypatch.setattr(module, "whole_array", look)
+        samples(MODEL, 2, 5, 4.0, 2, cache_dir=str(tmp_path))
+        return None
+
+    monkeypatch.setattr(module, "whole_array", late)
+    assert colours(samples(MODEL, 4, 5, 4.0, 2, cache_dir=str(tmp_path))) == [0, 1, 2, 3]
+    assert drawn == [0, 1, 2, 3]
+
+
 def test_a_stopped_run_goes_on(tmp_path, drawn, monkeypatch):
     def stop(values):
         if len(drawn) == 4:
