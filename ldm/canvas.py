@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +30,10 @@ class PictureNoise:
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
         """Unit normal noise of a shape (B, ...) with a row for each seed."""
-        size = tuple(shape[1:])
-        # of their own, whatever the defaults are
-        kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        return torch.stack([torch.randn(size, generator=g, **kind) for g in self.generators])
+        size, kind = tuple(shape[1:]), torch.float32  # whatever the defaults are
+        return torch.stack(
+            [torch.randn(size, generator=g, dtype=kind, device="cpu") for g in self.generators]
+        )
 
 
 @dataclass(frozen=True)

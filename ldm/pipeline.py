@@ -178,7 +178,14 @@ class Pipeline(LoadedModel):
     def _alike(
         self, settings: Settings, pieces: Iterable[tuple[Added, Batch]], texts: Texts
     ) -> Iterator[tuple[Added, Batch]]:
-        """The parts of the pieces whose texts are equally long."""
+        """The parts of the pieces whose texts are equally long.
+
+        So a picture does not depend on those beside it. With upstream's order of random numbers a
+        batch is one piece.
+        """
+        if not settings.long_prompt or settings.rng == "upstream":
+            yield from pieces
+            return
         for added, batch in pieces:
             with self._turn(settings, added):
                 texts.added = self._applied

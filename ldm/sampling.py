@@ -101,14 +101,7 @@ class Texts:
         return joined[:, : self._longest] if self.trims else joined
 
     def alike(self, batch: Batch) -> Iterator[Batch]:
-        """The parts of a batch whose texts are equally long, before empty chunks are added.
-
-        So a picture does not depend on those beside it. With upstream's order of random numbers a
-        batch is one piece.
-        """
-        if not self.settings.long_prompt or self.settings.rng == "upstream":
-            yield batch
-            return
+        """The parts of a batch whose texts are equally long, before empty chunks are added."""
         for _, part in itertools.groupby(batch, lambda one: self._kept(one[0], self.added).shape):
             yield list(part)
 

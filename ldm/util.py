@@ -304,7 +304,7 @@ def folder_beside(target: Path) -> Iterator[Path]:
                 fault = disk_fault(error)
                 if fault is None:
                     raise
-                raise _cannot_write(target, fault) from error
+                raise cannot_write(target, fault) from error
             finally:
                 try:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -347,7 +347,7 @@ def _said(target: Path) -> Iterator[None]:
     except FileExistsError:
         raise
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise cannot_write(target, error) from error
 
 
 def disk_fault(error: BaseException | None) -> OSError | None:
@@ -359,7 +359,8 @@ def disk_fault(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _cannot_write(target: Path, error: OSError) -> InputError:
+def cannot_write(target: Path, error: OSError) -> InputError:
+    """The error that says so."""
     return InputError(f"{escaped(target)} cannot be written: {error.strerror or error}")
 
 

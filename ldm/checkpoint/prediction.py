@@ -252,20 +252,21 @@ def _statements(
     )
     found = set(MARKERS) & canonical_names(weights).keys()
     yield _Statement("v" if "v_pred" in found else None, "ztsnr" in found, "keys")
-    configuration = []
+    configuration = None
     if beside is not None:
         name, whole = beside
         literal = "parameterization" in whole["model"]["params"]
         said = kind_of(whole), has_zero_terminal(whole), f"configuration {name}", literal
-        configuration = [_Statement(*said)]
-        if literal:
-            yield configuration.pop()
+        configuration = _Statement(*said)
+    if configuration is not None and configuration.is_literal:
+        yield configuration
     is_sd2 = family(canonical_shapes(weights)).startswith("sd2")
     stems = [stem_of(path) for path in (weights.path, weights.path.resolve())]  # links lead home
     kinds = (prediction_in_name(stem, is_sd2) for stem in stems)
     is_zero = any(_ZERO_WORD.search(stem) for stem in stems)
     yield _Statement(next(filter(None, kinds), None), is_zero, "name")
-    yield from configuration
+    if configuration is not None and not configuration.is_literal:
+        yield configuration
 
 
 def _kind(text: str) -> str | None:

@@ -42,7 +42,7 @@ from ldm.training.stop import Stopped, StopSafely
 from ldm.training.trainer import LESS_TO_TRAIN, trainer_settings
 from ldm.training.trial import blamed_on, logged_names
 from ldm.training.wrap import in_training
-from ldm.util import disk_fault, instantiate_from_config, locked
+from ldm.util import cannot_write, disk_fault, instantiate_from_config, locked
 
 logger = logging.getLogger(__name__)
 # Lightning's advice that does not hold here
@@ -127,13 +127,7 @@ def fit(
         names = logged_names(training, data, seed)
         monitor = _known_monitor(monitor, names, has_validation="validation" in data.datasets)
         _check_pictures(training, callbacks)
-        for name, callback in callbacks.items():
-            watched = getattr(callback, "monitor", None)
-            if watched is not None and watched not in names:
-                raise InputError(
-                    f"lightning.callbacks.{escaped(name)}.params.monitor {shown(watched)}: choose "
-                    f"from {', '.join(sorted(names))}"
-                )
+        _check_monitors(callbacks, names)
     if monitor is not None:
         kept = {"save_top_k": 1, **kept, "monitor": monitor}
 
@@ -228,6 +222,16 @@ def _known_monitor(monitor: str | None, names: set[str], has_validation: bool) -
         )
         return None
     raise InputError(f"monitor {shown(monitor)}: choose from {', '.join(sorted(names))}, or null")
+
+
+def _check_monitors(callbacks: Mapping[str, pl.Callback], names: set[str]) -> None:
+    for name, callback in callbacks.items():
+        watched = getattr(callback, "monitor", None)
+        if watched is not None and watched not in names:
+            raise InputError(
+                f"lightning.callbacks.{escaped(name)}.params.monitor {shown(watched)}: choose "
+                f"from {', '.join(sorted(names))}"
+            )
 
 
 def _check_pictures(training: Any, callbacks: Mapping[str, pl.Callback]) -> None:
@@ -364,7 +368,7 @@ def _said(trainer: pl.Trainer, folder: Path, stop: StopSafely) -> Iterator[None]
         if is_out_of_memory(error) or "killed by signal: Killed" in str(error):
             raise OutOfMemory(LESS_TO_TRAIN) from None
         if fault := disk_fault(error):
-            raise InputError(f"{escaped(folder)} cannot be written: {fault.strerror}") from None
+            raise cannot_write(folder, fault) from None
         if not stop.has_begun:  # what Lightning finds when it has the data
             with blamed_on("training cannot begin"):
                 raise

@@ -247,13 +247,12 @@ class TokenMerger:
 def _drawn(config: ToMeConfig, size: tuple[int, int], n: int, generator: torch.Generator) -> Tensor:
     """Random numbers for n plans, (n, 1, N) or (n, rows, columns)."""
     # types and places of their own, whatever the defaults are
-    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    kind: dict[str, Any] = {"generator": generator, "device": "cpu"}
     if config.method in ("random", "guided"):
-        return torch.rand((n, 1, size[0] * size[1]), generator=generator, **kind)
+        return torch.rand((n, 1, size[0] * size[1]), dtype=torch.float32, **kind)
+    if config.method == "tiles":
+        return torch.randint(2, (n, 2), **kind)
     if config.method == "prune":
-        return torch.randn((n, 1, size[0] * size[1]), generator=generator, **kind)
-    n_choices, shape = 2, [n, 2]
-    if config.method != "tiles":
-        n_choices = min(config.stride[0], size[0]) * min(config.stride[1], size[1])
-        shape = [n, *cells(*size, config.stride)]
-    return torch.randint(n_choices, shape, generator=generator, device="cpu")
+        return torch.randn((n, 1, size[0] * size[1]), dtype=torch.float32, **kind)
+    n_choices = min(config.stride[0], size[0]) * min(config.stride[1], size[1])
+    return torch.randint(n_choices, (n, *cells(*size, config.stride)), **kind)
