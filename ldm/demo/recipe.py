@@ -68,7 +68,7 @@ class Recipe:
         log: file of the state folder that says what was done.
         writes_model: whether the stages make one model folder in the end; without, their weights
             are all that comes of them.
-        overrides: changes for all stages, as ``key.path=value``; for tests.
+        overrides: changes for ``all`` stages or for one by its name, as ``key.path=value``.
     """
 
     hours: float

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import ldm.demo.stages as module
+from ldm.checkpoint.files import open_state_dict
 from ldm.checkpoint.load import load_model
 from ldm.config import load_config
 from ldm.demo import check, export, make
@@ -26,6 +27,7 @@ from ldm.errors import InputError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.training import run as train
 from ldm.training.check import check_sections
+from ldm.util import instantiate_from_config
 
 TOY = Path(__file__).parent / "toy_recipe.yaml"
 
@@ -205,12 +207,24 @@ def test_a_recipe_of_other_models_leaves_the_demo_alone(finished, tmp_path, monk
 
 def test_the_recipe_of_the_study_can_be_followed(tmp_path):
     recipe = Recipe.load("configs/study/models.yaml")
-    for stage in recipe.stages:
-        config = stage_config(recipe, stage, tmp_path, "cpu")[2]
-        check_sections(config)
-        assert config["model"]["params"]["ckpt_path"].endswith(f"{stage.starts_from}.safetensors")
     configs = [stage_config(recipe, stage, tmp_path, "cpu")[2] for stage in recipe.stages]
+    for stage, config in zip(recipe.stages, configs, strict=True):
+        check_sections(config)
+        starts_from = f"{stage.starts_from}.safetensors" if stage.starts_from else "models/demo"
+        assert config["model"]["params"]["ckpt_path"].endswith(starts_from)
     assert len({json.dumps(config, sort_keys=True) for config in configs}) == len(recipe.stages)
+
+
+def test_a_model_of_the_study_takes_all_but_the_unet_from_the_demo(tmp_path):
+    recipe = Recipe.load("configs/study/models.yaml")
+    seed = next(stage for stage in recipe.stages if stage.name == "seed_small")
+    config = stage_config(recipe, seed, tmp_path, "cpu")[2]
+    assert config["shared"]["first_stage"] == "models/demo/first_stage.safetensors"
+    begun = instantiate_from_config(config["model"]).state_dict()
+    demo = open_state_dict("models/demo")
+    same = {name for name in demo if torch.equal(begun[name].half(), demo[name])}
+    assert {name for name in demo if name.startswith(("first_stage", "cond_stage"))} <= same
+    assert "model.diffusion_model.input_blocks.0.0.weight" in {*demo} - same
 
 
 def test_a_state_in_use_is_refused(tmp_path):
