@@ -268,15 +268,21 @@ class NoiseStream:
     def __enter__(self) -> None:
         """Go on."""
         self._turn.acquire()
-        if self._states is None:
-            torch.manual_seed(self.seed)
-        else:
-            restore_random_states(self.device, self._states)
+        try:
+            if self._states is None:
+                torch.manual_seed(self.seed)
+            else:
+                restore_random_states(self.device, self._states)
+        except BaseException:
+            self._turn.release()
+            raise
 
     def __exit__(self, *error: object) -> None:
         """Remember where it is left."""
-        self._states = random_states(self.device)
-        self._turn.release()
+        try:
+            self._states = random_states(self.device)
+        finally:
+            self._turn.release()
 
 
 def _processor_flags() -> set[str]:

@@ -2,6 +2,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,28 @@ def test_random_states_are_those_of_the_device_that_is_meant(monkeypatch):
     states[1] = torch.tensor(12)
     device.restore_random_states(SECOND, found)
     assert (states[0], states[1]) == (10, 11)
+
+
+@pytest.mark.parametrize(("function", "is_new"), [("manual_seed", True), ("get_rng_state", False)])
+def test_a_stream_that_fails_lets_others_go_on(monkeypatch, function, is_new):
+    def fail(*_):
+        raise RuntimeError("out of order")
+
+    stream = device.NoiseStream(0, CPU)
+    monkeypatch.setattr(torch, function, fail)
+    with pytest.raises(RuntimeError, match="out of order"), stream:
+        assert not is_new
+    monkeypatch.undo()
+
+    def draw():
+        with device.NoiseStream(1, CPU):
+            drawn.append(torch.rand(1).item())
+
+    drawn: list[float] = []
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert drawn
 
 
 def test_float16_needs_a_gpu():

@@ -1,6 +1,7 @@
 """How programs run and end: messages, stop signals, exit codes, streams that cannot be written.
 
-Exit codes: 0 done, 2 bad input, 3 not enough memory, 130 interrupted (Ctrl+C), 143 ended (SIGTERM).
+Exit codes: 0 done, 2 bad input, 3 not enough memory, 130 interrupted (Ctrl+C), 143 ended (SIGTERM),
+129 ended because its terminal was closed (SIGHUP).
 This module imports next to nothing, so that a program can be stopped while it imports the rest.
 """
 
@@ -19,10 +20,20 @@ from typing import Any, NoReturn, TextIO
 from ldm.errors import InputError, OutOfMemory, escaped, is_out_of_memory
 
 LONGEST = 1000  # characters of a message
+# What tells a process to end, besides Ctrl+C; only Unix has the second, of a terminal that closes.
+ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was told to end (SIGTERM); cleaned up after like Ctrl+C."""
+    """The process was told to end; cleaned up after like Ctrl+C.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 # Programs that see few sizes of pictures, and need more kernels for each: a step of the demo's
@@ -66,7 +77,7 @@ def running() -> Iterator[None]:
 
     The argument of a KeyboardInterrupt, if it has one, says what is finished.
     """
-    signal_is_ours = _listen(signal.SIGTERM, _terminate)
+    ours = [number for number in ENDS if _listen(number, _terminate)]
     with _lasting_streams():
         logger = logging.getLogger("ldm")
         logger.setLevel(logging.INFO)
@@ -77,7 +88,7 @@ def running() -> Iterator[None]:
         except InputError as error:
             _end(f"error: {error}", error.exit_code)
         except KeyboardInterrupt as stop:
-            word, code = ("ended", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+            word, code = word_and_code(getattr(stop, "number", signal.SIGINT))
             _end(": ".join([word, *map(str, stop.args)]), code)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -85,8 +96,8 @@ def running() -> Iterator[None]:
             out = OutOfMemory()
             _end(f"error: {out}", out.exit_code)
         finally:
-            if signal_is_ours:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in ours:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _end(message: str, code: int) -> NoReturn:
@@ -109,12 +120,17 @@ class Messages(logging.Handler):
 # --- stopping -----------------------------------------------------------------------------------
 
 
+def word_and_code(number: int) -> tuple[str, int]:
+    """How an end by a signal is told, and its exit code."""
+    return "interrupted" if number == signal.SIGINT else "ended", 128 + number
+
+
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+    raise Terminated(number)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    word, code = ("ended", 143) if number == signal.SIGTERM else ("interrupted", 130)
+    word, code = word_and_code(number)
     with suppress(OSError):
         os.write(2, f"{word}: nothing was begun\n".encode())
     os._exit(code)
@@ -137,7 +153,7 @@ def leaving_at_once() -> Iterator[None]:
 
     Nothing has been begun then, so that there is nothing to tidy up.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDS)}
     try:
         for number in before:
             if before[number] is not signal.SIG_IGN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from ldm.util import file_stamp
 
 MAX_LISTING = 2**30  # bytes
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+# Endings of pictures that are not read, which a folder may hold as well.
+OTHERS = frozenset({".avif", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jxl", ".tif", ".tiff"})
+
+logger = logging.getLogger(__name__)
 
 
 class FolderPictures(Dataset):
@@ -75,7 +80,12 @@ class FolderPictures(Dataset):
 
 def _beside(root: Path) -> list[tuple[Path, str]]:
     items = []
+    others = []
     for path in sorted(root.rglob("*")):
+        if any(part.startswith(".") for part in path.relative_to(root).parts):  # a system's own
+            continue
+        if path.suffix.lower() in OTHERS:
+            others.append(path)
         if path.suffix.lower() not in SUFFIXES:
             continue
         text = path.with_suffix(".txt")
@@ -85,6 +95,12 @@ def _beside(root: Path) -> list[tuple[Path, str]]:
                 "metadata.jsonl"
             )
         items.append((path, check_text(read_text(text).strip(), escaped(text))))
+    if others:
+        logger.warning(
+            "%s: %d picture%s left out, such as %s; read are %s",
+            *(escaped(root), len(others), " is" if len(others) == 1 else "s are"),
+            *(escaped(others[0].name), ", ".join(sorted(SUFFIXES))),
+        )
     return items
 
 

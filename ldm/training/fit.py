@@ -7,7 +7,6 @@ import datetime
 import logging
 import math
 import shutil
-import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
+from ldm.cli.program import word_and_code
 from ldm.device import reused_memory
 from ldm.errors import InputError, OutOfMemory, escaped, is_out_of_memory, shown
 from ldm.training.callbacks import Chance, CUDACallback, FiniteLoss, SetupCallback
@@ -387,7 +387,7 @@ def _way_on(folder: Path) -> str:
 
 
 def _end(stopped: Stopped, trainer: pl.Trainer, folder: Path) -> NoReturn:
-    word, code = ("ended", 143) if stopped.number == signal.SIGTERM else ("interrupted", 130)
+    word, code = word_and_code(stopped.number)
     if stopped.saved is None and not any((folder / "checkpoints").glob("*.ckpt")):
         text = "no step was finished, nothing was saved"
     elif stopped.saved is None:

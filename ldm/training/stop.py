@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ldm.cli.program import ENDS
+
 logger = logging.getLogger(__name__)
-STOPS = (signal.SIGINT, signal.SIGTERM)
 SAVE = getattr(signal, "SIGUSR1", None)  # a cluster's warning before it ends a job; Unix has it
+TOGETHER = 3.0  # seconds in which signals are one: a terminal's reaches launcher and processes
 
 
 class Stopped(BaseException):
@@ -32,9 +35,9 @@ class Stopped(BaseException):
 
 
 class StopSafely(pl.callbacks.Checkpoint):
-    """Save and stop at the end of the step in which SIGINT or SIGTERM comes; SIGUSR1 only saves.
+    """Save and stop at the end of the step in which a signal to stop comes; SIGUSR1 only saves.
 
-    Before the first step, and at the second signal, training stops at once.
+    Before the first step, and at a second signal some seconds later, training stops at once.
 
     Args:
         path: of the checkpoint.
@@ -43,15 +46,22 @@ class StopSafely(pl.callbacks.Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.is_training = self.has_begun = False
+        self.handlers: dict[int, Any] = {}
         self.stop: int | None = None
+        self.stop_time = 0.0
         self.saved: int | None = None
         self.must_save = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle signals inside; afterwards as before."""
-        numbers = [*STOPS, *([SAVE] if SAVE is not None else [])]
-        before = {number: signal.getsignal(number) for number in numbers}
+        self.handlers = {number: self._on_stop for number in (signal.SIGINT, *ENDS)}
+        if SAVE is not None:
+            self.handlers[SAVE] = self._on_save
+        before = {number: signal.getsignal(number) for number in self.handlers}
+        for number in ENDS:
+            if before[number] is signal.SIG_IGN:  # nohup
+                del self.handlers[number]
         try:
             self._listen()
             yield
@@ -60,15 +70,16 @@ class StopSafely(pl.callbacks.Checkpoint):
                 signal.signal(number, handler)
 
     def _listen(self) -> None:
-        for number in STOPS:
-            signal.signal(number, self._on_stop)
-        if SAVE is not None:
-            signal.signal(SAVE, self._on_save)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.stop is not None and now - self.stop_time < TOGETHER:
+            return
         if not self.is_training or self.stop is not None:
             raise Stopped(number)
-        self.stop = number
+        self.stop, self.stop_time = number, now
         logger.info("Stopping: this step is finished and saved first.")
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:

@@ -36,6 +36,19 @@ def test_captions_beside_the_pictures(tmp_path):
     np.testing.assert_allclose(picture[8, 14], [-1, -1, -1], atol=0.02)
 
 
+def test_pictures_that_are_not_read_are_told_and_hidden_files_are_none(tmp_path, caplog):
+    for name in ("a.png", "._a.png", ".thumbnails/a.png"):
+        write_picture(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a house")
+    assert len(FolderPictures(str(tmp_path), size=8)) == 1
+    assert not caplog.messages
+    for name in ("b.TIFF", "c.gif"):
+        write_picture(tmp_path / name)
+    assert len(FolderPictures(str(tmp_path), size=8)) == 1
+    (said,) = caplog.messages
+    assert "2 pictures are left out, such as b.TIFF; read are .bmp, .jpeg" in said
+
+
 def test_captions_in_a_list(tmp_path):
     write_picture(tmp_path / "one.png")
     write_picture(tmp_path / "unlisted.png")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+import ldm.training.stop as module
 from ldm.errors import InputError
 from ldm.training.checkpoints import Diverged, WholeCheckpoints, newest_checkpoint
 from ldm.training.run import main
@@ -32,7 +34,12 @@ def interrupted(tmp_path: Path, name: str, step: int, when: str, **trainer: obje
 
 @pytest.mark.parametrize(
     ("name", "code", "when"),
-    [("SIGTERM", 143, "batch"), ("SIGINT", 130, "batch"), ("SIGTERM", 143, "validation")],
+    [
+        ("SIGTERM", 143, "batch"),
+        ("SIGINT", 130, "batch"),
+        ("SIGTERM", 143, "validation"),
+        ("SIGHUP SIGTERM", 129, "batch"),  # a terminal closes, and the launcher tells it, too
+    ],
 )
 def test_a_signal_saves_and_says_how_to_go_on(
     name: str, code: int, when: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -63,6 +70,28 @@ def test_sigusr1_before_the_first_step_saves_after_it(
     config = interrupted(tmp_path, "SIGUSR1", 0, "setup", max_steps=2)
     run = train(write(tmp_path / "toy.yaml", config), tmp_path / "logs")
     assert f"Saved step 1 in {run / 'checkpoints' / 'last.ckpt'}" in caplog.messages
+    assert newest_checkpoint(run)[1] == 2
+
+
+def test_a_second_signal_some_seconds_later_stops_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "TOGETHER", 0.0)
+    config = interrupted(tmp_path, "SIGINT SIGINT", 1, "batch")
+    with pytest.raises(SystemExit):
+        train(write(tmp_path / "toy.yaml", config), tmp_path / "logs")
+    assert "no step was finished, nothing was saved" in capsys.readouterr().err
+
+
+def test_a_terminal_that_closes_does_not_stop_what_nohup_started(
+    tmp_path: Path,
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        config = interrupted(tmp_path, "SIGHUP", 1, "batch", max_steps=2)
+        run = train(write(tmp_path / "toy.yaml", config), tmp_path / "logs")
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert newest_checkpoint(run)[1] == 2
 
 

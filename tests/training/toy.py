@@ -97,10 +97,10 @@ class Stream(IterableDataset):
 
 
 class Interrupting(pl.Callback):
-    """Sends its own process a signal.
+    """Sends its own process signals.
 
     Args:
-        name: of the signal.
+        name: of the signal, or of several, one after another.
         step: after which it comes.
         when: ``setup``, ``batch`` (within that step) or ``validation``.
     """
@@ -114,7 +114,8 @@ class Interrupting(pl.Callback):
     def _send(self, when: str, step: int) -> None:
         if when == self.when and step == self.step and not self.is_sent:
             self.is_sent = True
-            os.kill(os.getpid(), getattr(signal, self.name))
+            for name in self.name.split():
+                os.kill(os.getpid(), getattr(signal, name))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._send("setup", 0)
