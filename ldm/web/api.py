@@ -27,7 +27,7 @@ from ldm.web.bodies import Options, Order, in_their_words, read_body, switch
 from ldm.web.desk import Desk
 from ldm.web.form import Base
 from ldm.web.pictures import Pictures
-from ldm.web.queue import State
+from ldm.web.queue import Broken
 from ldm.web.task import Draw, DrawJob
 from ldm.web.uploads import file_of, mask_of, picture_of
 from ldm.web_ui import WEB_UI_SAMPLERS, WEB_UI_SCHEDULES, WEB_UI_UPSCALERS, web_ui_text
@@ -134,8 +134,8 @@ class Api:
 
     def _result(self, body: Any, order: Order, job: DrawJob) -> dict[str, Any]:
         """Pictures in base64, what was asked for, and what came of it as a text of JSON."""
-        if job.state is State.FAILED:
-            raise InputError(job.error)
+        if job.error is not None:
+            raise job.error
         names = [one.name for one in job.report.pictures]
         sent = [] if body.get("send_images") is False else names
         files = [base64.b64encode(self.pictures.path(name).read_bytes()) for name in sent]
@@ -304,12 +304,12 @@ def _post(answer: Callable[[Any], Any]) -> Callable[[Request], Any]:
 
 
 def _refusal(error: Exception) -> Response:
-    """An error in A1111's form: 422 for bad input, 500 where memory ran out."""
+    """An error in A1111's form: 422 for bad input, 500 where memory ran out or a job broke."""
     if is_out_of_memory(error):
         error = error if isinstance(error, OutOfMemory) else OutOfMemory()
-    elif not isinstance(error, InputError):
+    elif not isinstance(error, (InputError, Broken)):
         raise error
-    status = 500 if isinstance(error, OutOfMemory) else 422
+    status = 500 if isinstance(error, (OutOfMemory, Broken)) else 422
     text = in_their_words(str(error))
     content = {"error": type(error).__name__, "detail": text, "body": "", "errors": text}
     return JSONResponse(content, status_code=status)

@@ -11,7 +11,6 @@ from ldm.text import check_kind
 from ldm.web.desk import Desk
 from ldm.web.form import Base
 from ldm.web.live import Live
-from ldm.web.queue import State
 from ldm.web.task import Draw
 
 
@@ -66,8 +65,8 @@ class Endpoints:
         except InputError as error:
             raise gr.Error(str(error)) from None
         await self.desk.queue.end_of(job)
-        if job.state is State.FAILED:
-            raise gr.Error(job.error)
+        if job.error is not None:
+            raise gr.Error(str(job.error))
         return {
             "pictures": [one.name for one in job.report.pictures],
             "settings": job.report.infos,

@@ -124,7 +124,7 @@ def _described(job: Job[Task, Report], place: int) -> dict[str, Any]:
         what = "this picture" if n == 1 else f"these {n} pictures, which are drawn together,"
         text = f"skipping {what} after this step ({report.text})"
     lines = [{"text": line.text, "kind": line.kind} for line in report.lines]
-    if job.state is State.FAILED:
+    if job.error is not None:
         lines.append({"text": f"error: {job.error}", "kind": "error"})
     if job.state is State.STOPPED:
         lines.append({"text": "Stopped", "kind": ""})

@@ -24,6 +24,10 @@ class Stopped(Exception):
     """The user has stopped a job."""
 
 
+class Broken(Exception):
+    """A job met a fault of the program; the terminal has its traceback."""
+
+
 class State(str, Enum):
     """What has become of a job."""
 
@@ -42,7 +46,7 @@ class Job(Generic[Task, Report]):
         task: what to do.
         report: what is told of it; whoever changes it calls `tell`.
         state: see State.
-        error: one line, where it failed.
+        error: why it failed, of one line: InputError, OutOfMemory or Broken; else None.
         stop: set when the user wants it to end.
         skip: set when the user wants its picture under way to end.
     """
@@ -53,7 +57,7 @@ class Job(Generic[Task, Report]):
         self.report = report
         self.tell = tell
         self.state = State.WAITING
-        self.error = ""
+        self.error: Exception | None = None
         self.stop = threading.Event()
         self.skip = threading.Event()
 
@@ -199,24 +203,24 @@ class Queue(Generic[Task, Report]):
                 self._end(job, state, error)
             self.tell()
 
-    def _end(self, job: Job[Task, Report], state: State, error: str = "") -> None:
+    def _end(self, job: Job[Task, Report], state: State, error: Exception | None = None) -> None:
         job.state, job.error = state, error
         self._over.append(job)
 
 
 def _outcome(
     work: Callable[[Job[Task, Report]], None], job: Job[Task, Report]
-) -> tuple[State, str]:
+) -> tuple[State, Exception | None]:
     """Do a job; whatever it raises, SystemExit included, is its own end and nobody else's."""
     try:
         work(job)
     except Stopped:
-        return State.STOPPED, ""
+        return State.STOPPED, None
     except InputError as error:
-        return State.FAILED, str(error)
+        return State.FAILED, error
     except BaseException as error:
         if is_out_of_memory(error):
-            return State.FAILED, str(OutOfMemory())
+            return State.FAILED, OutOfMemory()
         logger.exception("a job failed")
-        return State.FAILED, f"{type(error).__name__}: {error} (the terminal has more)"
-    return State.DONE, ""
+        return State.FAILED, Broken(f"{type(error).__name__}: {error} (the terminal has more)")
+    return State.DONE, None

@@ -307,6 +307,24 @@ def test_what_cannot_be_used_is_named(client, body, words):
     assert "\n" not in answer.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (InputError("tiny: cut short"), 422, "tiny: cut short"),
+        (MemoryError(), 500, "not enough memory"),
+        (RuntimeError("a fault"), 500, "RuntimeError: a fault (the terminal has more)"),
+    ],
+)
+def test_a_job_that_fails_says_whose_fault_it_is(client, desk, monkeypatch, error, status, words):
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr(desk.runner, "load", load)
+    answer = client.session.post(f"{client.baseurl}/txt2img", json={})
+    assert answer.status_code == status
+    assert words in answer.json()["detail"]
+
+
 def test_bad_pictures_and_bad_requests_are_named(client):
     text = base64.b64encode(b"no picture").decode()
     for images in ([], [text], ["!"], [5], ["x", "y"], "x"):

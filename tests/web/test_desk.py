@@ -65,7 +65,7 @@ def test_a_mask_of_another_shape_would_lie_elsewhere(desk):
         desk.order("tiny", draw(), init=start, mask=np.ones((24, 16), bool))
     job = desk.order("tiny", draw(W=24, H=16), init=start, mask=np.ones((33, 50), bool))
     desk.queue.wait(job, 60)
-    assert job.error == ""
+    assert job.error is None
 
 
 def grid(desk, base, form=None, **kwargs):
@@ -134,7 +134,7 @@ def test_a_grid_is_drawn_and_says_what_it_shows(desk, base):
     draws, found = grid(desk, base, **axes)
     job = desk.order("tiny", draws, grid=found)
     desk.queue.wait(job, 120)
-    assert job.error == ""
+    assert job.error is None
     names = [one.name for one in job.report.pictures]
     assert names == ["samples/00000.png", "samples/00001.png", "grid-0000.png"]
     assert job.report.infos[-1]["grid"] == ["ToMe ratio 0", "ToMe ratio 0.5"]
