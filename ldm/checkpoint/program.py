@@ -7,6 +7,7 @@ recorded in them, so that the result is recognised under any name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ldm.cli.parser import Parser
 from ldm.cli.program import leaving_at_once, said_when_stopped
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     with leaving_at_once():
         from ldm.checkpoint.convert import convert  # takes torch
+        from ldm.checkpoint.files import stem_of
+        from ldm.checkpoint.sidecar import config_beside
 
     with said_when_stopped(lambda: "nothing was written"):
         target = convert(
@@ -64,3 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = [target] if target.is_file() else sorted(target.glob("*.safetensors"))
     for file in files:
         print(f"{file}: {file.stat().st_size / 2**20:.0f} MiB")
+    own = config_beside(Path(args.source))
+    if own is not None and config_beside(target) is None:
+        place = target.with_name(f"{stem_of(target)}.yaml")
+        print(f"Its configuration stays behind: copy {own} to {place}")

@@ -47,10 +47,15 @@ def neighbouring_config(
     Raises:
         InputError: it cannot be read.
     """
-    found = next(filter(None, map(_beside, (path, path.resolve()))), None)  # links lead home
+    found = config_beside(path)
     if found is None:
         return None
     return str(found), _values(load_yaml(found, MODEL_SECTIONS), str(found), shapes)
+
+
+def config_beside(path: Path) -> Path | None:
+    """The file of a checkpoint's configuration, if there is one."""
+    return next(filter(None, map(_beside, (path, path.resolve()))), None)  # links lead home
 
 
 def _beside(path: Path) -> Path | None:

@@ -85,6 +85,19 @@ def test_the_name_of_a_folder_has_no_ending(tmp_path, monkeypatch):
         convert(tmp_path / "sd2.1.ckpt", tmp_path / "parts.safetensors", split=1)
 
 
+def test_a_configuration_that_stays_behind_is_told(ckpt, tmp_path, capsys):
+    from ldm.checkpoint.program import main
+
+    own = ckpt.with_suffix(".yaml")
+    own.write_bytes((ROOT / "configs/stable-diffusion/v1-inference.yaml").read_bytes())
+    main([str(ckpt)])
+    assert "stays behind: copy" not in capsys.readouterr().out
+    target = tmp_path / "other" / "sd1.5.safetensors"
+    target.parent.mkdir()
+    main([str(ckpt), "--output", str(target)])
+    assert f"copy {own} to {target.with_suffix('.yaml')}\n" in capsys.readouterr().out
+
+
 def test_command_refuses_in_one_line(ckpt, tmp_path):
     target = tmp_path / "there.safetensors"
     target.write_text("precious")
