@@ -295,13 +295,14 @@ def _refuse_contradictions(values: dict[str, Any]) -> None:
     ratios = [ratio for _, ratio in values.get("steps") or ()]
     if isinstance(values.get("ratio"), float):
         ratios.append(values["ratio"])
-    limit = ToMeConfig(method=method, stride=values.get("stride", (2, 2))).max_ratio
+    stride = values.get("stride", (2, 2))
+    limit = ToMeConfig(method=method, stride=stride).max_ratio
+    by_stride = f" with stride {list(stride)}" if method in METHOD_KEYS["stride"] else ""
     for ratio in ratios:
         if ratio > limit + ROUNDING:
             raise InputError(
-                f"ToMe ratio={ratio:g}: method {method}"
-                + (f" with stride {list(values.get('stride', (2, 2)))}" if method == "grid" else "")
-                + f" can remove at most {limit:g} of the tokens"
+                f"ToMe ratio={ratio:g}: method {method}{by_stride} can remove at most {limit:g} of "
+                "the tokens"
             )
 
 

@@ -213,6 +213,7 @@ class TokenMerger:
         ratio = config.ratio_at(self._progress)
         if ratio == "auto":
             self._tally.note = f"auto merges from {pays_at} tokens here"
+            self._tally.has_declined |= n < pays_at
             ratio = auto_ratio(config) if n >= pays_at else 0.0
         return config.removed(*size, ratio)
 

@@ -34,10 +34,12 @@ class Tally:
 
     Attributes:
         note: a remark for the report.
+        has_declined: ``ratio: auto`` has left a block alone.
     """
 
     def __init__(self) -> None:
         self.note = ""
+        self.has_declined = False
         self._n_calls = 0
         self._n_blocks = 0  # of all calls together
         self.work = 0.0  # of self-attention, as it would be without merging
@@ -62,6 +64,7 @@ class Tally:
     def add(self, other: Tally) -> None:
         """Count what another tally has counted."""
         self.note = other.note or self.note
+        self.has_declined |= other.has_declined
         self._n_calls += other._n_calls
         self._n_blocks += other._n_blocks
         self.work += other.work
@@ -109,14 +112,11 @@ class Tally:
             is_zero = config.ratio == 0 or config.r == 0 or bool(config.steps)
             if is_default or is_zero:
                 return []
-            return ["ToMe merges nothing: no amount is given; set ratio, r, k or max_tokens"]
+            return ["ToMe merges nothing: no amount is given; set ratio, r, k, max_tokens or steps"]
         if not self._n_calls:
             return []
-        if not self._levels:
-            return [
-                "ToMe merged nothing: no block of this model, at this size, is within "
-                "max_downsample and min_tokens or has tokens to spare"
-            ]
+        if not self._levels:  # of auto the report has said it
+            return [] if self.has_declined else [f"ToMe merged nothing: {_why_nothing(config)}"]
         slow = [n for n, level in self._levels.items() if not level.pays]
         if not slow:
             return []
@@ -125,6 +125,20 @@ class Tally:
             f"ToMe: merging of {counts} tokens is likely to take longer than it saves here; "
             "ratio: auto leaves such blocks alone"
         ]
+
+
+def _why_nothing(config: ToMeConfig) -> str:
+    """Which keys may have left every block alone."""
+    reasons = [
+        "no block of this model, at this size, is within max_downsample and min_tokens or has "
+        "tokens to spare"
+    ]
+    if config.steps:
+        reasons.append("the ratio of steps is 0 in this part of the run")
+    asked = [c.similarity for c in (config, *config.rules) if c.similarity is not None]
+    if asked:
+        reasons.append(f"no tokens are as similar as {min(asked):g}")
+    return ", or ".join(reasons)
 
 
 def describe(config: ToMeConfig) -> str:

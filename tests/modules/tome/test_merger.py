@@ -336,8 +336,11 @@ def test_report_counts_what_similarity_left() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"apply_to": ["kv"]}, "no amount"),
-        ({"ratio": 0.5, "min_tokens": 100_000}, "merged nothing"),
+        ({"apply_to": ["kv"]}, "no amount is given; set ratio, r, k, max_tokens or steps"),
+        ({"ratio": 0.5, "min_tokens": 100_000}, "has tokens to spare"),
+        ({"ratio": 0.5, "similarity": 1.0}, "or no tokens are as similar as 1"),
+        ({"steps": [[0, 0], [0.9, 0], [1, 0.5]]}, "or the ratio of steps is 0 in this part"),
+        ({"ratio": "auto", "stride": [1, 1], "min_tokens": 2048}, "merged nothing"),
         ({"ratio": 0.5}, "256 tokens is likely to take longer"),
     ],
     ids=str,
@@ -348,6 +351,15 @@ def test_warnings(config: dict[str, Any], words: str) -> None:
     (warning,) = tome.warnings()
     assert words in warning
     assert "\n" not in warning
+
+
+def test_what_auto_leaves_alone_is_said_once() -> None:
+    tome = merger(ratio="auto")
+    call(tome)
+    assert tome.report().endswith("(auto merges from 1024 tokens here): nothing merged")
+    assert tome.warnings() == []
+    tome.begin_run()
+    assert not tome.tally.has_declined
 
 
 def test_observer_sees_the_blocks_of_each_call() -> None:

@@ -169,7 +169,8 @@ def test_work_is_counted_as_it_is_done() -> None:
     [
         ({"method": "tiles", "apply_to": "kv"}, "leave apply_to out"),
         ({"method": "tiles", "ratio": 0.5}, "ratio=0.5 means nothing for method tiles"),
-        ({"method": "prune", "ratio": 0.8}, "can remove at most 0.75"),
+        ({"method": "prune", "ratio": 0.8}, r"prune with stride \[2, 2\] can remove at most 0.75"),
+        ({"method": "cover", "ratio": 0.8}, r"cover with stride \[2, 2\] can remove at most 0.75"),
         ({"method": "cover", "random": True, "ratio": 0.5}, "means nothing for method cover"),
         ({"ratio": 0.5, "mean": "long"}, "mean='long': must be one of plain, norm"),
     ],
