@@ -9,7 +9,8 @@ The tensors' shapes cannot tell. In this order, the first that says something de
 5. the exact name of a published file of Stable Diffusion 2, or the words v-pred and eps in a name,
    of a link or of what it leads to,
 6. the configuration beside the file without the key, which means eps,
-7. the configuration that fits, which is a guess where a file says nothing.
+7. the configuration that the user gave; it may not contradict 2 to 6,
+8. the configuration that fits, which is a guess where a file says nothing.
 
 Sources: ComfyUI's and kohya-ss's metadata and keys; Lin et al. 2023 (arXiv 2305.08891) for the
 schedule with zero terminal SNR.

@@ -1,7 +1,7 @@
 """How programs run and end: messages, stop signals, exit codes, streams that cannot be written.
 
-Exit codes: 0 done, 2 bad input, 3 not enough memory, 130 interrupted (Ctrl+C), 143 ended (SIGTERM),
-129 ended because its terminal was closed (SIGHUP).
+Exit codes: 0 done, 1 a training whose loss is no number, 2 bad input, 3 not enough memory, 130
+interrupted (Ctrl+C), 143 ended (SIGTERM), 129 ended because its terminal was closed (SIGHUP).
 This module imports next to nothing, so that a program can be stopped while it imports the rest.
 """
 

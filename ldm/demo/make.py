@@ -1,6 +1,7 @@
 """Make the demo model from nothing: renders, classifier, first stage, text encoder, U-Net, check.
 
-Stopped at any moment, the same command goes on where it was; at most five minutes are lost.
+Stopped at any moment, the same command goes on where it was; at most three minutes of training
+are lost.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ldm.config import load_config
 from ldm.distributed import Process
 from ldm.errors import InputError
 from ldm.evaluation.appendix_f.plan import CONTROLS, Plan
-from ldm.evaluation.appendix_f.protocols import PROTOCOLS, quick
+from ldm.evaluation.appendix_f.protocols import PRESETS, PROTOCOLS, RATIOS, quick
 from ldm.evaluation.appendix_f.wanted import (
     SPEED_MODELS,
     check,
@@ -110,11 +110,17 @@ def build_parser() -> Parser:
     add("--outdir", default="outputs/appendix_f", metavar="DIR", help="default: %(default)s")
     group = parser.add_argument_group("what is compared")
     add = group.add_argument
-    add("--presets", metavar="NAME,...", help="of configs/tome, or files of your own")
+    add(
+        "--presets",
+        metavar="NAME,...",
+        help=f"of configs/tome, or files of your own (demo: {', '.join(PRESETS)}; tomesd: "
+        "appendix_f, tomesd)",
+    )
     add(
         "--ratios",
         metavar="RATIO,...",
-        help="also draw each preset at these ratios, where its method can have them",
+        help="also draw each preset at these ratios, where its method can have them (demo: "
+        f"{', '.join(map(str, RATIOS[1:]))}; tomesd: those of the published tables)",
     )
     add(
         "--settings",
