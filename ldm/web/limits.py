@@ -10,15 +10,17 @@ import torch
 
 from ldm.checkpoint.load import CheckpointInfo
 from ldm.errors import InputError
+from ldm.modules.diffusionmodules.strips import LARGE
 from ldm.settings import Settings
 
 MOST_PICTURES = 1000  # of a job
 MOST_CHARACTERS = 20_000  # of a prompt
 MOST_PIXELS = 2**26  # of a picture, whatever the memory: 8192 x 8192
 # Feature maps alive at the peak, in maps of the U-Net's first level and of twice the first stage's
-# width at full size: SD 1.5 in bfloat16 takes 0.8 KB a pixel in a step (two rows) and 5 KB in
-# decoding (docs/performance.md).
-_UNET_MAPS, _DECODER_MAPS = 40, 10
+# width at full size: SD 1.5 in bfloat16 takes 0.8 KB a pixel in a step (two rows). In decoding it
+# takes 5 KB a pixel up to 512x512, with all that torch keeps, and 1.5 KB for those beyond, which
+# are worked on in strips: 7.3 GB with the weights at 2048x2048 (docs/performance.md).
+_UNET_MAPS, _DECODER_MAPS, _STRIPPED_MAPS = 40, 10, 3
 LABELS = {
     "prompt": "Prompt",
     "negative_prompt": "Negative prompt",
@@ -103,7 +105,9 @@ def estimate(pixels: int, n_samples: int, params: dict[str, Any], dtype: str) ->
     first_stage = params["first_stage_config"]["params"]["ddconfig"]
     f = 2 ** (len(first_stage["ch_mult"]) - 1)
     step = _UNET_MAPS * 2 * n_samples * unet["model_channels"] * pixels // f**2
-    decoding = _DECODER_MAPS * 2 * first_stage["ch"] * pixels
+    n_elements = 2 * first_stage["ch"] * pixels
+    whole = min(n_elements, LARGE)
+    decoding = _DECODER_MAPS * whole + _STRIPPED_MAPS * (n_elements - whole)
     return size * max(step, decoding)
 
 

@@ -49,6 +49,8 @@ def test_sizes_are_held_against_the_memory(desk, monkeypatch):
     # SD 1.5 in bfloat16 takes 1.27 GB beside its weights for a picture of 512x512
     assert 1.0e9 < limits.estimate(512 * 512, 1, params, "bfloat16") < 1.6e9
     assert limits.estimate(512 * 512, 8, params, "bfloat16") > 1.3e9
+    # and 5.2 GB for one of 2048x2048, most of which is decoded in strips
+    assert 5.2e9 < limits.estimate(2048 * 2048, 1, params, "bfloat16") < 7.8e9
 
 
 def test_a_second_pass_and_a_picture_to_start_from_do_not_go_together(desk):
