@@ -27,7 +27,7 @@ OLD_FLAGS = {
     "--small-batch": _NOTHING,
     "--medvram": "to save memory, use --n_samples 1 and --tome-ratio 0.5",
     "--lowvram": "to save memory, use --n_samples 1 and --tome-ratio 0.5",
-    "--xformers": f"{_NOTHING}; --attention sdpa is the default and as fast",
+    "--xformers": f"{_NOTHING}; --attention sdpa is the default",
     "--opt-split-attention": f"{_NOTHING}; --attention sdpa is the default",
     "--torchscript": _NOTHING,
     "--ipex": _NOTHING,

@@ -43,7 +43,9 @@ def build_parser() -> Parser:
         help="the finished model (default: %(default)s)",
     )
     add(
-        "--hours", type=float, help="of training in all (default: what has been measured as enough)"
+        "--hours",
+        type=float,
+        help="of training in all, on a CPU of all cores together (default: the recipe's)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     add(

@@ -88,8 +88,8 @@ def build_parser() -> Parser:
         nargs="?",
         const=DOCS,
         metavar="YAML",
-        help=f"make every table and picture of README and docs that depends on the demo model, as "
-        f"listed in a file (default: {DOCS}); with --quick a rehearsal, which leaves them alone",
+        help="make the tables and pictures of README and docs that a file lists (default: "
+        f"{DOCS}); with --quick a rehearsal, which leaves them alone",
     )
     add(
         "--statistics",
