@@ -6,7 +6,7 @@ Pure Python, so that ``--help`` and configuration errors need no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,11 @@ def _boolean(value: Any) -> bool:
     return value
 
 
+def _is_list(value: Any) -> bool:
+    """Whether it is a list of whatever library, as that of OmegaConf."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
 def _is_number(value: Any, low: float, high: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
@@ -86,15 +91,15 @@ def _k(value: Any) -> int | str | None:
 
 
 def _stride(value: Any) -> tuple[int, int]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
+    if not _is_list(value) or len(value) != 2:
         raise ValueError("must be two whole numbers, [rows, columns]")
     return _integer(1)(value[0]), _integer(1)(value[1])
 
 
 def _apply_to(value: Any) -> tuple[str, ...]:
     places = (value,) if isinstance(value, str) else value
-    is_list = isinstance(places, (list, tuple)) and len(places) > 0
-    if not is_list or any(place not in PLACES for place in places):
+    is_some = _is_list(places) and len(places) > 0
+    if not is_some or any(place not in PLACES for place in places):
         raise ValueError(f"must be one or more of {', '.join(PLACES)}")
     if "block" in places and len(places) > 1:
         raise ValueError("block wraps the whole block, so it stands alone")
@@ -119,7 +124,7 @@ def _metric(value: Any) -> str | None:
 
 def _rules(value: Any) -> tuple[Mapping[str, Any], ...]:
     entries = () if value is None else value
-    if not isinstance(entries, (list, tuple)) or any(not isinstance(e, Mapping) for e in entries):
+    if not _is_list(entries) or any(not isinstance(e, Mapping) for e in entries):
         raise ValueError("must be a list of mappings, each with min_tokens")
     return tuple(entries)
 
@@ -132,8 +137,7 @@ def _keys(value: Any) -> Mapping[str, Any] | None:
 
 def _steps(value: Any) -> tuple[tuple[float, float], ...]:
     points = () if value is None else value
-    is_list = isinstance(points, (list, tuple))
-    if not is_list or any(not isinstance(p, (list, tuple)) or len(p) != 2 for p in points):
+    if not _is_list(points) or any(not _is_list(p) or len(p) != 2 for p in points):
         raise ValueError("must be a list of [progress, ratio]")
     progress = [point[0] for point in points]
     if any(not _is_number(p, 0, 1) for p in progress) or progress != sorted(set(progress)):
@@ -225,6 +229,9 @@ def spelled_out(mapping: Mapping[str, Any]) -> dict[str, Any]:
         translated["random"] = given.pop("use_rand")
     if any(key in given for key in _TOMESD_PLACES):
         wanted = {key: given.pop(key, key == "merge_attn") for key in _TOMESD_PLACES}
+        unclear = [key for key, on in wanted.items() if not isinstance(on, bool)]
+        if unclear:
+            raise InputError(f"ToMe {unclear[0]}={wanted[unclear[0]]!r}: must be true or false")
         translated["apply_to"] = [_TOMESD_PLACES[key] for key, on in wanted.items() if on]
     twice = sorted(set(translated) & set(given))
     if twice:

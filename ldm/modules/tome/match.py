@@ -150,7 +150,7 @@ def take(x: Tensor, tokens: Tensor) -> Tensor:
     if len(tokens) == 1:
         return x.index_select(1, tokens[0])
     rows = tokens + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*tokens.shape, -1)
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*tokens.shape, x.shape[2])
 
 
 def prepare_destinations(
@@ -203,6 +203,8 @@ def nearest(
     Returns:
         (B, n_src) positions in dst.
     """
+    if metric.ndim != 3:
+        raise ValueError(f"what is compared has the shape (B, N, C), not {tuple(metric.shape)}")
     n_dst, n_channels = dst.shape[1], metric.shape[2]
     best = torch.empty(len(metric), src.shape[1], dtype=torch.long, device=metric.device)
     for rows in pieces(len(metric), n_dst * n_channels):

@@ -214,14 +214,14 @@ class MergePlan:
             index = self.groups[:, None].expand_as(rows)
             merged = rows.new_zeros(len(x) * self.n_kept, rows.shape[1])
             merged = merged.scatter_reduce(0, index, rows, mode, include_self=False)
-        return merged.view(len(x), self.n_kept, -1)
+        return merged.view(len(x), self.n_kept, x.shape[2])
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Give every token its group's value: (B, n_kept, C) -> (B, N, C)."""
         if self.groups is None:
             return x
         rows = self._rows(x, self.n_kept).index_select(0, self.groups)
-        return rows.view(len(x), self.n_tokens, -1)
+        return rows.view(len(x), self.n_tokens, x.shape[2])
 
     def _rows(self, x: Tensor, n_tokens: int) -> Tensor:
         assert self.groups is not None

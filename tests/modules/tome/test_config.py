@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from ldm.cli.tome_flags import parse_flag
 from ldm.errors import InputError
@@ -127,6 +128,8 @@ def test_none_is_off() -> None:
         ({"context": "cut"}, ["context", "cut", "trim"]),
         ({"seed": -1}, ["seed", "-1"]),
         ({"sx": 2, "stride": [2, 2]}, ["stride", "tomesd"]),
+        ({"merge_mlp": "no"}, ["merge_mlp", "no", "true"]),
+        ({"merge_attn": 0}, ["merge_attn", "0", "true"]),
     ],
 )
 def test_refusals_name_key_value_and_limit(keys: dict, words: list[str]) -> None:
@@ -136,6 +139,16 @@ def test_refusals_name_key_value_and_limit(keys: dict, words: list[str]) -> None
     assert "\n" not in message
     for word in words:
         assert word in message, message
+
+
+def test_lists_may_be_those_of_omegaconf() -> None:
+    keys = {
+        "stride": [2, 4],
+        "apply_to": ["kv"],
+        "steps": [[0, 0.5], [1, 0]],
+        "rules": [{"min_tokens": 64, "stride": [4, 4]}],
+    }
+    assert ToMeConfig.from_mapping(OmegaConf.create(keys)) == config(**keys)
 
 
 def test_mapping_is_required() -> None:

@@ -193,6 +193,16 @@ def test_kth_larger_than_the_sequence_leaves_one() -> None:
     assert unmerge(merge(x)).shape == x.shape
 
 
+def test_an_empty_batch_stays_one() -> None:
+    metric = torch.randn(0, 12, 4)
+    for merge, unmerge in (
+        bipartite_soft_matching(metric, 3),
+        kth_bipartite_soft_matching(metric, 4),
+        bipartite_soft_matching_random2d(metric, 4, 3, 2, 2, 9),
+    ):
+        assert unmerge(merge(metric)).shape == metric.shape
+
+
 def test_a_plan_refuses_other_shapes() -> None:
     merge, unmerge = bipartite_soft_matching(torch.randn(2, 8, 4), 3)
     for wrong in (torch.randn(4, 8, 4), torch.randn(2, 7, 4), torch.randn(8, 4)):
@@ -200,6 +210,10 @@ def test_a_plan_refuses_other_shapes() -> None:
             merge(wrong)
     with pytest.raises(ValueError, match="shape"):
         unmerge(torch.randn(2, 8, 4))
+    for wrong in (torch.randn(8, 4), torch.randn(2, 8, 8, 4)):
+        for match in (bipartite_soft_matching, kth_bipartite_soft_matching):
+            with pytest.raises(ValueError, match=r"shape \(B, N, C\), not"):
+                match(wrong, 3)
     with pytest.raises(ValueError, match="picture"):
         bipartite_soft_matching_random2d(torch.randn(1, 9, 2), 3, 4, 2, 2, 3, True)
 
