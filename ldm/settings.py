@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,8 +133,9 @@ class Settings:
             value = getattr(self, name)
             _require(isinstance(value, bool), name, value, ("true", "false"))
         if self.prompt is not None and not isinstance(self.prompt, str):
-            _require(len(self.prompt) > 0, "prompt", (), ("at least one text",))
+            _require(isinstance(self.prompt, Iterable), "prompt", self.prompt, ("a text", "texts"))
             object.__setattr__(self, "prompt", tuple(self.prompt))
+            _require(len(self.prompt) > 0, "prompt", (), ("at least one text",))
         _check_text("negative_prompt", self.negative_prompt)
         for text in self.prompts:
             _check_text("prompt", text)

@@ -27,6 +27,7 @@ from ldm.settings import Settings
         ("W", -8, "1 to 16384"),
         ("prompt", (), "at least one text"),
         ("prompt", ("a", 3), "a text"),
+        ("prompt", 3, "a text"),
         ("prompt", "x" * 100_001, "at most 100000 characters"),
         ("negative_prompt", None, "a text"),
         ("n_samples", 10**9, "1 to 4096"),
