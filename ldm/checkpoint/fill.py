@@ -17,7 +17,10 @@ from ldm.checkpoint import keys
 from ldm.checkpoint.files import StateDict
 from ldm.device import memory_format
 from ldm.errors import InputError, escaped, shown
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.encoders.modules import TextEncoder
 from ldm.util import instantiate_from_config
 
 MAX_TIMESTEPS = 10_000
@@ -100,6 +103,14 @@ def _require_sense(model: LatentDiffusion, params: Mapping[str, Any]) -> None:
     Raises:
         InputError: one has no meaning.
     """
+    parts = [
+        ("unet_config", model.model.diffusion_model, UNetModel),
+        ("first_stage_config", model.first_stage_model, AutoencoderKL),
+        ("cond_stage_config", model.cond_stage_model, TextEncoder),
+    ]
+    for key, part, kind in parts:
+        if not isinstance(part, kind):
+            raise InputError(f"{key}: {type(part).__name__} is no {kind.__name__}")
     scale = params.get("scale_factor", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 1e-6 < scale < 1e6:
         raise InputError(f"scale_factor {shown(scale)}: must be a number above 0")

@@ -271,3 +271,14 @@ def test_values_that_describe_no_such_model_are_one_line(tmp_path, config, weigh
     with pytest.raises(InputError) as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["unet_config", "first_stage_config", "cond_stage_config"])
+def test_what_stands_in_the_place_of_a_part_is_named(tmp_path, config, weights, key):
+    path = write_safetensors(tmp_path / "m.safetensors", weights)
+    config = copy.deepcopy(config)
+    config["model"]["params"][key]["target"] = "torch.nn.Identity"
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match=f"{key}: Identity is no"):
+        load_model(path, other)
