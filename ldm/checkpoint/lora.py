@@ -175,6 +175,13 @@ class WeightChanges:
             if not torch.isfinite(parameter).all() and self._originals[name].isfinite().all():
                 self._restore(parameters)
                 files = ", ".join(f"{lora.path.name} at {lora.weight:g}" for lora, _ in changes)
+                for lora, change in changes:
+                    for raw in change.tensors.values():
+                        if not torch.isfinite(lora.file[raw]).all():
+                            raise InputError(
+                                f"{lora.path} is damaged: {escaped(raw)} has values that are not "
+                                "numbers"
+                            )
                 kind = str(parameter.dtype).removeprefix("torch.")
                 raise InputError(
                     f"LoRA {files}: {escaped(name)} is beyond the numbers of {kind}; lower its "

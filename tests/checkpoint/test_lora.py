@@ -605,6 +605,18 @@ def test_a_file_whose_numbers_are_too_large_is_named_and_comes_off(checkpoints, 
     assert not changed(before, weights_of(model))
 
 
+def test_a_file_of_what_are_no_numbers_is_damaged_and_comes_off(checkpoints, tmp_path):
+    path, config, shapes = checkpoints[1]
+    model = load_model(path, config, "eps")
+    tensors = kohya(*all_factors(shapes), None)
+    name = next(name for name in tensors if name.endswith("lora_up.weight"))
+    tensors[name] = tensors[name] * float("nan")
+    before = weights_of(model)
+    with pytest.raises(InputError, match=f"style.safetensors is damaged: {name} has values"):
+        WeightChanges(model).set([read_lora(write(tmp_path, tensors), 1, shapes)])
+    assert not changed(before, weights_of(model))
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 KEY = "lora_unet_mid_block_attentions_0_proj_in"
