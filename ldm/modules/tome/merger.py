@@ -155,7 +155,7 @@ class TokenMerger:
         config = self.config.for_tokens(size[0] * size[1])
         is_half = x.dtype in (torch.float16, torch.bfloat16)
         pays_at = pays_from(x.device.type, is_half)
-        removed = self._removed(config, size, downsample, pays_at)
+        removed = self._removed(config, size, downsample, pays_at) if len(x) else 0
         if not has_self_attention and (
             {*config.apply_to} <= SELF_PLACES or "keys" in config.metric
         ):

@@ -53,6 +53,13 @@ def test_nothing_to_merge_is_bit_identical(unet: UNetModel, config: dict) -> Non
     assert torch.equal(run(unet, config), run(unet, None))
 
 
+@pytest.mark.parametrize("config", [{"ratio": 0.5}, {"method": "kth", "k": 3}])
+def test_an_empty_batch_stays_one(unet: UNetModel, config: dict) -> None:
+    unet.tome.configure(ToMeConfig.from_mapping(config))
+    x, timesteps, context = (GOLDEN[name][:0] for name in ("x", "timesteps", "context"))
+    assert unet(x, timesteps, context=context).shape == x.shape
+
+
 def test_no_batch_in_training_meets_the_plans_of_another(unet: UNetModel) -> None:
     unet.tome.configure(ToMeConfig.from_mapping({"ratio": 0.5, "reuse_steps": 100}))
     seen = []
