@@ -373,7 +373,7 @@ def pixels_of(picture: str | Path | Pixels) -> Pixels:
     """
     if not isinstance(picture, np.ndarray):
         return images.load_rgb(picture)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+    if picture.dtype != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
         raise InputError(
             f"picture: must be uint8 of shape (H, W, 3), not {picture.dtype} of {picture.shape}"
         )

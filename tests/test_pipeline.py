@@ -382,7 +382,8 @@ def test_arrays_are_pictures_and_masks_of_the_right_kind_or_refused(pipeline, ph
     np.testing.assert_array_equal(painted.pixels, expected)
     with pytest.raises(InputError, match="mask: it is 16x24, but the picture is 24x16"):
         pipeline.inpaint(photograph, mask.T, "x", steps=2)
-    for wrong in (photograph / 255, photograph[..., 0], np.zeros((16, 24, 4), np.uint8)):
+    rgba = np.zeros((16, 24, 4), np.uint8)
+    for wrong in (photograph / 255, photograph[..., 0], rgba, photograph[:0]):
         with pytest.raises(InputError, match=r"picture: must be uint8 of shape \(H, W, 3\), not"):
             pipeline.img2img(wrong, "x")
 
