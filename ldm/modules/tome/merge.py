@@ -116,7 +116,7 @@ def _method(decision: Decision) -> Callable[..., MergePlan]:
     if config.method == "guided":
         assert draw is not None
         n = decision.n_tokens - config.removable(*size)
-        return partial(since.plan_chosen, r=r, draw=draw, n_destinations=n, rank=_rank)
+        return partial(plan_random, r=r, draw=draw, n_destinations=n)
     if config.method == "cover":
         guided = decision.is_guided
         return partial(since.plan_cover, size=size, stride=stride, r=r, is_guided=guided)
@@ -186,23 +186,27 @@ def plan_random(
     draw: Tensor,
     threshold: float | None = None,
     by_distance: bool = False,
+    n_destinations: int | None = None,
 ) -> MergePlan:
     """Merge r tokens chosen at random into the others.
 
     Args:
         metric: (B, N, C).
         r: tokens removed, at most N - 1.
-        draw: random numbers, (B or 1, N): the r smallest mark the sources; one row for all.
+        draw: random numbers, (B or 1, N): the smallest mark the sources; one row for all.
         threshold, by_distance: as in `plan_bipartite`.
+        n_destinations: how many tokens are no sources, of which the r most similar go; None: as
+            many as stay.
     """
     n = metric.shape[1]
     if r >= n:
         raise InputError(f"r={r} would remove all {n} tokens; the most that can go is {n - 1}")
     if r <= 0:
         return MergePlan.identity()
+    n_dst = n - r if n_destinations is None else n_destinations
     order = draw.to(metric.device).argsort(dim=1)
-    src, dst = order[:, :r], order[:, r:]
-    home = torch.arange(r, device=metric.device) % (n - r)
+    src, dst = order[:, : n - n_dst], order[:, n - n_dst :]
+    home = torch.arange(n - n_dst, device=metric.device) % n_dst
     best = nearest(metric, src, dst, home, by_distance=by_distance)
     return _rank(metric, src, dst, best, r, threshold, by_distance)
 

@@ -5,7 +5,6 @@ They stand here to be compared with; each takes a few dozen lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.modules.tome.config import cells, tile_side
-from ldm.modules.tome.match import nearest
 from ldm.modules.tome.plan import MergePlan
 
 POOL = 2  # tokens for each destination that is drawn from them
@@ -173,29 +171,6 @@ def favoured(
     pool = here.topk(n_pool, dim=1).indices
     drawn = draw.to(here).expand(len(here), -1) + torch.zeros_like(here).scatter(1, pool, 1.0)
     return drawn.repeat(n_rows // len(here), 1)
-
-
-def plan_chosen(
-    metric: Tensor,
-    r: int,
-    draw: Tensor,
-    n_destinations: int,
-    rank: Callable[..., MergePlan],
-) -> MergePlan:
-    """Merge the r tokens most similar to one of the destinations: those with the largest numbers.
-
-    Args:
-        metric: (B, N, C).
-        r: tokens removed.
-        draw: (B or 1, N).
-        n_destinations: how many.
-        rank: `merge._rank`.
-    """
-    order = draw.to(metric.device).argsort(dim=1)
-    n_sources = metric.shape[1] - n_destinations
-    src, dst = order[:, :n_sources], order[:, n_sources:]
-    home = torch.arange(n_sources, device=metric.device) % n_destinations
-    return rank(metric, src, dst, nearest(metric, src, dst, home), r)
 
 
 @dataclass(frozen=True)
