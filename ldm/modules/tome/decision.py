@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ldm.modules.tome.config import ToMeConfig
 from ldm.modules.tome.plan import NOTHING, BlockPlans, MergePlan
 
 
+@dataclass(eq=False)
 class Decision:
     """What is merged in one block, and the plans, once they are made.
 
@@ -32,29 +34,17 @@ class Decision:
         plan, query_plan: the plan, and the one for queries; None until they are made.
     """
 
-    def __init__(
-        self,
-        config: ToMeConfig,
-        size: tuple[int, int],
-        removed: int,
-        n_channels: int = 1,
-        draw: Tensor | None = None,
-        pays: bool = True,
-        is_guided: bool = False,
-        planner: Planner | None = None,
-        is_whole: bool = False,
-    ) -> None:
-        self.config = config
-        self.size = size
-        self.removed = removed
-        self.n_channels = n_channels
-        self.draw = draw
-        self.pays = pays
-        self.is_guided = is_guided
-        self.planner = planner
-        self.is_whole = is_whole
-        self.plan: MergePlan | None = None
-        self.query_plan: MergePlan | None = None
+    config: ToMeConfig
+    size: tuple[int, int]
+    removed: int
+    n_channels: int = 1
+    draw: Tensor | None = None
+    pays: bool = True
+    is_guided: bool = False
+    planner: Planner | None = None
+    is_whole: bool = False
+    plan: MergePlan | None = None
+    query_plan: MergePlan | None = None
 
     @property
     def is_whole_block(self) -> bool:
