@@ -127,8 +127,9 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution, each followed by attention if the level has any.
 
-    Encoder and decoder call the layers one by one. A level that called them would have its input
-    in memory until its end, as the caller holds it.
+    Last comes what changes the size: ``downsample`` in the encoder, ``upsample`` in the decoder;
+    at the end of these it is the identity. Both call the layers one by one. A level that called
+    them would have its input in memory until its end, as the caller holds it.
     """
 
     def __init__(
@@ -150,33 +151,13 @@ class Level(nn.Module):
         )
 
     def layers(self) -> Iterator[nn.Module]:
-        """(B, C_in, h, w) -> (B, C_out, h, w), in order."""
+        """(B, C_in, h, w) -> (B, C_out, new h, new w), in order."""
         for i, block in enumerate(self.block):
             yield block
             if self.attn:
                 yield self.attn[i]
-
-
-class DownLevel(Level):
-    """A level of the encoder; ``downsample`` comes last, and is the identity at the coarsest."""
-
-    downsample: nn.Module
-
-    def layers(self) -> Iterator[nn.Module]:
-        """(B, C_in, h, w) -> (B, C_out, h/2, w/2)."""
-        yield from super().layers()
-        yield self.downsample
-
-
-class UpLevel(Level):
-    """A level of the decoder; ``upsample`` comes last, and is the identity at the finest."""
-
-    upsample: nn.Module
-
-    def layers(self) -> Iterator[nn.Module]:
-        """(B, C_in, h, w) -> (B, C_out, 2h, 2w)."""
-        yield from super().layers()
-        yield self.upsample
+        *_, resize = self.children()
+        yield resize
 
 
 class Encoder(nn.Module):
@@ -214,7 +195,7 @@ class Encoder(nn.Module):
         widths = [ch, *(ch * m for m in ch_mult)]
         self.down = nn.ModuleList()
         for i in range(len(ch_mult)):
-            level = DownLevel(
+            level = Level(
                 widths[i],
                 widths[i + 1],
                 num_res_blocks,
@@ -232,7 +213,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Pictures in [-1, 1], (B, 3, H, W) -> (B, 2*z_channels, H/f, W/f)."""
         h = self.conv_in(x)
-        for level in cast("Iterable[DownLevel]", self.down):
+        for level in cast("Iterable[Level]", self.down):
             for layer in level.layers():
                 h = layer(h)
         return self.conv_out(silu(self.norm_out(self.mid(h))))
@@ -267,7 +248,7 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1], norm_groups, dropout)
         self.up = nn.ModuleList()
         for i in range(len(ch_mult)):
-            level = UpLevel(
+            level = Level(
                 widths[min(i + 1, len(ch_mult) - 1)],
                 widths[i],
                 num_res_blocks + 1,
@@ -283,7 +264,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """(B, z_channels, h, w) -> pictures, about [-1, 1], (B, 3, h*f, w*f)."""
         h = self.mid(self.conv_in(z))
-        for level in reversed(cast("Sequence[UpLevel]", self.up)):
+        for level in reversed(cast("Sequence[Level]", self.up)):
             for layer in level.layers():
                 h = layer(h)
         return in_strips(lambda h: self.conv_out(silu(h)), h, norm=self.norm_out)
