@@ -11,20 +11,6 @@ from ldm.errors import InputError
 from ldm.util import part_of
 
 
-def next_path(folder: str | Path, name: str) -> Path:
-    """The first free numbered file name: one above the highest number in use.
-
-    Args:
-        folder: where; it need not exist.
-        name: a pattern such as ``grid-{:04}.png``.
-    """
-    before, after = re.split(r"{:0\d+}", name)
-    pattern = re.compile(re.escape(before) + r"(\d{1,18})" + re.escape(after), re.ASCII)
-    files = os.listdir(folder) if Path(folder).is_dir() else ()
-    taken = [int(match[1]) for file in files if (match := pattern.fullmatch(file))]
-    return Path(folder) / name.format(max(taken, default=-1) + 1)
-
-
 class Numbers:
     """Numbered files of a folder; any number of programs can write there at one time.
 
@@ -39,7 +25,8 @@ class Numbers:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         self.name = name
-        self._digits = slice(len(name.split("{")[0]), -len(name.split("}")[1]) or None)
+        before, after = (re.escape(part) for part in re.split(r"{:0\d+}", name))
+        self._taken = re.compile(rf"{before}(\d{{1,18}}){after}", re.ASCII)
         self._next: int | None = None
 
     @property
@@ -76,7 +63,10 @@ class Numbers:
             return path
 
     def _free(self) -> int:
-        return int(next_path(self.folder, self.name).name[self._digits])
+        """One above the highest number in use."""
+        files = os.listdir(self.folder) if self.folder.is_dir() else ()
+        taken = [int(match[1]) for file in files if (match := self._taken.fullmatch(file))]
+        return max(taken, default=-1) + 1
 
 
 def make_folder(folder: Path) -> None:

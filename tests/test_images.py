@@ -12,7 +12,7 @@ from PIL import Image
 from ldm import images
 from ldm.errors import InputError
 from ldm.images import Gallery, Picture
-from ldm.numbered import next_path
+from ldm.numbered import Numbers
 from ldm.web_ui import web_ui_text
 
 
@@ -141,13 +141,13 @@ def test_grid_has_rows_and_margins():
 
 
 def test_numbers_go_on_above_the_highest(tmp_path):
-    assert next_path(tmp_path / "none", "{:05}.png").name == "00000.png"
+    assert Numbers(tmp_path / "none", "{:05}.png").next == 0
     for name in ("00001.png", "00007.png", "grid-0003.png", "x.png", "00009.png.part", "123.jpg"):
         (tmp_path / name).touch()
-    assert next_path(tmp_path, "{:05}.png") == tmp_path / "00008.png"
-    assert next_path(tmp_path, "grid-{:04}.png") == tmp_path / "grid-0004.png"
+    assert Numbers(tmp_path, "{:05}.png").next == 8
+    assert Numbers(tmp_path, "grid-{:04}.png").next == 4
     (tmp_path / "123456.png").touch()
-    assert next_path(tmp_path, "{:05}.png").name == "123457.png"
+    assert Numbers(tmp_path, "{:05}.png").next == 123457
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
