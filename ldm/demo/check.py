@@ -16,13 +16,12 @@ from tqdm import tqdm
 from ldm.demo.classifier import AttributeClassifier
 from ldm.demo.objects import count_objects, train_finder
 from ldm.demo.quality import first_stage_quality, frechet, reconstructions, renders, told_apart
-from ldm.demo.rendered import picture_of, scene_of
+from ldm.demo.rendered import picture_of, scene_of, stacked
 from ldm.demo.samples import PROMPT_SEED, captions_of, draw, held_out_scenes, samples
 from ldm.demo.scenes import ATTRIBUTES, Scene, attributes, render
 from ldm.evaluation.appendix_f.controls import CONTROLS, control
 from ldm.evaluation.appendix_f.distances import psnr
 from ldm.evaluation.appendix_f.statistics import bootstrap
-from ldm.images import to_unit
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.tome.config import ToMeConfig
 
@@ -69,7 +68,7 @@ def classifier_accuracy(
         renders = [
             picture_of(i, PROMPT_SEED + 1, "held_out", pixels) for i in range(start, start + 32)
         ]
-        x = torch.from_numpy(to_unit(np.stack(renders)))
+        x = stacked(renders)
         z = model.first_stage_model.encode(x.to(stage)).mode()
         both = {"renders": x, "reconstructions": model.first_stage_model.decode(z).float().cpu()}
         for kind, pictures in both.items():
@@ -89,7 +88,7 @@ def objects_of(pictures: Tensor, scenes: list[Scene]) -> dict[str, dict[str, flo
     drawn = [render(s, np.random.default_rng((PROMPT_SEED, i)), 128) for i, s in enumerate(scenes)]
     counts = {
         "samples": count_objects(finder, pictures),
-        "renders": count_objects(finder, torch.from_numpy(to_unit(np.stack(drawn)))),
+        "renders": count_objects(finder, stacked(drawn)),
     }
     return {
         kind: {
@@ -134,7 +133,7 @@ def rows(model: LatentDiffusion, pixels: int, n: int, steps: int, scale: float) 
     drawn = [
         render(s, np.random.default_rng((PROMPT_SEED, i, 0)), pixels) for i, s in enumerate(scenes)
     ]
-    shown = torch.from_numpy(to_unit(np.stack(drawn)))
+    shown = stacked(drawn)
     size = pixels // model.first_stage_model.f
     samples = draw(model, captions_of(scenes), list(range(n)), steps, scale, size)
     return torch.cat([shown, reconstructions(model, shown), samples])
@@ -202,9 +201,7 @@ def check(
     for i in tqdm(range(min(6, n_prompts)), desc="spread"):
         sampled = draw(model, [prompts[i]] * len(seeds), seeds, steps, scale, size)
         again = [np.random.default_rng((PROMPT_SEED, i, s)) for s in seeds]
-        drawn = torch.from_numpy(
-            to_unit(np.stack([render(scenes[i], rng, pixels) for rng in again]))
-        )
+        drawn = stacked([render(scenes[i], rng, pixels) for rng in again])
         pairs.append((spread(sampled), spread(drawn)))
     report["spread"] = {
         "samples": float(np.mean([p[0] for p in pairs])),
@@ -212,9 +209,7 @@ def check(
     }
 
     training = renders(n_training, 128, cache_dir, 1, "train")
-    fresh = torch.from_numpy(
-        to_unit(np.stack([picture_of(i, PROMPT_SEED, "held_out", 128) for i in range(n_prompts)]))
-    )
+    fresh = stacked([picture_of(i, PROMPT_SEED, "held_out", 128) for i in range(n_prompts)])
     to_training = nearest(pictures, training)
     report["copies"] = {
         "closest_sample": to_training.min().item(),

@@ -15,9 +15,8 @@ from kornia.contrib import connected_components
 from torch import Tensor, nn
 
 from ldm.demo.classifier import disturb
-from ldm.demo.rendered import scene_of
+from ldm.demo.rendered import scene_of, stacked
 from ldm.demo.scenes import Scene, render
-from ldm.images import to_unit
 
 SIDE = 128  # pixels at which pictures are judged
 SMALLEST = 12  # cells of 2x2 pixels that an object has at least
@@ -37,7 +36,7 @@ def object_mask(scene: Scene, seed: tuple[int, ...], size: int = SIDE) -> tuple[
         render(each, np.random.default_rng(seed), size)
         for each in (scene, replace(scene, object="none"))
     ]
-    shown, bare = torch.from_numpy(to_unit(np.stack(both)))
+    shown, bare = stacked(both)
     differs = ((shown - bare).abs().amax(dim=0) > 0.12).float()
     return shown, F.avg_pool2d(differs[None], 2)[0].round()
 

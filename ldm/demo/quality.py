@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.demo.classifier import AttributeClassifier
 from ldm.demo.rendered import RenderedScenes
 from ldm.demo.scenes import Split
-from ldm.evaluation.appendix_f.distances import psnr
+from ldm.evaluation.appendix_f.distances import high_frequencies, psnr
 from ldm.evaluation.appendix_f.statistics import FrechetDistance, Statistics
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
@@ -50,14 +50,6 @@ def reconstructions(model: LatentDiffusion, pictures: Tensor, batch_size: int = 
     return torch.cat(made)
 
 
-def high_frequencies(pictures: Tensor) -> float:
-    """Mean energy above half the Nyquist frequency of grey pictures (n, 3, H, W)."""
-    spectrum = torch.fft.fft2(pictures.float().mean(dim=1)).abs().square()
-    fy = torch.fft.fftfreq(pictures.shape[2]).abs()[:, None]
-    fx = torch.fft.fftfreq(pictures.shape[3]).abs()
-    return (spectrum * (torch.maximum(fy, fx) > 0.25)).sum(dim=(1, 2)).mean().item()
-
-
 def first_stage_quality(model: LatentDiffusion, size: int, n: int = 64) -> dict[str, float]:
     """Of reconstructed held-out renders: ``psnr_db``, and ``high_frequencies`` relative to them.
 
@@ -68,10 +60,11 @@ def first_stage_quality(model: LatentDiffusion, size: int, n: int = 64) -> dict[
     """
     pictures = renders(n, size)
     made = reconstructions(model, pictures)
+    energy = [high_frequencies(each).mean().item() for each in (made, pictures)]
     return {
         "psnr_db": psnr(made, pictures).mean().item(),
         "worst_psnr_db": psnr(made, pictures).min().item(),
-        "high_frequencies": high_frequencies(made) / high_frequencies(pictures),
+        "high_frequencies": energy[0] / energy[1],
     }
 
 

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import multiprocessing.pool
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ldm.data.growing import change_of, grow, whole_array
 from ldm.demo.scenes import Scene, Split, attributes, caption, mirror, render, sample_scene
 from ldm.errors import InputError
+from ldm.images import to_unit
 from ldm.text import read_json
 from ldm.util import written_whole
 
@@ -35,6 +36,11 @@ def scene_of(index: int, seed: int, split: Split) -> Scene:
 def picture_of(index: int, seed: int, split: Split, size: int) -> np.ndarray:
     """Returns picture `index` of the set, uint8 (size, size, 3); the same content at every size."""
     return render(scene_of(index, seed, split), np.random.default_rng((seed, index, 1)), size)
+
+
+def stacked(pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    """Pictures (H, W, 3) as models see them: (n, 3, H, W), float32 in [-1, 1]."""
+    return torch.from_numpy(to_unit(np.stack(pictures)))
 
 
 class SceneCaptions(Dataset):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.canvas import PictureNoise
 from ldm.checkpoint.hashes import weights_key
 from ldm.data.growing import change_of, grow, whole_array
 from ldm.demo.rendered import STYLE, scene_of
@@ -42,12 +43,6 @@ def held_out_scenes(n: int, only: tuple[str, str] | None = None) -> list[Scene]:
 def captions_of(scenes: list[Scene]) -> list[str]:
     """A caption for each scene, in a phrasing of its own."""
     return [caption(s, np.random.default_rng((PROMPT_SEED, i))) for i, s in enumerate(scenes)]
-
-
-def initial_noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
-    """Unit normal (B, C, h, w), each picture's from a seed of its own."""
-    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(drawn)
 
 
 @torch.no_grad()
@@ -79,7 +74,8 @@ def drawn(
     bar = tqdm(total=len(prompts), desc=show, disable=show is None, unit="picture")
     for start in range(0, len(prompts), batch_size):
         texts = prompts[start : start + batch_size]
-        x_T = initial_noise(seeds[start : start + batch_size], (model.channels, size, size))
+        noise = PictureNoise(seeds[start : start + batch_size])
+        x_T = noise((len(texts), model.channels, size, size))
         z, _ = DDIMSampler(model).sample(
             steps,
             len(texts),

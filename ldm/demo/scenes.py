@@ -226,10 +226,6 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     return _choose(forms, rng)
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
-
-
 def _all_phrases() -> list[str]:
     tables = (_OBJECT_PHRASES, _TIMES, _LIGHTS, _POSITIONS, _SKIES)
     places = [f"{preposition} {place}" for row in _PLACES.values() for preposition, place in row]
@@ -237,10 +233,5 @@ def _all_phrases() -> list[str]:
     return [*places, *phrases, *_OPENINGS, "and with over"]
 
 
-VOCABULARY: frozenset[str] = frozenset(w for phrase in _all_phrases() for w in _words(phrase))
+VOCABULARY: frozenset[str] = frozenset(re.findall(r"[^\W_]+", " ".join(_all_phrases()).lower()))
 """Every word, in lower case, that captions can use."""
-
-
-def unknown_words(prompt: str) -> list[str]:
-    """Returns the prompt's words, in lower case and once each, that no caption uses."""
-    return [word for word in dict.fromkeys(_words(prompt)) if word not in VOCABULARY]

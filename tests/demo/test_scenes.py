@@ -18,8 +18,8 @@ from ldm.demo.scenes import (
     mirror,
     render,
     sample_scene,
-    unknown_words,
 )
+from ldm.remarks import unknown_words
 
 # what a caption must say for a reader to know each value; values left out are never said
 SAID = {
@@ -65,7 +65,7 @@ def test_a_caption_names_what_there_is_and_nothing_else(canonical):
 def test_captions_use_the_vocabulary_and_all_of_it():
     rng = np.random.default_rng(4)
     captions = [caption(s, rng) for s in all_scenes() for _ in range(20)]
-    assert not [word for text in captions for word in unknown_words(text)]
+    assert not [word for text in captions for word in unknown_words(text, VOCABULARY)]
     assert set(re.findall(r"\w+", " ".join(captions))) == VOCABULARY
 
 
@@ -76,11 +76,8 @@ def test_canonical_caption():
 
 
 def test_unknown_words_are_named_once_in_lower_case():
-    assert unknown_words("A Dragon, a red house and 2 dragons; Dragon!") == [
-        "dragon",
-        "2",
-        "dragons",
-    ]
+    prompt = "A Dragon, a red house and 2 dragons; Dragon!"
+    assert unknown_words(prompt, VOCABULARY) == ["dragon", "2", "dragons"]
 
 
 def test_attributes_are_those_declared():

@@ -51,18 +51,20 @@ def ms_ssim(pictures: Tensor, reference: Tensor) -> Tensor:
     return result.reshape(len(pictures))
 
 
+def high_frequencies(pictures: Tensor) -> Tensor:
+    """Energy above half the Nyquist frequency of each picture's grey values, (B,)."""
+    spectrum = torch.fft.fft2(pictures.float().mean(dim=1)).abs().square()
+    fy = torch.fft.fftfreq(pictures.shape[2], device=pictures.device).abs()[:, None]
+    fx = torch.fft.fftfreq(pictures.shape[3], device=pictures.device).abs()
+    return (spectrum * (torch.maximum(fy, fx) > 0.25)).sum(dim=(1, 2))
+
+
 def high_frequency_ratio(pictures: Tensor, reference: Tensor) -> Tensor:
-    """Energy above half the Nyquist frequency, relative to the reference's, (B,).
+    """`high_frequencies`, relative to the reference's, (B,).
 
     Below 1 fine texture was lost, above 1 something was added.
     """
-    energies = []
-    for p in (pictures, reference):
-        spectrum = torch.fft.fft2(p.float().mean(dim=1)).abs().square()
-        fy = torch.fft.fftfreq(p.shape[2], device=p.device).abs()[:, None]
-        fx = torch.fft.fftfreq(p.shape[3], device=p.device).abs()
-        energies.append((spectrum * (torch.maximum(fy, fx) > 0.25)).sum(dim=(1, 2)))
-    return energies[0] / energies[1].clamp(min=1e-12)
+    return high_frequencies(pictures) / high_frequencies(reference).clamp(min=1e-12)
 
 
 DISTANCES = {
