@@ -72,7 +72,6 @@ def control(unet: Any, name: str, ratio: float = 0.5, seed: int = 0) -> Iterator
         plan = make(len(x), decision.n_tokens, decision.removed, generator, x.device)
         return plan, plan
 
-    before = unet.tome.config
     plain = ToMeConfig(
         method="random",
         ratio=ratio,
@@ -81,13 +80,8 @@ def control(unet: Any, name: str, ratio: float = 0.5, seed: int = 0) -> Iterator
         weighted=False,
         proportional=False,
     )
-    unet.tome.configure(plain)
-    unet.tome.planner = planner
-    try:
+    with unet.tome.planned_by(planner, plain):
         yield
-    finally:
-        unet.tome.planner = None
-        unet.tome.configure(before)
 
 
 def _random_pairs(

@@ -51,14 +51,8 @@ def mean_cosines(
         return plan, queries
 
     n_blocks, counted = len(transformer_blocks(pipeline.model.model.diffusion_model)), [0]
-    before = merger.config
-    merger.configure(ToMeConfig.from_mapping({**TOMESD, "max_downsample": 8}))
-    merger.planner = planner
-    try:
+    with merger.planned_by(planner, ToMeConfig.from_mapping({**TOMESD, "max_downsample": 8})):
         sample(pipeline.model, settings, batch, Texts(pipeline.model, settings))
-    finally:
-        merger.planner = None
-        merger.configure(before)
     return [(n, sum(found[i]) / len(found[i])) for i, n in enumerate(sizes)]
 
 

@@ -85,8 +85,7 @@ def breakdown(unet: Any, device: torch.device) -> Iterator[dict[str, float]]:
         Seconds for each of `PARTS`, growing as the model is called.
     """
     watch = Stopwatch(device)
-    before = unet.tome.planner
-    make = before or plan_block
+    make = unet.tome.planner or plan_block
 
     def planner(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan, MergePlan]:
         with watch.part("match"):
@@ -96,8 +95,5 @@ def breakdown(unet: Any, device: torch.device) -> Iterator[dict[str, float]]:
         timed = TimedPlan.of(plan, watch)
         return timed, timed if queries is plan else TimedPlan.of(queries, watch)
 
-    unet.tome.planner = planner
-    try:
+    with unet.tome.planned_by(planner):
         yield watch.seconds
-    finally:
-        unet.tome.planner = before

@@ -5,8 +5,8 @@ It tells what a perfect implementation of the setting would reach. The pictures 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,21 +34,14 @@ class FreePlan(MergePlan):
         return x[:, :1].expand(-1, self.n_tokens, -1)
 
 
-@contextmanager
-def oracle(unet: Any) -> Iterator[None]:
+def oracle(unet: Any) -> AbstractContextManager[None]:
     """Leave matching, merging and unmerging out of a U-Net's blocks, as long as the context lasts.
 
     Args:
         unet: a UNetModel; its `TokenMerger` decides as ever which blocks work on how many tokens.
             With a ``similarity`` these are as many as ``ratio`` alone would leave.
     """
-
-    before = unet.tome.planner
-    unet.tome.planner = _free
-    try:
-        yield
-    finally:
-        unet.tome.planner = before
+    return unet.tome.planned_by(_free)
 
 
 def _free(decision: Decision, metrics: Sequence[Tensor]) -> tuple[MergePlan, MergePlan]:

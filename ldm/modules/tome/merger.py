@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,20 @@ class TokenMerger:
         """Take another configuration, and begin a run with it."""
         self.config = config
         self.begin_run()
+
+    @contextmanager
+    def planned_by(self, planner: Planner, config: ToMeConfig | None = None) -> Iterator[None]:
+        """Let another planner make the plans, and another configuration hold, for a while."""
+        before = self.planner, self.config
+        self.planner = planner
+        if config is not None:
+            self.configure(config)
+        try:
+            yield
+        finally:
+            self.planner = before[0]
+            if config is not None:
+                self.configure(before[1])
 
     def begin_run(self, seed: int | None = None) -> None:
         """Forget everything about earlier calls; ``seed`` replaces the configured one."""
