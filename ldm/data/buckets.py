@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Sampler
+from torch.utils.data import ConcatDataset, Dataset
 
 from ldm.errors import InputError
 from ldm.util import instantiate_from_config
@@ -33,33 +32,13 @@ class ResolutionBuckets(ConcatDataset):
         for length, size in zip(lengths, batch_sizes, strict=True):
             if not 1 <= size <= length:
                 raise InputError(f"batch size {size}: its bucket has {length} pictures")
-        self.batch_sampler = BucketBatches(lengths, batch_sizes)
+        self.lengths, self.batch_sizes = lengths, batch_sizes
 
+    def draw_batches(self, n_processes: int = 1) -> list[list[int]]:
+        """Indices of an epoch's batches: all full ones of all buckets.
 
-class BucketBatches(Sampler[list[int]]):
-    """Indices of one bucket per batch, all full batches of all buckets once an epoch.
-
-    Drawn from torch's global generator, as a shuffling loader does.
-
-    Args:
-        lengths: pictures in each bucket; their indices follow one another.
-        batch_sizes: pictures per batch of each bucket.
-    """
-
-    def __init__(self, lengths: list[int], batch_sizes: list[int]) -> None:
-        self.lengths = lengths
-        self.batch_sizes = batch_sizes
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        return sum(n // b for n, b in zip(self.lengths, self.batch_sizes, strict=True))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """One epoch's batches."""
-        yield from self.draw()
-
-    def draw(self, n_processes: int = 1) -> list[list[int]]:
-        """One epoch's batches, in an order in which processes that take turns have equal work.
+        They are drawn from torch's global generator, as a shuffling loader does, in an order in
+        which processes that take turns have equal work.
 
         Args:
             n_processes: so many batches in a row are of one bucket, but for those left over.

@@ -124,12 +124,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         dataset = self.datasets["train"]
         if _is_stream(dataset):
             return self._loader(dataset, self.num_workers, batch_size=self.batch_size)
-        buckets = getattr(dataset, "batch_sampler", None)
+        draw_buckets = getattr(dataset, "draw_batches", None)
         rank, n_ranks = self._place()
         draw: Callable[[], list[list[int]]] = (
             partial(shuffled, len(dataset), self.batch_size)
-            if buckets is None
-            else partial(buckets.draw, n_ranks)
+            if draw_buckets is None
+            else partial(draw_buckets, n_ranks)
         )
         limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
         batches = EpochBatches(draw, self.seed, self._n_done, rank, n_ranks, limit)
@@ -155,9 +155,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
             return self._loader(dataset, self.num_val_workers, batch_size=self.batch_size)
         items = SeededItems(dataset, self.seed)
         rank, n_ranks = self._place()
-        buckets = getattr(dataset, "batch_sampler", None)
-        if buckets is not None:
-            draw: Any = partial(buckets.draw, n_ranks)
+        draw_buckets = getattr(dataset, "draw_batches", None)
+        if draw_buckets is not None:
+            draw: Any = partial(draw_buckets, n_ranks)
             batches = EpochBatches(draw, self.seed, lambda: 0, rank, n_ranks)
             return self._loader(items, self.num_val_workers, batch_sampler=batches)
         is_shuffled = split in self.shuffled
