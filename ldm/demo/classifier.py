@@ -49,7 +49,6 @@ class AttributeClassifier(nn.Module):
         self.size = size
         self.first_stage_key = first_stage_key
         self.monitor = "val/loss"
-        # two more inputs say where a pixel is: pooling would forget on which side the light stands
         self.trunk = nn.Sequential(
             _convolution(5, widths[0], kernel=7, stride=4),
             *(
@@ -67,10 +66,7 @@ class AttributeClassifier(nn.Module):
         """Returns what the heads read: (B, n_features)."""
         if pictures.shape[-2:] != (self.size, self.size):
             pictures = resize(pictures, (self.size, self.size), "bilinear", antialias=True)
-        ramp = torch.linspace(-1.0, 1.0, self.size, device=pictures.device, dtype=pictures.dtype)
-        position = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij"))
-        position = position.expand(len(pictures), -1, -1, -1)
-        maps = self.trunk(torch.cat([pictures, position], dim=1))
+        maps = self.trunk(with_position(pictures))
         pooled = torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)
         return F.silu(self.project(pooled))
 
@@ -108,6 +104,16 @@ class AttributeClassifier(nn.Module):
         """Returns AdamW with one rise and fall of the learning rate over the whole run."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=learning_rate, weight_decay=1e-2)
         return optimizer, OneCycleLR(optimizer, learning_rate, n_steps)
+
+
+def with_position(pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) with where a pixel is as two more channels, (B, 5, H, W).
+
+    Pooling would forget on which side the light stands.
+    """
+    ramps = [torch.linspace(-1.0, 1.0, n, device=pictures.device) for n in pictures.shape[-2:]]
+    position = torch.stack(torch.meshgrid(*ramps, indexing="ij")).to(pictures.dtype)
+    return torch.cat([pictures, position.expand(len(pictures), -1, -1, -1)], dim=1)
 
 
 def _convolution(n_in: int, n_out: int, kernel: int, stride: int) -> nn.Sequential:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from ldm.demo.classifier import load_classifier
+from ldm.demo.classifier import load_classifier, with_position
 
 
 class AttributeFeatures(nn.Module):
@@ -21,10 +20,7 @@ class AttributeFeatures(nn.Module):
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [-1, 1] -> maps at a quarter of the size and below."""
-        ramps = [torch.linspace(-1.0, 1.0, n, device=pictures.device) for n in pictures.shape[-2:]]
-        position = torch.stack(torch.meshgrid(*ramps, indexing="ij")).to(pictures.dtype)
-        x = torch.cat([pictures, position.expand(len(pictures), -1, -1, -1)], dim=1)
-        maps = []
+        x, maps = with_position(pictures), []
         for layer in self.trunk:
             x = layer(x)
             maps.append(x)
