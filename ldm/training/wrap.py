@@ -14,24 +14,22 @@ from ldm.training.diffusion import DiffusionTraining
 from ldm.training.module import Training
 
 
-def in_training(model: Any, learning_rate: float = 1e-4) -> pl.LightningModule:
+def in_training(model: Any) -> pl.LightningModule:
     """What Lightning trains for a model of a configuration.
 
     Args:
         model: a LatentDiffusion, an AutoencoderKL, or a module that `Training` can train; a
             LightningModule is returned as it is.
-        learning_rate: of the optimiser.
 
     Raises:
         InputError: nothing here can train it.
     """
     if isinstance(model, pl.LightningModule):
-        model.learning_rate = learning_rate  # type: ignore[assignment]
         return model
     if isinstance(model, LatentDiffusion):
-        return DiffusionTraining(model, learning_rate)
+        return DiffusionTraining(model)
     if isinstance(model, AutoencoderKL):
-        return AutoencoderTraining(model, learning_rate)
+        return AutoencoderTraining(model)
     if not (hasattr(model, "terms") and hasattr(model, "optimizer")):
         raise InputError(f"model.target: a {type(model).__name__} cannot be trained")
-    return Training(model, learning_rate)
+    return Training(model)

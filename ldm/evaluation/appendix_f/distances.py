@@ -11,16 +11,13 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, fro
 _WINDOW = 11  # pixels; of SSIM
 
 
-def psnr(pictures: Tensor, reference: Tensor, peak: float = 2.0) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, (B,); identical ones have 100.
+def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture (B, C, H, W) in [-1, 1], in dB, (B,).
 
-    Args:
-        pictures: (B, C, H, W).
-        reference: likewise.
-        peak: the range of the values; 2 for pictures in [-1, 1].
+    Identical ones have 100.
     """
     mse = (pictures.double() - reference.double()).square().mean(dim=(1, 2, 3))
-    return (10 * torch.log10(peak**2 / mse.clamp(min=peak**2 * 1e-10))).float()
+    return (10 * torch.log10(4 / mse.clamp(min=4e-10))).float()  # the range is 2
 
 
 def ssim(pictures: Tensor, reference: Tensor) -> Tensor:

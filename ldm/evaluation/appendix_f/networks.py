@@ -317,14 +317,11 @@ def reference(
         except InputError:  # damaged, so it is computed again
             path.unlink()
     unit = (torch.from_numpy(to_unit(pixels[None])) for pixels in pictures)
-    rows = [judge(Looked(one, None, "", None)) for one in _shown(unit, n)]
+    shown = tqdm(unit, desc="reference pictures", total=n, unit="picture")
+    rows = [judge(Looked(one, None, "", None)) for one in shown]
     statistics = Statistics.of(torch.from_numpy(np.stack(rows)))
     statistics.save(path)
     return statistics
-
-
-def _shown(pictures: Iterable[Tensor], n: int) -> Iterable[Tensor]:
-    return tqdm(pictures, desc="reference pictures", total=n, unit="picture")
 
 
 def _read(path: Path, judge: Judge) -> Statistics:

@@ -35,12 +35,10 @@ class UNets:
 
 
 @torch.no_grad()
-def build_unet(
-    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> UNetModel:
+def build_unet(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> UNetModel:
     """The U-Net of a model's configuration, with random weights, as the pipeline would have it."""
     unet = unet_without_weights(config).to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     for name, parameter in unet.named_parameters():
         if parameter.ndim > 1:  # such that activations keep their size
             parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)

@@ -90,6 +90,5 @@ def test_an_interval_of_a_frechet_distance_covers_its_mean_as_often(monkeypatch)
 def test_intervals_of_nothing_of_one_and_of_equal_values():
     constant = bootstrap(torch.ones(5))
     assert (constant.low, constant.high) == (1, 1)
-    assert str(constant) == "1.00 [1.00, 1.00]"
     assert bootstrap(torch.ones(1)).mean == 1
     assert math.isnan(bootstrap(torch.empty(0)).mean)
