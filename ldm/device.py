@@ -59,7 +59,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             name = "float16"
         else:
-            is_fast = device.type == "cpu" and BFLOAT16_FLAGS & _processor_flags()
+            is_fast = device.type == "cpu" and BFLOAT16_FLAGS & {*processor_says("flags").split()}
             name = "bfloat16" if is_fast else "float32"
     if name == "float16" and device.type == "cpu":
         raise InputError("dtype float16 is for GPUs; on the cpu use bfloat16 or float32")
@@ -285,11 +285,11 @@ class NoiseStream:
             self._turn.release()
 
 
-def _processor_flags() -> set[str]:
-    """The instruction sets that Linux lists for the first processor; empty elsewhere."""
+def processor_says(name: str) -> str:
+    """What Linux notes of the first processor under a name, such as ``flags``; empty elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return set()
-    match = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return set(match[1].split()) if match else set()
+        return ""
+    match = re.search(rf"^{name}\s*:\s*(.*)$", text, re.MULTILINE)
+    return match[1] if match else ""

@@ -51,7 +51,7 @@ def test_what_is_not_there_is_refused(monkeypatch):
     ],
 )
 def test_auto_takes_the_type_that_is_fast_there(monkeypatch, where, flags, dtype):
-    monkeypatch.setattr(device, "_processor_flags", lambda: flags)
+    monkeypatch.setattr(device, "processor_says", {"flags": " ".join(flags)}.get)
     assert device.choose_dtype("auto", where) == dtype
     assert device.choose_dtype("float32", where) == torch.float32
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ldm.device import processor_says
 from ldm.evaluation.benchmark.breakdown import PARTS
 from ldm.evaluation.benchmark.speed import UPSTREAM, UPSTREAM_STEPS, Case, Row
 from ldm.util import written_whole
@@ -38,7 +38,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What the measurements were made on."""
     about: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor_says("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -196,16 +196,6 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
     axes[-1].set_xlabel("speed-up over no merging (|: the oracle)")
     with written_whole(path) as file:
         figure.savefig(file, dpi=150, format="png")
-
-
-def _processor() -> str:
-    """The processor's name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    match = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
-    return match[1] if match else platform.processor()
 
 
 def _label(entry: Mapping[str, Any]) -> str:
