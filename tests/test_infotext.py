@@ -260,12 +260,12 @@ def test_flags_win_over_the_picture_also_where_they_say_the_default(tmp_path, ca
     settings = options.settings(args)
     assert (settings.seed, settings.steps, settings.schedule) == (42, 20, "karras")
     merged = {**load_preset("tomesd"), "random": False, "ratio": 0.5, "window": 5}
-    assert options.tome_arguments(args).keys == merged
+    assert options.wishes(args).tome.keys == merged
     assert "From " in caplog.text
     assert "Token Merging" in caplog.text
     assert "Model hash '6ce0161689' (has no counterpart here)" in caplog.text
     plain_args = parse(txt2img, "--from_picture", path, "--tome-preset", "fast")
-    assert options.tome_arguments(plain_args).keys == load_preset("fast")
+    assert options.wishes(plain_args).tome.keys == load_preset("fast")
 
 
 def test_another_sampler_does_without_what_it_does_not_have(tmp_path, caplog):
@@ -309,15 +309,15 @@ def test_our_own_pictures_come_back_whole(tmp_path):
     settings = options.settings(args)
     assert (settings.prompt, settings.seed, settings.steps, settings.H) == ("hills", 7, 9, 64)
     assert (settings.sampler, settings.n_iter) == ("euler", 1)
-    assert options.tome_arguments(args).keys == {"ratio": 0.5}
+    assert options.wishes(args).tome.keys == {"ratio": 0.5}
     grid = understood({"ldm": json.dumps({**made, "grid": 4})}, "x.png")
     assert "it is a grid; the settings are those of its first picture" in grid.left_out
     made["tome"] = plain(ToMeConfig())
     Picture(np.zeros((8, 8, 3), np.uint8), made).save(tmp_path / "x.png")
     args = parse(txt2img, "--from_picture", tmp_path / "x.png")
-    assert options.tome_arguments(args) == ToMeWish(is_off=True)
+    assert options.wishes(args).tome == ToMeWish(is_off=True)
     args = parse(txt2img, "--from_picture", tmp_path / "x.png", "--tome-ratio", 0.25)
-    assert options.tome_arguments(args).keys == {"ratio": 0.25}
+    assert options.wishes(args).tome.keys == {"ratio": 0.25}
 
 
 @pytest.mark.parametrize(

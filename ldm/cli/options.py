@@ -110,16 +110,6 @@ def refuse_repeat(args: Arguments) -> None:
         raise InputError("--repeat goes with --from-file; --n_iter repeats a single prompt")
 
 
-def tome_arguments(args: Arguments) -> ToMeWish:
-    """What the flags ask of Token Merging: they lie over the preset.
-
-    Raises:
-        InputError: there is no such preset, a value is not one of those allowed, or ``--no-tome``
-            is not alone.
-    """
-    return wishes(args).tome
-
-
 def read_prompts(path: str | Path, repeat: int = 1) -> tuple[str, ...]:
     """The lines of a file, without empty ones and comments (#), each so many times.
 
@@ -196,7 +186,7 @@ def model_arguments(args: Arguments) -> dict[str, Any]:
         "config": args.config,
         "device": args.device,
         "dtype": dtype,
-        "tome": tome_arguments(args) if hasattr(args, "no_tome") else ToMeWish(),
+        "tome": wishes(args).tome if hasattr(args, "no_tome") else ToMeWish(),
         "attention": args.attention,
         "compile": args.compile,
         "ema": args.ema,

@@ -82,7 +82,7 @@ def columns(args: Arguments) -> dict[str, ToMeWish]:
     found: dict[str, ToMeWish] = {}
     for text, name in ((ratios, "tome_ratio"), (args.presets, "tome_preset")):
         for value in words(text or "", f"--{name[5:]}s", may_be_empty=True):
-            tome = options.tome_arguments(Arguments(**{**vars(args), name: value}))
+            tome = options.wishes(Arguments(**{**vars(args), name: value})).tome
             if tome.keys.get("ratio") != 0:  # the picture without merging is there anyhow
                 title = f"ratio {value}" if name == "tome_ratio" else Path(value).stem
                 if title in found:

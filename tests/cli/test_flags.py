@@ -199,7 +199,7 @@ def test_tome_flags_become_the_keys_of_the_yaml():
         "--tome-apply-to kv mlp --tome-max-downsample 2 --tome-similarity -0.5 "
         "--tome-proportional false"
     )
-    assert options.tome_arguments(parse(*argv.split())).keys == {
+    assert options.wishes(parse(*argv.split())).tome.keys == {
         "method": "grid",
         "ratio": 0.5,
         "stride": [2, 4],
@@ -214,23 +214,23 @@ def test_tome_flags_become_the_keys_of_the_yaml():
 def test_flags_win_over_the_preset(tmp_path):
     preset = tmp_path / "mine.yaml"
     preset.write_text("method: kth\nk: 4\nmax_downsample: 2\n")
-    loaded = options.tome_arguments(parse("--tome-preset", str(preset)))
+    loaded = options.wishes(parse("--tome-preset", str(preset))).tome
     assert loaded.keys == {"method": "kth", "k": 4, "max_downsample": 2}
-    changed = options.tome_arguments(parse("--tome-preset", str(preset), "--tome-k", "2"))
+    changed = options.wishes(parse("--tome-preset", str(preset), "--tome-k", "2")).tome
     assert changed.keys == {"method": "kth", "k": 2, "max_downsample": 2}
 
 
 def test_the_second_pass_has_flags_of_its_own():
     argv = "--tome-hires window=5,ratio=0.2 --tome-hires-ratio 0.6 --tome-ratio 0.3"
     expected = {"ratio": 0.3, "hires": {"window": 5, "ratio": 0.6}}
-    assert options.tome_arguments(parse(*argv.split())).keys == expected
+    assert options.wishes(parse(*argv.split())).tome.keys == expected
     settings = options.settings(parse("--hires_scale", "2", "--hires_steps", "9"))
     assert (settings.hires_scale, settings.hires_steps) == (2, 9)
 
 
 def test_without_tome_flags_the_yaml_decides_and_no_tome_overrules_it():
-    assert options.tome_arguments(parse()) == ToMeWish()
-    assert options.tome_arguments(parse("--no-tome")) == ToMeWish(is_off=True)
+    assert options.wishes(parse()).tome == ToMeWish()
+    assert options.wishes(parse("--no-tome")).tome == ToMeWish(is_off=True)
 
 
 def test_precision_full_is_float32():

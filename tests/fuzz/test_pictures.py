@@ -96,7 +96,7 @@ def test_what_a_picture_says_is_data(tmp_path):
             args = options.parse(parser(), ["--from_picture", str(path)])
             assert (args.ckpt, args.outdir) == (None, "outputs/txt2img-samples")
             options.settings(args)
-            options.tome_arguments(args)
+            _ = options.wishes(args).tome
 
         counts[outcome(read, ("settings", number, texts))] += 1
     told("settings in pictures", counts)

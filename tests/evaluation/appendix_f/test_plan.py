@@ -1,7 +1,6 @@
 import pytest
 
-from ldm.cli import txt2img
-from ldm.cli.options import tome_arguments
+from ldm.cli import options, txt2img
 from ldm.config import preset_names
 from ldm.errors import InputError
 from ldm.evaluation.appendix_f.plan import (
@@ -42,7 +41,7 @@ def test_flags_stand_for_the_configuration(mine):
     for setting in settings:
         if not setting.control:
             args = txt2img.build_parser().parse_args(list(setting.flags))
-            assert ToMeConfig.from_mapping(tome_arguments(args).keys) == setting.config
+            assert ToMeConfig.from_mapping(options.wishes(args).tome.keys) == setting.config
 
 
 def test_a_ratio_is_given_where_the_method_can_have_it():
