@@ -137,9 +137,8 @@ class GallerySide:
         except InputError as error:
             return {self.said: failure(InputError(str(error).replace(str(path), name)))}
         says = [f"These are the settings of {name}", *notes]
-        update = {self.fields.by_name[key]: value for key, value in form.items()}
         text = "".join(f"<p>{html.escape(line)}</p>" for line in says)
-        return {**update, **self.fields.updates(form), self.said: text}
+        return {**self.fields.updates(form), self.said: text}
 
     def _form(self, texts: dict[str, str], name: str) -> tuple[Form, list[str]]:
         model = self.runner.loaded or next(iter(self.runner.models))

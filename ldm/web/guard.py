@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 from urllib.parse import unquote, urlsplit
 
+from starlette.responses import PlainTextResponse
+
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
@@ -64,10 +66,11 @@ class Guard:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         reason = self._reason(scope, headers)
         if reason is not None:
-            await _answer(send_with_policy, 403, f"refused: {reason}")
+            await PlainTextResponse(f"refused: {reason}", 403)(scope, receive, send_with_policy)
         elif not self._knows(headers.get(b"authorization", "")):
-            ask = (b"www-authenticate", b'Basic realm="Stable Diffusion", charset="UTF-8"')
-            await _answer(send_with_policy, 401, "user and password, please", ask)
+            ask = {"www-authenticate": 'Basic realm="Stable Diffusion", charset="UTF-8"'}
+            answer = PlainTextResponse("user and password, please", 401, ask)
+            await answer(scope, receive, send_with_policy)
         else:
             await self.app(scope, receive, send_with_policy)
 
@@ -115,9 +118,3 @@ def _is_number(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-async def _answer(send: Send, status: int, text: str, *headers: tuple[bytes, bytes]) -> None:
-    plain = (b"content-type", b"text/plain; charset=utf-8")
-    await send({"type": "http.response.start", "status": status, "headers": [plain, *headers]})
-    await send({"type": "http.response.body", "body": text.encode()})

@@ -171,18 +171,13 @@ class Page:
             "compare": self.fields.compare,
             **self.fields.by_name,
         }
-        update: dict[Any, Any] = {self.side.said: ""}
-        for name, value in kept.items():
-            if fits(components[name], value):
-                update[components[name]] = value
-        preset = kept["preset"]
-        if fits(components["preset"], preset):
-            is_free = self.fields.base.preset_ratio(preset) is not None
-            ratio = kept["ratio"] if fits(components["ratio"], kept["ratio"]) else 0.0
-            update[components["ratio"]] = gr.update(value=ratio, interactive=is_free)
-        if kept["what"] in TABS:
+        kept = {name: value for name, value in kept.items() if fits(components[name], value)}
+        if "preset" in kept:
+            kept.setdefault("ratio", 0.0)
+        update: dict[Any, Any] = {components[name]: value for name, value in kept.items()}
+        if kept.get("what") in TABS:
             update[self.tabs] = gr.Tabs(selected=kept["what"])
-        return update
+        return {self.side.said: "", **update, **self.fields.updates(kept)}
 
 
 def fits(component: Any, value: Any) -> bool:
