@@ -114,6 +114,11 @@ def tiny_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Te
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+def files(folder: Path) -> list[str]:
+    """The files in a folder and below, by their paths from there."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
 def write_safetensors(
     path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> Path:

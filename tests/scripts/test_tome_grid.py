@@ -1,21 +1,13 @@
 import json
-from functools import partial
 
 import pytest
 
 from ldm.evaluation import tome_grid
 from ldm.images import load_rgb, read_settings
+from tests.tiny_models import files
 
+PROGRAM = tome_grid
 FAST = ["--steps", "2", "--device", "cpu", "--dtype", "float32", "--prompt", "a house"]
-
-
-@pytest.fixture
-def run(run_program):
-    return partial(run_program, tome_grid)
-
-
-def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def test_ratios_and_presets_beside_the_picture_without_merging(run, tiny_checkpoint, tmp_path):
@@ -66,8 +58,7 @@ def test_a_flag_holds_for_all_columns(run, tiny_checkpoint, tmp_path):
         (["--presets", "nonsense"], "there is no ToMe preset 'nonsense'"),
     ],
 )
-def test_what_cannot_be_compared_is_said(run, tiny_checkpoint, tmp_path, capsys, flags, message):
-    assert run("--ckpt", tiny_checkpoint, *FAST, "--outdir", tmp_path, *flags) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {message}")
+def test_what_cannot_be_compared_is_said(refused, tiny_checkpoint, tmp_path, flags, message):
+    argv = ["--ckpt", tiny_checkpoint, *FAST, "--outdir", tmp_path, *flags]
+    assert refused(*argv).startswith(message)
     assert files(tmp_path) == []

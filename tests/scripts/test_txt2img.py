@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import traceback
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +17,11 @@ from ldm import __version__
 from ldm.cli import txt2img
 from ldm.images import load_rgb, read_settings
 from ldm.modules.tome.match import nearest_in_window
+from tests.tiny_models import files
 
+PROGRAM = txt2img
 SCRIPT = Path(__file__).parents[2] / "scripts" / "txt2img.py"
 FAST = ["--steps", "2", "--device", "cpu", "--dtype", "float32"]
-
-
-@pytest.fixture
-def run(run_program):
-    """Run the program with arguments; the result is its exit code."""
-    return partial(run_program, txt2img)
-
-
-def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def test_a_process_draws_a_picture_from_any_folder(tiny_checkpoint, tmp_path):
@@ -162,7 +153,7 @@ def test_a_second_pass(run, tiny_checkpoint, tmp_path, capsys):
     assert "Token merging ratio hr: 0.5" in text
 
 
-def test_lines_with_settings_of_their_own(run, tiny_checkpoint, tmp_path, capsys):
+def test_lines_with_settings_of_their_own(run, refused, tiny_checkpoint, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('hills\n{"prompt": "the sea", "W": 24, "tome": {"ratio": 0.5}}\na house\n')
     out = tmp_path / "out"
@@ -177,12 +168,13 @@ def test_lines_with_settings_of_their_own(run, tiny_checkpoint, tmp_path, capsys
     assert [s["tome"]["ratio"] for s in made] == [None, 0.5, None]
     assert load_rgb(out / "grid-0000.png").shape == (56, 28, 3)
     prompts.write_text('hills\n{"prompt": "the sea", "tome": {"ratio": 0.9}}\n')
-    assert run(*argv, "--outdir", tmp_path / "none") == 2
-    assert "at most 0.75" in capsys.readouterr().err
+    assert "at most 0.75" in refused(*argv, "--outdir", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
-def test_prompt_after_prompt_with_one_model(run, tiny_checkpoint, tmp_path, capsys, monkeypatch):
+def test_prompt_after_prompt_with_one_model(
+    run, refused, tiny_checkpoint, tmp_path, capsys, monkeypatch
+):
     lines = iter(["a house", "!set tome.ratio 0.4", "!set tome.ratio 0.9", "hills", "!quit"])
     monkeypatch.setattr("builtins.input", lambda question: next(lines))
     argv = ["--ckpt", tiny_checkpoint, *FAST, "--outdir", tmp_path, "--interactive"]
@@ -193,8 +185,7 @@ def test_prompt_after_prompt_with_one_model(run, tiny_checkpoint, tmp_path, caps
     assert [(s["prompt"], s["tome"]["ratio"]) for s in made] == [("a house", None), ("hills", 0.4)]
     assert f"Saved {tmp_path}/samples/00001.png" in shown.out
     assert "error: ToMe ratio=0.9: method grid" in shown.err
-    assert run(*argv, "--prompt", "x") == 2
-    assert "leave out --prompt and --from-file" in capsys.readouterr().err
+    assert "leave out --prompt and --from-file" in refused(*argv, "--prompt", "x")
 
 
 def test_what_is_saved_can_be_chosen(run, tiny_checkpoint, tmp_path):
@@ -220,14 +211,11 @@ def test_what_is_saved_can_be_chosen(run, tiny_checkpoint, tmp_path):
     ],
 )
 def test_what_the_checkpoint_cannot_do_is_one_clear_line(
-    run, tiny_checkpoint, tmp_path, capsys, argv, message
+    refused, tiny_checkpoint, tmp_path, argv, message
 ):
     out = tmp_path / "out"
-    assert run("--ckpt", tiny_checkpoint, "--device", "cpu", "--outdir", out, *argv) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ")
-    assert message in shown
-    assert shown.count("\n") == 1
+    argv = ["--ckpt", tiny_checkpoint, "--device", "cpu", "--outdir", out, *argv]
+    assert message in refused(*argv)
     assert not out.exists()
 
 

@@ -1,20 +1,11 @@
-from functools import partial
-
 import pytest
 
 from ldm.evaluation import visualize as visualize_tome
 from ldm.images import load_rgb, read_settings
+from tests.tiny_models import files
 
+PROGRAM = visualize_tome
 FAST = ["--steps", "2", "--device", "cpu", "--dtype", "float32", "--prompt", "a house"]
-
-
-@pytest.fixture
-def run(run_program):
-    return partial(run_program, visualize_tome)
-
-
-def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def test_maps_strips_and_a_page_for_each_picture(run, tiny_checkpoint, tmp_path, capsys):
@@ -59,8 +50,7 @@ def test_chosen_steps_and_blocks(run, tiny_checkpoint, tmp_path):
         ([], "nothing is merged: give --tome-ratio 0.5"),
     ],
 )
-def test_what_cannot_be_shown_is_said(run, tiny_checkpoint, tmp_path, capsys, flags, message):
-    assert run("--ckpt", tiny_checkpoint, *FAST, "--outdir", tmp_path, *flags) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {message}")
+def test_what_cannot_be_shown_is_said(refused, tiny_checkpoint, tmp_path, flags, message):
+    argv = ["--ckpt", tiny_checkpoint, *FAST, "--outdir", tmp_path, *flags]
+    assert refused(*argv).startswith(message)
     assert files(tmp_path) == []

@@ -11,6 +11,7 @@ from ldm.settings import Settings
 from ldm.web.queue import Job, State, Stopped
 from ldm.web.report import Report
 from ldm.web.task import Draw, Task
+from tests.tiny_models import files
 
 
 def task(tome=None, model="tiny", **kwargs):
@@ -28,11 +29,6 @@ def run(runner, one, tell=None):
     return job.report
 
 
-def files(runner):
-    folder = runner.gallery.folder
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
-
 def pixels(runner, name="00000"):
     return load_rgb(runner.gallery.folder / "samples" / f"{name}.png")
 
@@ -41,8 +37,8 @@ def test_a_picture_is_drawn_and_saved_as_by_the_script(runner, caplog):
     caplog.set_level("INFO", "ldm")
     texts = []
     report = run(runner, task({"ratio": 0.5}), lambda job: texts.append(job.report.text))
-    assert files(runner) == ["samples/00000.png"]
-    assert [one.name for one in report.pictures] == files(runner)
+    assert files(runner.gallery.folder) == ["samples/00000.png"]
+    assert [one.name for one in report.pictures] == files(runner.gallery.folder)
     about = read_settings(runner.gallery.folder / "samples" / "00000.png")
     assert (about["prompt"], about["seed"], about["tome"]["ratio"]) == ("a house", 7, 0.5)
     assert list(dict.fromkeys(texts))[-3:] == [f"step {i} of 3" for i in (1, 2, 3)]
@@ -103,9 +99,9 @@ def test_a_stop_takes_hold_at_the_next_step_and_leaves_nothing(runner):
 
     with pytest.raises(Stopped):
         run(runner, task(settings={"steps": 500}), stop)
-    assert files(runner) == []
+    assert files(runner.gallery.folder) == []
     run(runner, task())
-    assert files(runner) == ["samples/00000.png"]
+    assert files(runner.gallery.folder) == ["samples/00000.png"]
 
 
 def test_a_skip_ends_one_picture_of_several(runner):
