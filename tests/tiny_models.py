@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.merge import plan_block
-from ldm.modules.tome.plan import BlockPlans
+from ldm.modules.tome.plan import BlockPlans, MergePlan
 from ldm.util import instantiate_from_config
 from tests.golden_util import fill_parameters
 
@@ -154,6 +154,13 @@ def quiet_trainer(n_steps: int, **kwargs: Any) -> Trainer:
         enable_model_summary=False,
         **kwargs,
     )
+
+
+def partition(plan: MergePlan) -> torch.Tensor:
+    """For each token the first one of its group, (B, N)."""
+    assert plan.groups is not None
+    groups = plan.groups.view(-1, plan.n_tokens)
+    return (groups[:, :, None] == groups[:, None]).int().argmax(2)
 
 
 def planned(decision: Decision, tokens: torch.Tensor) -> BlockPlans:

@@ -37,24 +37,16 @@ def test_average_follows_upstreams_rule(model):
     torch.testing.assert_close(getattr(ema, "0weight"), shadow)
 
 
-def test_decay_has_its_limit(model):
-    ema = LitEma(model, decay=0.5)
-    ema.num_updates += 1000
+@pytest.mark.parametrize(("decay", "n_updates"), [(0.5, 1000), (0.9, -1)])
+def test_decay_has_its_limit_or_is_constant(model, decay, n_updates):
+    ema = LitEma(model, decay, use_num_upates=n_updates >= 0)
+    ema.num_updates += max(n_updates, 0)
     before = getattr(ema, "0weight").clone()
     with torch.no_grad():
         model[0].weight.add_(1.0)
     ema(model)
-    torch.testing.assert_close(getattr(ema, "0weight"), before + 0.5)
-
-
-def test_constant_decay(model):
-    ema = LitEma(model, decay=0.9, use_num_upates=False)
-    before = getattr(ema, "0weight").clone()
-    with torch.no_grad():
-        model[0].weight.add_(1.0)
-    ema(model)
-    torch.testing.assert_close(getattr(ema, "0weight"), before + 0.1)
-    assert ema.num_updates == -1
+    torch.testing.assert_close(getattr(ema, "0weight"), before + 1 - decay)
+    assert ema.num_updates == (n_updates + 1 if n_updates >= 0 else -1)
 
 
 def test_weights_are_restored_even_after_an_error(model):

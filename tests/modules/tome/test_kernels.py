@@ -23,6 +23,7 @@ from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import MergePlan
 from ldm.pipeline import Pipeline
 from tests.golden_util import fill_parameters
+from tests.tiny_models import partition
 
 if find_spec("triton") is None:
     pytest.skip("there is no package triton for this platform", allow_module_level=True)
@@ -35,13 +36,6 @@ WINDOWED = [
     for name in preset_names()
     if backend.takes_kernels(ToMeConfig.from_mapping(load_preset(name)))
 ]
-
-
-def partition(plan: MergePlan) -> Tensor:
-    """For each token the first one of its group, (B, N)."""
-    assert plan.groups is not None
-    groups = plan.groups.view(-1, plan.n_tokens)
-    return (groups[:, :, None] == groups[:, None]).int().argmax(2)
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:

@@ -20,15 +20,7 @@ from ldm.modules.tome.merge import plan_block, plan_grid
 from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.plan import MergePlan
 from tests.golden_util import fill_parameters
-from tests.tiny_models import tiny_config
-
-
-def partition(plan: MergePlan) -> Tensor:
-    """For each token the first one of its group, (B, N)."""
-    assert plan.groups is not None
-    groups = plan.groups.view(-1, plan.n_tokens)
-    is_same = groups[:, :, None] == groups[:, None]
-    return is_same.int().argmax(2)
+from tests.tiny_models import partition, tiny_config
 
 
 def tokens(n_rows: int, n: int, kind: str = "plain") -> Tensor:
