@@ -113,19 +113,20 @@ def test_the_checkers_are_pinned(monkeypatch):
 def test_console_commands_open_programs(monkeypatch):
     arguments = setup_arguments(monkeypatch)
     assert arguments["version"] == ldm.__version__
-    opened = []
-    monkeypatch.setattr(commands, "run_program", opened.append)
-    names = []
+    opened, names = [], []
     for entry in arguments["entry_points"]["console_scripts"]:
         name, _, place = entry.partition(" = ")
         module, _, function = place.partition(":")
         assert module == commands.__name__
-        getattr(commands, function)()
+        command = getattr(commands, function)
+        assert command.func is commands.run_program
+        opened += command.args
         names.append(name)
     assert names == [
         *("sd-txt2img", "sd-img2img", "sd-inpaint", "sd-webui", "sd-convert", "sd-train"),
         "sd-benchmark",
     ]
+    assert len(opened) == len(names)
     for module in opened:
         assert importlib.util.find_spec(module), module
 
