@@ -48,43 +48,12 @@ QUICK = {
     "rounds": 3,
 }
 # What `--suite gpu` measures, one after the other: by estimate, some ten minutes a model.
+_CARD = {**STANDARD, "dtypes": "float16", "presets": "fast", "rounds": 3, "no_oracles": True}
+_ONE = {**_CARD, "models": "sd1.5", "sizes": "512,1024", "ratios": "", "no_peers": True}
 GPU_SUITE = [
-    {
-        **STANDARD,
-        "dtypes": "float16",
-        "sizes": "512,768,1024,2048",
-        "batch": "2,8",
-        "presets": "fast",
-        "ratios": "0.5,auto",
-        "rounds": 3,
-        "no_oracles": True,
-        "graphs": True,
-    },
-    {
-        **STANDARD,
-        "models": "sd1.5",
-        "dtypes": "float16",
-        "sizes": "512,1024",
-        "presets": "fast",
-        "ratios": "",
-        "rounds": 3,
-        "no_oracles": True,
-        "no_peers": True,
-        "compile": True,
-    },
-    {
-        **STANDARD,
-        "models": "sd1.5",
-        "dtypes": "float16",
-        "sizes": "512,1024",
-        "presets": "fast,quality",
-        "ratios": "",
-        "rounds": 3,
-        "no_oracles": True,
-        "no_peers": True,
-        "graphs": True,
-        "kernels": True,
-    },
+    {**_CARD, "sizes": "512,768,1024,2048", "batch": "2,8", "ratios": "0.5,auto", "graphs": True},
+    {**_ONE, "compile": True},
+    {**_ONE, "presets": "fast,quality", "graphs": True, "kernels": True},
 ]
 CPU_SIZES = "512"
 GPU_SIZES = "512,768,1024,2048"
