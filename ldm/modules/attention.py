@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import InputError
+from ldm.modules.diffusionmodules.util import zero_module
 from ldm.modules.tome import whole
 from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.merge import plan_block
@@ -440,11 +441,9 @@ class SpatialTransformer(nn.Module):
             )
             for i in range(depth)
         )
-        self.proj_out = (
+        self.proj_out = zero_module(
             nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1)
         )
-        for parameter in self.proj_out.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Transform a feature map (B, C, h, w), attending to a context (B, L, D)."""

@@ -139,27 +139,18 @@ GONE = {
     "callbacks": "use lightning.callbacks",
     "use_distributed_sampler": "each process has its share of the data",
     "replace_sampler_ddp": "each process has its share of the data",
-    "track_grad_norm": "",
-    "log_gpu_memory": "",
-    "flush_logs_every_n_steps": "",
-    "process_position": "",
-    "auto_lr_find": "",
-    "auto_scale_batch_size": "",
-    "auto_select_gpus": "",
-    "amp_backend": "",
-    "amp_level": "",
-    "tpu_cores": "",
-    "ipus": "",
-    "plugins": "",
-    "num_processes": "",
-    "prepare_data_per_node": "",
-    "truncated_bptt_steps": "",
-    "move_metrics_to_cpu": "",
-    "multiple_trainloader_mode": "",
-    "stochastic_weight_avg": "",
-    "reload_dataloaders_every_epoch": "",
-    "reload_dataloaders_every_n_epochs": "",
-    "limit_predict_batches": "",
+    **dict.fromkeys(
+        (
+            *("track_grad_norm", "log_gpu_memory", "flush_logs_every_n_steps", "process_position"),
+            *("auto_lr_find", "auto_scale_batch_size", "auto_select_gpus", "amp_backend"),
+            *("amp_level", "tpu_cores", "ipus", "plugins", "num_processes"),
+            *("prepare_data_per_node", "truncated_bptt_steps", "move_metrics_to_cpu"),
+            *("multiple_trainloader_mode", "stochastic_weight_avg"),
+            *("reload_dataloaders_every_epoch", "reload_dataloaders_every_n_epochs"),
+            "limit_predict_batches",
+        ),
+        "it does nothing",
+    ),
 }
 _DISTRIBUTED = ("ddp", "ddp2", "ddp_spawn", "dp", "ddp_cpu")
 
@@ -180,8 +171,8 @@ def trainer_settings(
     for name in given.keys() - TRAINER.keys() - set(OLD_KEYS) - GONE.keys():
         raise InputError(f"lightning.trainer has no setting {shown(name)}")
     for name in given.keys() & GONE.keys():
-        way_out = GONE[name] or "it does nothing"
-        logger.info("lightning.trainer.%s has no meaning here and is left out: %s", name, way_out)
+        why = GONE[name]
+        logger.info("lightning.trainer.%s has no meaning here and is left out: %s", name, why)
     settings = {name: value for name, value in given.items() if name in TRAINER}
     _old_devices(given, settings, n_gpus)
     if "weights_summary" in given:
