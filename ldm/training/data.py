@@ -79,14 +79,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         limit = os.cpu_count() or 1
         self.num_workers = min(2 * batch_size, limit) if num_workers is None else num_workers
         self.num_val_workers = self.num_workers if num_val_workers is None else num_val_workers
-        self.shuffled = {
-            split
-            for split, is_shuffled in (
-                ("validation", shuffle_val_dataloader),
-                ("test", shuffle_test_loader),
-            )
-            if is_shuffled
-        }
+        self.is_shuffled = {"validation": shuffle_val_dataloader, "test": shuffle_test_loader}
         self.configs = dict(zip(SPLITS, (train, validation, test, predict), strict=True))
         self.datasets: dict[str, Any] = {}
         for split, config in self.configs.items():
@@ -160,7 +153,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             draw: Any = partial(draw_buckets, n_ranks)
             batches = EpochBatches(draw, self.seed, lambda: 0, rank, n_ranks)
             return self._loader(items, self.num_val_workers, batch_sampler=batches)
-        is_shuffled = split in self.shuffled
+        is_shuffled = self.is_shuffled.get(split, False)
         sampler: Any = DistributedSampler(items, n_ranks, rank, is_shuffled, self.seed)
         size = self.batch_size
         return self._loader(items, self.num_val_workers, batch_size=size, sampler=sampler)

@@ -16,15 +16,8 @@ from ldm.images import make_grid, save_image, to_pixels
 
 logger = logging.getLogger(__name__)
 INERT = {  # of upstream's log_images
-    "inpaint",
-    "n_row",
-    "plot_conditionings",
-    "plot_denoise_rows",
-    "plot_diffusion_rows",
-    "plot_progressive_rows",
-    "quantize_denoised",
-    "return_keys",
-    "split",
+    *("inpaint", "n_row", "plot_conditionings", "plot_denoise_rows", "plot_diffusion_rows"),
+    *("plot_progressive_rows", "quantize_denoised", "return_keys", "split"),
 }
 
 
