@@ -25,6 +25,7 @@ def python(code, **options):
     return subprocess.Popen([sys.executable, "-c", code], **options)
 
 
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(
     ("number", "word", "code"),
     [
@@ -42,6 +43,7 @@ def test_a_stopped_program_says_what_is_finished(number, word, code):
     assert process.returncode == code
 
 
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_program_can_be_stopped_while_it_imports(tmp_path, number, code):
     (tmp_path / "slow.py").write_text("print('begun', flush=True)\nimport time; time.sleep(60)\n")

@@ -32,6 +32,7 @@ def interrupted(tmp_path: Path, name: str, step: int, when: str, **trainer: obje
     return config
 
 
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(
     ("name", "code", "when"),
     [
