@@ -44,7 +44,9 @@ def test_a_stopped_program_says_what_is_finished(number, word, code):
 
 
 @pytest.mark.usefixtures("terminal")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_program_can_be_stopped_while_it_imports(tmp_path, number, code):
     (tmp_path / "slow.py").write_text("print('begun', flush=True)\nimport time; time.sleep(60)\n")
     start = "from ldm.cli.program import run_program; run_program('slow')"

@@ -84,9 +84,7 @@ def test_a_second_signal_some_seconds_later_stops_at_once(
     assert "no step was finished, nothing was saved" in capsys.readouterr().err
 
 
-def test_a_terminal_that_closes_does_not_stop_what_nohup_started(
-    tmp_path: Path,
-) -> None:
+def test_a_terminal_that_closes_does_not_stop_what_nohup_started(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         config = interrupted(tmp_path, "SIGHUP", 1, "batch", max_steps=2)

@@ -207,10 +207,11 @@ def test_the_encoders_are_those_of_transformers_and_open_clip() -> None:
     ).eval()
     openclip = FrozenOpenCLIPEmbedder(text_config=TINY_OPENCLIP)
     openclip.model.load_state_dict(tower.state_dict(), strict=False)
+    tower, openclip = tower.double(), openclip.double()  # in float32 processors differ
     x = tower.token_embedding(ids) + tower.positional_embedding
     for block in tower.transformer.resblocks:
-        x = block(x, attn_mask=torch.full((77, 77), -torch.inf).triu(1))
-    torch.testing.assert_close(openclip.encode_tokens(ids), tower.ln_final(x), rtol=0, atol=1e-5)
+        x = block(x, attn_mask=torch.full((77, 77), -torch.inf).triu(1).double())
+    torch.testing.assert_close(openclip.encode_tokens(ids), tower.ln_final(x), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("encoder_class", [FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder])
