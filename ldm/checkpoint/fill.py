@@ -138,16 +138,31 @@ def fill(
     ema: bool,
     dtype: torch.dtype,
     device: str | torch.device,
+    vae: Path | None = None,
 ) -> None:
     """Put each tensor of the file where it belongs; refuse what does not fill the model.
+
+    Args:
+        model: built without weights.
+        weights: of the whole model.
+        config: the model's.
+        config_name: for messages.
+        ema: take the U-Net's averaged weights.
+        dtype: of the weights.
+        device: where they go.
+        vae: the file that the first stage's weights are from, if that is another one.
 
     Raises:
         InputError: tensors are missing or have other shapes, or the U-Net has others besides.
     """
     path = weights.path
+
+    def home(name: str) -> Path:
+        return vae if vae and name.startswith(keys.FIRST_STAGE) else path
+
     names = keys.canonical_names(weights)
     if not keys.has_encoder(names):
-        _leave_out_the_encoder(model, path)
+        _leave_out_the_encoder(model, vae or path)
     places = {n: t for n, t in model.state_dict().items() if n not in keys.SCHEDULE}
     idle = keys.idle_text_names(places, config["model"]["params"]["cond_stage_config"])
     sources = {  # name in the model -> name in the file
@@ -158,7 +173,7 @@ def fill(
     }
     missing = sorted(set(places) - set(sources) - idle)
     if missing:
-        raise InputError(f"{path} lacks {_list(missing)}, needed by {config_name}")
+        raise InputError(f"{home(missing[0])} lacks {_list(missing)}, needed by {config_name}")
     wrong = [
         name
         for name, raw in sources.items()
@@ -167,7 +182,7 @@ def fill(
     if wrong:
         found, wanted = weights.entries[sources[wrong[0]]].shape, tuple(places[wrong[0]].shape)
         raise InputError(
-            f"{path} does not fit {config_name}: other shapes in {_list(wrong)}; the "
+            f"{home(wrong[0])} does not fit {config_name}: other shapes in {_list(wrong)}; the "
             f"first is {found}, not {wanted}"
         )
     weights.require_weights(sources.values())

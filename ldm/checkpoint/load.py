@@ -176,7 +176,7 @@ def load_model(
     weights, vae_file = _open(ckpt, vae)
     info = info or _inspect(weights, vae_file, config, parameterization, ema)
     model = build_without_weights(info.config, info.config_name, limit=len(weights))
-    fill(model, weights, info.config, info.config_name, ema, dtype, device)
+    fill(model, weights, info.config, info.config_name, ema, dtype, device, vae_file)
     model.to(device).eval().requires_grad_(False)
     set_attention_backend(model, attention)
     if tome is not None:

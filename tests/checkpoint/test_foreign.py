@@ -176,6 +176,21 @@ def test_without_a_vae_the_way_out_is_named(tmp_path, config, weights):
         inspect_checkpoint(path, config, vae=path)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w | {f"{VAE}quant_conv.bias": torch.zeros(3)}, "does not fit .*other shapes"),
+        (lambda w: {n: t for n, t in w.items() if "decoder.conv_out" not in n}, "lacks 2"),
+    ],
+)
+def test_a_fault_of_the_vae_names_its_file(tmp_path, config, weights, change, said):
+    path = write_safetensors(tmp_path / "m.safetensors", weights)
+    own = {n: t for n, t in weights.items() if n.startswith(VAE)}
+    vae = write_safetensors(tmp_path / "other.safetensors", change(own))
+    with pytest.raises(InputError, match=f"other.safetensors {said}"):
+        load_model(path, config, vae=vae)
+
+
 # --- a configuration beside the file ----------------------------------------------------------
 
 
