@@ -41,6 +41,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "max_images": (1, 4096),
     "N": (1, 4096),
     "ddim_steps": (1, 10**6),
+    "ddim_eta": (0, 1),
     "save_top_k": (-1, 10**6),
     **dict.fromkeys(("scale_factor", "logvar_init", "kl_weight"), (-1e9, 1e9)),
     "base_learning_rate": (1e-12, 1e3),

@@ -126,6 +126,13 @@ NO_RUN = [  # what a user may type or write -> what the line says
         ],
         "callbacks.x.params.monitor 'val/los': choose from .*val/loss",
     ),
+    (
+        [
+            *("--base", "TOY", "lightning.callbacks.x.target=main.ImageLogger"),
+            "lightning.callbacks.x.params.log_images_kwargs.ddim_eta=-1",
+        ],
+        "log_images_kwargs.ddim_eta -1: allowed is 0 to 1",
+    ),
     (["--base", "TOY", "--accelerator", "gpu"], "lightning.trainer"),
     (["--base", "TOY", "--val_check_interval", "99"], "training cannot begin.*less than or equal"),
 ]

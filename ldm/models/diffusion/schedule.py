@@ -222,10 +222,16 @@ def step_coefficients(
         eta: 0 is deterministic, 1 has the variance of ancestral sampling.
 
     Source: Song et al. 2021 eq. 12 and 16.
+
+    Raises:
+        InputError: with this eta a step adds more noise than there is at its end.
     """
     a, a_prev = alpha_bar.astype(np.float64), alpha_bar_prev.astype(np.float64)
     sigma = eta * np.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
     sigma = sigma.astype(alpha_bar.dtype)
+    rest = 1 - alpha_bar_prev - sigma**2
+    if eta and not rest.min() >= 0:  # nor what is no number
+        raise InputError(f"eta {eta:g}: a step would add more noise than it leaves; 0 to 1 will do")
     columns = (
         timesteps,
         alpha_bar,
@@ -233,7 +239,7 @@ def step_coefficients(
         np.sqrt(alpha_bar),
         np.sqrt(1 - alpha_bar),
         np.sqrt(alpha_bar_prev),
-        np.sqrt(1 - alpha_bar_prev - sigma**2),
+        np.sqrt(rest),
         sigma,
     )
     rows = zip(*(column.tolist() for column in columns), strict=True)

@@ -1,5 +1,7 @@
 """What the samplers have in common."""
 
+import math
+
 import pytest
 import torch
 from closed_form import ClosedFormModel, GaussianModel, golden_model
@@ -335,6 +337,12 @@ def test_eta_is_a_setting_of_ddim_alone(sampler_class):
 def test_negative_eta_is_refused():
     with pytest.raises(InputError, match="eta is -1, but it must be at least 0"):
         run(DDIMSampler, GaussianModel(), eta=-1)
+
+
+@pytest.mark.parametrize("eta", [1.2, math.nan])
+def test_an_eta_that_gives_no_numbers_is_refused(eta):
+    with pytest.raises(InputError, match=rf"eta {eta}: a step would add more noise than it leaves"):
+        DDIMSampler(GaussianModel()).make_schedule(50, ddim_eta=eta)
 
 
 @every_sampler
