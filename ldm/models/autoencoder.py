@@ -13,9 +13,16 @@ from ldm.checkpoint.files import open_state_dict
 from ldm.checkpoint.keys import FIRST_STAGE, canonical_names, same_but_for_ones
 from ldm.checkpoint.vae import vae_entries
 from ldm.errors import InputError, escaped
+from ldm.models.diffusion.arguments import Inert, check_inert
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
+
+INERT_ARGUMENTS: Inert = {
+    "colorize_nlabels": (None,),  # for segmentations
+    "ema_decay": (None,),
+    "learn_logvar": (False,),
+}
 
 
 class ReconstructionLoss(nn.Module):
@@ -68,11 +75,15 @@ class AutoencoderKL(nn.Module):
         latent_noise: noise on the latents in training, its standard deviation at most this share
             of theirs, each picture's drawn between 0 and that: a decoder that has to do with
             latents that are slightly off learns to draw crisp edges all the same.
+        **inert: upstream's arguments that select nothing here; see INERT_ARGUMENTS.
 
-    Upstream's ``colorize_nlabels`` is for segmentations, which are not supported.
+    Raises:
+        InputError: an argument is unknown, or has a value that is not supported.
 
-    Source: CompVis ldm/models/autoencoder.py.
+    Source: CompVis and Stability-AI ldm/models/autoencoder.py.
     """
+
+    inert_arguments = tuple(INERT_ARGUMENTS)
 
     def __init__(
         self,
@@ -86,8 +97,10 @@ class AutoencoderKL(nn.Module):
         ignore_keys: Sequence[str] = (),
         train_encoder: bool = True,
         latent_noise: float = 0.0,
+        **inert: Any,
     ) -> None:
         super().__init__()
+        check_inert("AutoencoderKL", INERT_ARGUMENTS, inert)
         if not ddconfig.get("double_z", True):
             raise ValueError("AutoencoderKL needs ddconfig.double_z: true")
         self.image_key = image_key

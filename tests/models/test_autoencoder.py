@@ -80,6 +80,15 @@ def test_attention_resolutions_add_attention():
     assert not any("0.attn" in name for name in names)
 
 
+def test_upstreams_arguments_are_accepted_where_they_ask_for_nothing():
+    arguments = {"ddconfig": TINY, "lossconfig": IDENTITY, "embed_dim": 4}
+    AutoencoderKL(**arguments, colorize_nlabels=None, ema_decay=None, learn_logvar=False)
+    with pytest.raises(InputError, match=r"AutoencoderKL: ema_decay=0\.999 is not supported"):
+        AutoencoderKL(**arguments, ema_decay=0.999)
+    with pytest.raises(InputError, match="AutoencoderKL has no argument 'embed_dims'"):
+        AutoencoderKL(**arguments, embed_dims=4)
+
+
 def test_unsupported_attention_is_refused():
     with pytest.raises(ValueError, match="attn_type 'linear'"):
         AutoencoderKL(ddconfig={**TINY, "attn_type": "linear"}, lossconfig=IDENTITY, embed_dim=4)

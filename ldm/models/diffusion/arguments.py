@@ -1,15 +1,17 @@
-"""Arguments of a diffusion model that have few values."""
+"""Arguments of models that have few values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from ldm.errors import InputError
 
-# Arguments of upstream's configurations that select something which is not included. The values
-# are the ones that mean "without it"; None allows every value, as the argument changes nothing.
-INERT_ARGUMENTS: dict[str, tuple[Any, ...] | None] = {
+Inert: TypeAlias = Mapping[str, "tuple[Any, ...] | None"]
+"""Arguments of upstream's configurations that select something which is not included. The values
+are the ones that mean "without it"; None allows every value, as the argument changes nothing."""
+
+INERT_ARGUMENTS: Inert = {
     "num_timesteps_cond": (None, 1),
     "cond_stage_forward": (None,),
     "use_positional_encodings": (False,),
@@ -28,11 +30,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
 
 
-def check_inert(arguments: Mapping[str, Any]) -> None:
+def check_inert(owner: str, allowed_values: Inert, arguments: Mapping[str, Any]) -> None:
     """Raise InputError where an argument is unknown, or selects what is not included."""
     for name, value in arguments.items():
-        if name not in INERT_ARGUMENTS:
-            raise InputError(f"LatentDiffusion has no argument {name!r}")
-        allowed = INERT_ARGUMENTS[name]
+        if name not in allowed_values:
+            raise InputError(f"{owner} has no argument {name!r}")
+        allowed = allowed_values[name]
         if allowed is not None and value not in allowed:
-            raise InputError(f"LatentDiffusion: {name}={value!r} is not supported, leave it out")
+            raise InputError(f"{owner}: {name}={value!r} is not supported, leave it out")

@@ -149,7 +149,7 @@ class LatentDiffusion(nn.Module):
         **inert: Any,
     ) -> None:
         super().__init__()
-        check_inert(inert)
+        check_inert("LatentDiffusion", INERT_ARGUMENTS, inert)
         check_choice("parameterization", parameterization, PARAMETERIZATIONS)
         check_choice("loss_type", loss_type, ("l2", "l1"))
         if conditioning_key is None:
