@@ -12,16 +12,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
-WORDS = (
-    "BREAD", "CAFE", "EXIT", "FISH", "HOTEL", "LIGHT", "MILK", "OPEN",
-    "PARK", "RIVER", "ROSE", "SALT", "STAR", "TEA", "TRAIN", "WOOD",
-)  # fmt: skip
+WORDS = ("BUS", "CAFE", "FISH", "ICE", "PARK", "SUN", "TEA", "ZOO")
 COLOURS = {
     "black": (25, 25, 30), "blue": (40, 80, 190), "green": (30, 130, 70),
-    "orange": (235, 130, 40), "purple": (120, 60, 150), "red": (200, 40, 45),
-    "white": (245, 245, 240), "yellow": (245, 210, 60),
+    "red": (200, 40, 45), "white": (245, 245, 240), "yellow": (245, 210, 60),
 }  # fmt: skip
-PATTERNS = ("stripes", "checks", "dots", "rings", "waves")
+PATTERNS = ("stripes", "checks", "dots", "rings")
 PLACES = {"at the top": 0.25, "in the middle": 0.5, "at the bottom": 0.75}
 SMOOTHING = 2  # pictures are drawn so many times larger
 
@@ -42,6 +38,18 @@ class Sign:
         ground = f"{self.ground[0]} and {self.ground[1]} {self.pattern}"
         return f"the word {self.word} in {self.ink} letters {self.place}, on {ground}"
 
+    @property
+    def attributes(self) -> dict[str, str]:
+        """What the caption says, by name."""
+        return {
+            "word": self.word,
+            "ink": self.ink,
+            "first": self.ground[0],
+            "second": self.ground[1],
+            "pattern": self.pattern,
+            "place": self.place,
+        }
+
 
 def sign_of(index: int, seed: int) -> Sign:
     """Sign number `index` of the set that `seed` names."""
@@ -55,7 +63,7 @@ def draw_sign(sign: Sign, rng: np.random.Generator, size: int) -> np.ndarray:
     """Draw a sign, uint8 (size, size, 3); `rng` decides about scale, angle and shades."""
     side = size * SMOOTHING
     y, x = np.mgrid[0:side, 0:side] / side
-    angle, n = rng.uniform(0, np.pi), rng.uniform(5, 9)
+    angle, n = rng.uniform(0, np.pi), rng.uniform(2.5, 4)
     u = n * (x * np.cos(angle) + y * np.sin(angle))
     v = n * (y * np.cos(angle) - x * np.sin(angle))
     inside = {
@@ -63,11 +71,10 @@ def draw_sign(sign: Sign, rng: np.random.Generator, size: int) -> np.ndarray:
         "checks": (u % 1 < 0.5) ^ (v % 1 < 0.5),
         "dots": (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.09,
         "rings": n * np.hypot(x - 0.5, y - 0.5) % 1 < 0.5,
-        "waves": (u + 0.3 * np.sin(2 * np.pi * v / 2)) % 1 < 0.5,
     }[sign.pattern]
     shades = [np.array(COLOURS[c]) * rng.uniform(0.85, 1.0) for c in (*sign.ground, sign.ink)]
     picture = Image.fromarray(np.where(inside[..., None], *shades[:2]).astype(np.uint8))
-    height = side * rng.uniform(0.2, 0.26)
+    height = side * rng.uniform(0.3, 0.36)
     draw = ImageDraw.Draw(picture)
     draw.text(
         (side / 2, side * (PLACES[sign.place] + rng.uniform(-0.03, 0.03))),
@@ -84,7 +91,8 @@ def draw_sign(sign: Sign, rng: np.random.Generator, size: int) -> np.ndarray:
 class RenderedSigns(Dataset):
     """Captioned pictures of signs, drawn on demand: the same ones at every reading.
 
-    An item is ``{"image": float32 (H, W, 3) in [-1, 1], "caption": str}``.
+    An item is ``{"image": float32 (H, W, 3) in [-1, 1], "caption": str, "scene": dict}``, the
+    last with the sign's attributes.
 
     Args:
         n_pictures: how many pictures the set has.
@@ -105,4 +113,28 @@ class RenderedSigns(Dataset):
             raise IndexError(index)
         sign = sign_of(index, self.seed)
         picture = draw_sign(sign, np.random.default_rng((self.seed, index, 3)), self.size)
-        return {"image": picture.astype(np.float32) / 127.5 - 1, "caption": sign.caption}
+        image = picture.astype(np.float32) / 127.5 - 1
+        return {"image": image, "caption": sign.caption, "scene": sign.attributes}
+
+
+class SignCaptions(Dataset):
+    """Captions of signs without their pictures: ``{"caption": str, "scene": dict}``.
+
+    Args:
+        n_captions: how many the set has.
+        seed: which signs.
+    """
+
+    def __init__(self, n_captions: int, seed: int = 0) -> None:
+        self.n_captions, self.seed = n_captions, seed
+
+    def __len__(self) -> int:
+        """How many captions there are."""
+        return self.n_captions
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One caption with its sign's attributes."""
+        if not 0 <= index < self.n_captions:
+            raise IndexError(index)
+        sign = sign_of(index, self.seed)
+        return {"caption": sign.caption, "scene": sign.attributes}
