@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 
 from ldm.checkpoint.diffusers_keys import unet_layers
 from ldm.checkpoint.files import StateDict, open_state_dict
-from ldm.checkpoint.keys import same_but_for_ones
+from ldm.checkpoint.keys import is_harmless, is_weight, same_but_for_ones
 from ldm.errors import InputError, escaped
 from ldm.modules.controlnet import ControlNet
+from ldm.text import read_json, read_text
 
 PREFIXES = ("control_model.", "")  # of the authors' files, and of those cut out of them
 UNUSED = {"dropout", "use_checkpoint", "reuse_deep", "tome_config"}  # of the U-Net's arguments
@@ -43,6 +45,7 @@ def load_controlnet(
         raise InputError(
             f"{path} holds what a ControlNet differs from its model by; take the whole ControlNet"
         )
+    _refuse_others(Path(path))
     arguments = {name: value for name, value in unet.items() if name not in UNUSED}
     with torch.device("meta"):
         net = ControlNet(**{**arguments, "in_channels": 4})
@@ -89,7 +92,58 @@ def _stored_names(weights: StateDict, wanted: list[str], path: Path) -> dict[str
                 f"{path} is a ControlNet for another model, or a part of one: it has no "
                 f"{escaped(name)}"
             )
+    own = set(names.values())
+    more = [name for name in weights if name not in own and not _is_of_the_model(name)]
+    if more:
+        raise InputError(
+            f"{path} is a ControlNet of another kind: {len(more)} of its tensors have no place "
+            f"here, such as {escaped(more[0])}"
+        )
     return names
+
+
+def _is_of_the_model(name: str) -> bool:
+    """Whether a tensor belongs to the model that the authors' files hold beside the ControlNet."""
+    return is_weight(name) or is_harmless(name)
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise InputError for networks of the same tensors that are to be run in another way.
+
+    Sources: diffusers' ControlNetModel, its configuration; the authors' configurations; ComfyUI,
+    which goes by the file's name.
+    """
+    files = {file for one in (path, path.resolve()) for file in _beside(one)}  # links lead home
+    said = {key: value for file in files for key, value in _settings(file).items()}
+    if re.search(r"(?<![a-z])shuffle(?![a-z])", path.stem, re.IGNORECASE):
+        said["its name"] = "shuffle"
+    usual = {"controlnet_conditioning_channel_order": ("rgb", None)}
+    for key, value in said.items():
+        if value not in usual.get(key, (False, None)):
+            raise InputError(
+                f"{path} is a ControlNet of another kind ({key}: {escaped(value)}): only those are "
+                "run whose picture is RGB and whose features are not averaged"
+            )
+
+
+def _beside(path: Path) -> list[Path]:
+    """The configurations that belong to a file by their names."""
+    own = [path.with_suffix(".yaml")]
+    if path.name.startswith("diffusion_pytorch_model."):
+        own.append(path.with_name("config.json"))
+    return [file for file in own if file.is_file()]
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What a configuration says of how the network is to be run."""
+    if file.suffix == ".yaml":
+        is_on = re.search(r"^\s*global_average_pooling:\s*true", read_text(file), re.I | re.M)
+        return {"global_average_pooling": bool(is_on)}
+    said = read_json(file)
+    return {
+        key: said.get(key)
+        for key in ("global_pool_conditions", "controlnet_conditioning_channel_order")
+    }
 
 
 def _control_layer(layer: str) -> str:

@@ -1,9 +1,12 @@
 """ControlNet files against diffusers' network on the same random weights."""
 
+import json
+import shutil
+
 import diffusers
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ldm.checkpoint.controlnet import load_controlnet
 from ldm.errors import InputError
@@ -66,3 +69,54 @@ def test_files_for_other_models_are_refused(files, tmp_path):
     save_file({"difference": torch.zeros(0)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="what a ControlNet differs from its model by"):
         load_controlnet(tmp_path / "other.safetensors", unet)
+
+
+def test_tensors_that_have_no_place_are_another_kind(files, tmp_path):
+    """Of a network that also looks along time, say: without them it is another one."""
+    _, path, original, unet = files
+    more = {"down_blocks.0.motion_modules.0.proj_in.weight": torch.zeros(1)}
+    save_file(load_file(path) | more, tmp_path / "more.safetensors")
+    with pytest.raises(InputError, match="of another kind: 1 of its tensors have no place"):
+        load_controlnet(tmp_path / "more.safetensors", unet)
+    state = torch.load(original)["state_dict"] | {"control_model.task_embedding": torch.zeros(1)}
+    torch.save(state, tmp_path / "more.pth")
+    with pytest.raises(InputError, match="such as control_model"):
+        load_controlnet(tmp_path / "more.pth", unet)
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "text"),
+    [
+        ("control_v11e_sd15_shuffle_fp16.safetensors", None, ""),
+        ("control.safetensors", "control.yaml", "a:\n  global_average_pooling: True\n"),
+        (
+            "diffusion_pytorch_model.fp16.safetensors",
+            "config.json",
+            json.dumps({"global_pool_conditions": True}),
+        ),
+        (
+            "diffusion_pytorch_model.safetensors",
+            "config.json",
+            json.dumps({"controlnet_conditioning_channel_order": "bgr"}),
+        ),
+    ],
+)
+def test_networks_that_are_run_in_another_way_are_refused(files, tmp_path, name, beside, text):
+    """Their tensors are those of any other."""
+    _, path, _, unet = files
+    (tmp_path / "theirs").mkdir()
+    shutil.copy(path, tmp_path / "theirs" / name)
+    if beside:
+        (tmp_path / "theirs" / beside).write_text(text)
+    with pytest.raises(InputError, match=r"of another kind .*averaged") as caught:
+        load_controlnet(tmp_path / "theirs" / name, unet)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_usual_configuration_beside_it_changes_nothing(files, tmp_path):
+    net, path, _, unet = files
+    net.save_config(tmp_path / "theirs")
+    for name in ("diffusion_pytorch_model.safetensors", "control.safetensors"):
+        shutil.copy(path, tmp_path / "theirs" / name)
+        (tmp_path / "theirs" / "control.yaml").write_text("a: {global_average_pooling: false}")
+        load_controlnet(tmp_path / "theirs" / name, unet)
