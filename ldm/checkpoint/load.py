@@ -21,7 +21,7 @@ from ldm.checkpoint.files import StateDict, open_state_dict
 from ldm.checkpoint.fill import build_without_weights, fill
 from ldm.checkpoint.prediction import ZERO_SNR_KEYS, decide_prediction, kind_of
 from ldm.checkpoint.sidecar import neighbouring_config, without_training_keys
-from ldm.checkpoint.vae import find_vae, with_vae
+from ldm.checkpoint.vae import check_scale, find_vae, with_vae
 from ldm.config import (
     MODEL_SECTIONS,
     find_config,
@@ -249,6 +249,9 @@ def _inspect(
     if prediction.zero_snr:
         params["zero_snr"] = True
     whole = {**whole, "model": {**whole["model"], "params": params}}
+    scale = params.get("scale_factor")
+    if vae is not None and isinstance(scale, float) and not params.get("scale_by_std"):
+        check_scale(vae, scale)
     return CheckpointInfo(
         path=path,
         family=keys.family(shapes),

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
 from ldm.checkpoint.files import StateDict, stem_of
-from ldm.checkpoint.keys import FIRST_STAGE, canonical_name, canonical_names
-from ldm.errors import InputError
+from ldm.checkpoint.keys import (
+    CONTEXT_SIZES,
+    FIRST_STAGE,
+    canonical_name,
+    canonical_names,
+    canonical_shapes,
+    context_size,
+)
+from ldm.errors import InputError, escaped, shown
+from ldm.text import check_kind, read_json
+
+logger = logging.getLogger(__name__)
 
 _ENDINGS = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
+_XL = re.compile(r"(?<![a-z])(sd)?xl(?![a-uw-z])", re.IGNORECASE)  # sdxl_vae, xlVAE
 _PREFIXES = (FIRST_STAGE, "vae.", "")
 # diffusers' AutoencoderKL -> upstream's; {up} is a level counted from the other end
 _DIFFUSERS = [
@@ -40,8 +52,13 @@ def with_vae(weights: StateDict, vae: StateDict) -> StateDict:
         vae: the other file: a VAE in upstream's or diffusers' names, or a whole checkpoint.
 
     Raises:
-        InputError: there is no VAE in it.
+        InputError: there is no VAE in it, or one of a family with latents of another scale.
     """
+    if other := CONTEXT_SIZES.get(context_size(canonical_shapes(vae)) or 0):
+        raise InputError(
+            f"{vae.path} is {other}, whose VAE has the same shapes but latents of another scale: "
+            "take one of Stable Diffusion 1 or 2"
+        )
     own = vae_entries(vae)
     if f"{FIRST_STAGE}decoder.conv_in.weight" not in own:
         raise InputError(f"{vae.path} is no VAE: it has no decoder.conv_in.weight")
@@ -56,6 +73,37 @@ def with_vae(weights: StateDict, vae: StateDict) -> StateDict:
         rest | {name: vae.entries[raw] for name, raw in own.items()},
         weights.metadata,
     )
+
+
+def check_scale(vae: Path, scale: float) -> None:
+    """Compare the scale of a VAE's latents with the model's, where something says it.
+
+    The shapes cannot tell: SDXL's VAE has those of Stable Diffusion's.
+
+    Args:
+        vae: its file; diffusers writes config.json beside it.
+        scale: by which the model multiplies latents.
+
+    Raises:
+        InputError: its configuration says another one.
+    """
+    config = vae.with_name("config.json")
+    if vae.name.startswith("diffusion_pytorch_model.") and config.is_file():
+        own = read_json(config).get("scaling_factor")
+        if own is None:
+            return
+        own = check_kind(own, float, f"{escaped(config)}: scaling_factor")
+        if abs(own - scale) > 0.01 * scale:
+            raise InputError(
+                f"{vae} has latents of the scale {shown(own)} (scaling_factor in {config.name}), "
+                f"and the model's have {shown(scale)}: it was made for another family"
+            )
+    elif _XL.search(vae.stem):
+        logger.warning(
+            "%s is by its name a VAE for SDXL, whose latents have another scale: if it is one, "
+            "pictures will be wrong",
+            escaped(vae),
+        )
 
 
 def vae_entries(vae: StateDict) -> dict[str, str]:

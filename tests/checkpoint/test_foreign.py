@@ -191,6 +191,54 @@ def test_a_fault_of_the_vae_names_its_file(tmp_path, config, weights, change, sa
         load_model(path, config, vae=vae)
 
 
+def test_the_vae_of_an_sdxl_checkpoint_is_refused(tmp_path, config, weights):
+    """It fits, and draws wrong pictures: its latents have another scale."""
+    path = write_safetensors(tmp_path / "m.safetensors", weights)
+    key = f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+    own = {n: t for n, t in weights.items() if n.startswith(VAE)}
+    other = write_safetensors(tmp_path / "xl.safetensors", own | {key: torch.zeros(1, 2048)})
+    with pytest.raises(InputError, match=r"xl.safetensors is an SDXL model, .* another scale"):
+        inspect_checkpoint(path, config, vae=other)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("{}", None),
+        ('{"scaling_factor": 0.18215}', None),
+        ('{"scaling_factor": 0.13025}', r"latents of the scale 0.13025 .* model's have 0.18215"),
+        ('{"scaling_factor": "x"}', "scaling_factor: must be a number, not 'x'"),
+    ],
+)
+def test_the_scale_that_a_vaes_configuration_says(tmp_path, config, weights, said, message):
+    path = write_safetensors(tmp_path / "m.safetensors", weights)
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text(said)
+    own = {n: t for n, t in weights.items() if n.startswith(VAE)}
+    for name in ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16", "other"):
+        vae = write_safetensors(folder / f"{name}.safetensors", VAE_FORMS["diffusers"](own))
+        if message is None or name == "other":  # which the configuration is not about
+            assert inspect_checkpoint(path, config, vae=vae).vae == vae
+        else:
+            with pytest.raises(InputError, match=message):
+                inspect_checkpoint(path, config, vae=vae)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_xl"),
+    [
+        *(("sdxl_vae", True), ("sdxl.vae", True), ("xlVAE_v1", True), ("fixFP16-XL-VAE", True)),
+        *(("vae-ft-mse-840000", False), ("pixlvae", False), ("xlarge", False), ("photonXL", False)),
+    ],
+)
+def test_a_vae_for_sdxl_by_its_name_is_a_warning(tmp_path, caplog, config, weights, name, is_xl):
+    path = write_safetensors(tmp_path / "m.safetensors", weights)
+    own = {n: t for n, t in weights.items() if n.startswith(VAE)}
+    inspect_checkpoint(path, config, vae=write_safetensors(tmp_path / f"{name}.safetensors", own))
+    assert ("by its name a VAE for SDXL" in caplog.text) == is_xl
+
+
 # --- a configuration beside the file ----------------------------------------------------------
 
 
