@@ -1,4 +1,4 @@
-"""The web UIs' syntax in a prompt: emphasis is read, the rest is named. Needs no torch."""
+"""Programs' syntax in a prompt: the web UIs' emphasis is read, the rest named. Needs no torch."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ _OTHERS = (
     (re.compile(rf"{_OPEN}(?:\\.|[^\[\]\\|]|{_PAIR})*\|{_INSIDE}\]"), "alternating words"),
     (re.compile(r"\bAND\b"), "AND"),
     (re.compile(r"<\w+:[^<>]*>"), "LoRA in a negative prompt"),
+)
+# Likewise for other programs: Dynamic Prompts, NovelAI, InvokeAI (compel), ComfyUI.
+_ELSEWHERE = (
+    (re.compile(r"(?<!\w)__\w[\w/*.-]{0,99}?__(?!\w)"), "wildcards are"),
+    (re.compile(r"(?<!\\)\{[^{}|]*\|[^{}]*\}"), "choices in braces are"),
+    (re.compile(r"(?<!\\)\{[^{}|]+\}"), "emphasis in braces is"),
+    (re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?::(?=\s*[^\W\d])"), "emphasis by :: is"),
+    (re.compile(r"[^\W\d_]\+{2,}(?![\w+])|\)(?:\++|-+|\d*\.\d+)(?![\w.+(-])"), "such emphasis is"),
+    (re.compile(r"\)\s*\.(?:and|blend|swap)\("), "blending of prompts is"),
+    (re.compile(r"(?<!\w)embedding:(?=\S)"), "an embedding's name stands alone; this mark is"),
 )
 
 
@@ -95,7 +105,7 @@ def plain_text(prompt: str) -> str:
 
 
 def syntax_remarks(prompt: str, is_long: bool = False, has_emphasis: bool = False) -> Iterator[str]:
-    """Lines about the web UIs' syntax in a prompt that is read as words, or not at all."""
+    """Lines about programs' syntax in a prompt that is read as words, or not at all."""
     if not has_emphasis:
         for pattern, name in _EMPHASIS:
             if match := pattern.search(prompt):
@@ -114,3 +124,6 @@ def syntax_remarks(prompt: str, is_long: bool = False, has_emphasis: bool = Fals
                 f"{escaped(match[0])!r} in a prompt is read as words: the web UIs' {name} is not "
                 "included"
             )
+    for pattern, what in _ELSEWHERE:
+        if match := pattern.search(prompt):
+            yield f"{escaped(match[0])!r} in a prompt is read as words: {what} not included"

@@ -90,3 +90,48 @@ def test_what_is_not_included_is_named(prompt, kind):
         said = " ".join(syntax_remarks(prompt, True, has_emphasis))
         assert (f"the web UIs' {kind} is not included" in said) == bool(kind)
         assert kind or "not included" not in said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "mark", "what"),
+    [
+        ("a __colour__ cat", "__colour__", "wildcards"),
+        ("a __animals/big-*__", "__animals/big-*__", "wildcards"),
+        ("a {red|blue} cat", "{red|blue}", "choices in braces"),
+        ("a {2$$red|blue|} cat", "{2$$red|blue|}", "choices in braces"),
+        ("a {{red}} cat", "{red}", "emphasis in braces"),
+        ("a 1.3::red :: cat", "1.3::", "emphasis by ::"),
+        ("-2::fog::", "-2::", "emphasis by ::"),
+        ("a cat++, red", "t++", "such emphasis"),
+        ("a (red cat)+", ")+", "such emphasis"),
+        ("a (red cat)--, sun", ")--", "such emphasis"),
+        ("a (red cat)1.3", ")1.3", "such emphasis"),
+        ('("a cat", "a dog").blend(1, 0.5)', ").blend(", "blending"),
+        ("a cat by embedding:ink", "embedding:", "an embedding's name"),
+    ],
+)
+def test_other_programs_syntax_is_named(prompt, mark, what):
+    for has_emphasis in (True, False):
+        said = [one for one in syntax_remarks(prompt, True, has_emphasis) if what in one]
+        assert len(said) == 1
+        assert said[0].startswith(f"{mark!r} in a prompt is read as words: {what}")
+        assert said[0].endswith(" not included")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a house (built 1920)-style, at 5:30, 35mm (film) - f/1.8, snake_case, __init, 50% :: 3",
+        r"a \{smile\}, std::vector, 16:9, sea--shore, C+, 20++, (red:1.2), (red) 1.5, (a)-(b)",
+        "my embedding: ink; a.blend(b); [cat] [fog]",
+    ],
+)
+def test_what_only_looks_like_it_is_left_alone(prompt):
+    assert not list(syntax_remarks(prompt, True, True))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{|", "__", "__a", "1::", "++", "a+", ")-", ")1", ").", "1."]
+)
+def test_remarks_about_a_long_text_take_no_time(text):
+    assert sum(1 for _ in syntax_remarks(text * 50_000, True, True)) <= 10
