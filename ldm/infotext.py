@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ldm.addons import embeddings_in, find_addons, taken_loras, usable_tags, without_tags
 from ldm.config import load_preset
 from ldm.errors import InputError, shown
-from ldm.modules.encoders.emphasis import syntax_remarks
+from ldm.modules.encoders.emphasis import BREAK, parse_emphasis, syntax_remarks
 from ldm.modules.tome.config import ToMeConfig, overlay
 from ldm.modules.tome.keys import KEYS
 from ldm.settings import NUMBERS, SAMPLERS, SCHEDULES, SIGMA_SAMPLERS, Settings
@@ -36,6 +36,7 @@ OTHERS = {
 }
 _OVER_ANOTHER = "it was drawn over another picture (img2img --init-img)"
 _PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_STEPS = re.compile(r"\s*Steps: \d")  # with which a line of settings begins, mostly
 _NEGATIVE = re.compile(r"^[ \t]*Negative prompt:", re.MULTILINE)
 _NAMES = {name: own for own, name in WEB_UI_SAMPLERS.items()}  # of two, the last
 _FIELDS = {field.name for field in dataclasses.fields(Settings)}
@@ -237,19 +238,23 @@ def plain(config: ToMeConfig) -> dict[str, Any]:
 
 
 def _web_ui(text: str, where: str) -> Found:
-    """Read prompts, and a last line of ``Name: value`` pairs.
+    """Read prompts, and a line of ``Name: value`` pairs below them.
 
     Source: the form that AUTOMATIC1111/stable-diffusion-webui writes.
     """
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"{where}: its settings are longer than {MAX_CHARACTERS} characters")
-    *lines, last = text.strip().split("\n")
-    pairs = {name: _unquoted(value) for name, value in _PAIR.findall(last)}
-    if len(pairs) < 3:
-        lines, pairs = [*lines, last], {}
+    lines = text.strip().split("\n")
+    begun = (i for i, line in enumerate(lines) if _STEPS.match(line) and len(_pairs(line)) > 2)
+    last = next(begun, len(lines) - 1)
+    pairs = _pairs(lines[last])
+    lines, after = (lines[:last], lines[last + 1 :]) if len(pairs) > 2 else (lines, [])
+    pairs = pairs if len(pairs) > 2 else {}
     prompt, *others = _NEGATIVE.split("\n".join(lines), maxsplit=1)
     negative = "".join(others)
     found = Found({"prompt": prompt.strip(), "negative_prompt": negative.strip()})
+    if any(line.strip() for line in after):  # of an extension, such as the template of a prompt
+        found.left_out.append(f"what stands below its settings: {shown(' '.join(after))}")
     # the web UIs always read weights and the whole of a prompt
     found.settings |= {"emphasis": True, "long_prompt": True}
     for text in (without_tags(prompt), negative):
@@ -280,8 +285,39 @@ def _web_ui(text: str, where: str) -> Found:
             f"that its second pass ran {n_again} steps; here strength x steps are run, so "
             f"--hires_steps {math.ceil(n_again / strength)} does"
         )
+    found.left_out += _drawn_otherwise(found.settings, pairs)
     if tome:  # there it is the way of the tomesd package, with use_rand=False; no ratio is 0
         found.tome = overlay(load_preset("tomesd"), {"random": False, "ratio": 0.0, **tome})
+    return found
+
+
+def _drawn_otherwise(settings: Mapping[str, Any], pairs: Mapping[str, str]) -> Iterator[str]:
+    """What the same settings do otherwise in the web UI.
+
+    Source: AUTOMATIC1111/stable-diffusion-webui, modules/rng.py and modules/sd_emphasis.py.
+    """
+    if "seed" in settings and pairs.get("RNG", "GPU") != "CPU":
+        yield (
+            "its noise: the web UI draws it on the graphics card, unless it says RNG: CPU, and "
+            "there a seed gives other noise than here"
+        )
+    try:
+        texts = (settings["prompt"], settings["negative_prompt"])
+        weights = {weight for text in texts for _, weight in parse_emphasis(without_tags(text))}
+    except InputError:  # a weight beyond the limit, which is said when it is to be drawn
+        return
+    if weights - {1.0, BREAK[1]}:
+        yield (
+            "how its weights act: the web UI multiplies the embedding of a word, here it moves "
+            "away from the empty prompt's, as in ComfyUI"
+        )
+
+
+def _pairs(line: str) -> dict[str, str]:
+    """The settings of a line by their names; of two the first, as what follows may be JSON."""
+    found: dict[str, str] = {}
+    for name, value in _PAIR.findall(line):
+        found.setdefault(name, _unquoted(value))
     return found
 
 
@@ -334,6 +370,13 @@ def _as(name: str, kind: Callable[[str], Any]) -> Callable[[str], dict[str, Any]
     return read
 
 
+def _rng(text: str) -> dict[str, Any]:
+    """Whose noise it is; only the CPU's is like ours."""
+    if text != "CPU":
+        raise ValueError(text)
+    return {}
+
+
 def _ratio(text: str) -> dict[str, Any]:
     return {"tome": {"ratio": float(text)}}
 
@@ -359,4 +402,5 @@ _READERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "Token merging ratio": _ratio,
     "Token merging ratio hr": _hires_ratio,
     "Version": lambda text: {},
+    "RNG": _rng,
 }

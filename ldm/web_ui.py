@@ -53,6 +53,7 @@ def web_ui_text(settings: Mapping[str, Any]) -> str:
         "Loras": ", ".join(f"{one['name']}:{one['weight']:g}" for one in loras) or None,
         "Embeddings": ", ".join(one["name"] for one in settings.get("embeddings", ())) or None,
         "Clip skip": settings.get("clip_skip", 1) if settings.get("clip_skip", 1) > 1 else None,
+        "RNG": "CPU" if settings.get("rng") == "image" else None,
         "Version": settings.get("version"),
     }
     line = ", ".join(

@@ -5,8 +5,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
+from ldm.canvas import PictureNoise
 from ldm.cli import img2img, options, txt2img
 from ldm.config import load_preset, preset_names
 from ldm.errors import InputError
@@ -14,6 +16,7 @@ from ldm.images import Picture, picture_texts, save_image
 from ldm.infotext import plain, tome_keys, understood
 from ldm.modules.tome.config import ToMeConfig, ToMeWish
 from ldm.settings import Settings
+from ldm.web_ui import web_ui_text
 
 A1111 = """\
 a (red:1.2) house, ((hills)) <lora:ink:0.8>
@@ -53,6 +56,59 @@ def test_a_web_ui_s_picture_may_be_merged_in_its_second_pass_alone():
     assert (config.second_pass.ratio, config.second_pass.random) == (0.5, False)
 
 
+BELOW = "a cat\nNegative prompt: fog\nSteps: 20, Sampler: Euler, Seed: 1, RNG: CPU"
+
+
+@pytest.mark.parametrize(
+    "below",
+    [
+        "Template: a {cat|dog}\nNegative Template: (fog:1.2), (rain:1.3)",
+        "a dog\nNegative prompt: rain\nSteps: 9, Sampler: DDIM, Seed: 2",
+    ],
+)
+def test_what_stands_below_the_settings_is_named(below):
+    """Settings that are not in the last line were part of the negative prompt."""
+    found = understood({"parameters": f"{BELOW}\n{below}"}, "x.png")
+    assert (found.settings["prompt"], found.settings["negative_prompt"]) == ("a cat", "fog")
+    assert (found.settings["steps"], found.settings["seed"]) == (20, 1)
+    (one,) = found.left_out
+    assert one.startswith(f"what stands below its settings: '{below.split()[0]}")
+
+
+def test_of_two_settings_of_one_name_the_first_holds():
+    """The second is inside of what another program put behind the settings."""
+    found = understood(
+        {"parameters": f'{BELOW}, Resources: [{{"name":"a, Steps: 9, b"}}]'}, "x.png"
+    )
+    assert found.settings["steps"] == 20
+
+
+@pytest.mark.parametrize(
+    ("rng", "is_other"),
+    [("", True), (", RNG: NV", True), (", RNG: GPU", True), (", RNG: CPU", False)],
+)
+def test_noise_that_a_seed_does_not_give_here_is_said(rng, is_other):
+    found = understood({"parameters": f"a cat\nSteps: 20, Sampler: Euler, Seed: 1{rng}"}, "x.png")
+    assert any("a seed gives other noise" in line for line in found.left_out) == is_other
+    assert is_other or not found.left_out
+
+
+def test_noise_of_the_cpu_is_what_a_seed_gives_there():
+    there = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(PictureNoise([7])(torch.Size((1, 4, 8, 8)))[0], there)
+    assert "RNG: CPU" in web_ui_text({"rng": "image"})
+    assert "RNG" not in web_ui_text({"rng": "upstream"})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "is_other"),
+    [("a (red:1.2) cat", True), ("a [red] cat", True), (r"a \(red\) cat BREAK sun", False)],
+)
+def test_weights_that_act_otherwise_here_are_said(prompt, is_other):
+    found = understood({"parameters": f"{prompt}\nSteps: 20, Seed: 1, RNG: CPU"}, "x.png")
+    assert any(line.startswith("how its weights act") for line in found.left_out) == is_other
+
+
 def test_what_was_drawn_over_another_picture_is_said():
     plain = "a house\nSteps: 20, Sampler: Euler, Seed: 1"
     for more, is_said in (
@@ -76,19 +132,23 @@ def test_what_was_drawn_over_another_picture_is_said():
     ],
 )
 def test_syntax_that_is_not_included_is_named_before_anything_is_drawn(prompt, kind):
-    found = understood({"parameters": f"{prompt}\nSteps: 20, Sampler: Euler a, Seed: 1"}, "x.png")
-    (one,) = found.left_out
+    text = f"{prompt}\nSteps: 20, Sampler: Euler a, Seed: 1, RNG: CPU"
+    found = understood({"parameters": text}, "x.png")
+    (one,) = (line for line in found.left_out if "how its weights act" not in line)
     assert f"the web UIs' {kind} is not included" in one
 
 
 @pytest.mark.parametrize(
     ("line", "left_out"),
     [
-        ("Steps: 20, Sampler: Restart, Seed: 1, Size: 512x512", "Sampler 'Restart'"),
-        ("Steps: many, Sampler: Euler a, Seed: 1", "Steps 'many'"),
-        ("Steps: 20, Sampler: Euler a, Seed: 1, Size: 512", "Size '512'"),
-        (f"Steps: {'9' * 5000}, Sampler: Euler a, Seed: 1", "Steps '999"),
-        ("Steps: 20, Sampler: Euler a, Seed: 1, Schedule type: Turbo", "Schedule type 'Turbo'"),
+        ("Steps: 20, Sampler: Restart, Seed: 1, RNG: CPU, Size: 512x512", "Sampler 'Restart'"),
+        ("Steps: many, Sampler: Euler a, Seed: 1, RNG: CPU", "Steps 'many'"),
+        ("Steps: 20, Sampler: Euler a, Seed: 1, RNG: CPU, Size: 512", "Size '512'"),
+        (f"Steps: {'9' * 5000}, Sampler: Euler a, Seed: 1, RNG: CPU", "Steps '999"),
+        (
+            "Steps: 20, Sampler: Euler a, Seed: 1, RNG: CPU, Schedule type: Turbo",
+            "Schedule type 'Turbo'",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named_and_the_rest_stands(line, left_out):
@@ -121,7 +181,7 @@ def test_a_sampler_of_the_web_ui_has_a_schedule_of_its_own(sampler, schedule):
 
 
 def test_the_noise_of_ddim_has_a_name_of_its_own():
-    found = read("Steps: 20, Sampler: DDIM, Seed: 1, Eta DDIM: 0.5")
+    found = read("Steps: 20, Sampler: DDIM, Seed: 1, RNG: CPU, Eta DDIM: 0.5")
     assert (found.settings["eta"], found.left_out) == (0.5, [])
 
 
