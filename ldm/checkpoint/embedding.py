@@ -29,7 +29,8 @@ EmbeddingFile: TypeAlias = str | os.PathLike[str] | tuple[str | os.PathLike[str]
 MAX_VECTORS = 75  # tokens of a prompt
 MAX_WORDS = 1000  # in one file
 MAX_WORD = 100  # characters
-_NAMELESS = ("*", "emb_params")  # what files call their vectors that do not name a word
+# What files call their vectors that do not name a word; emp_params is OneTrainer's spelling.
+_NAMELESS = ("*", "emb_params", "emp_params", "clip_l", "text_encoders_0")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _CHUNK = b"sd-ti-embedding\0"
 _MAX_PICTURE = 64 * 2**20  # bytes
@@ -141,6 +142,11 @@ def _named_vectors(path: Path) -> dict[str, Tensor]:
     tensors = {}
     if isinstance(found, Mapping) and len(found) <= MAX_WORDS:
         tensors = {str(n): t for n, t in found.items() if isinstance(t, Tensor)}
+    if behind := [f"{name}_out" for name in _NAMELESS if f"{name}_out" in tensors]:
+        raise InputError(
+            f"{path} has vectors that are added behind the text encoder ({behind[0]}, of "
+            "OneTrainer), which is not included; take one that was trained without them"
+        )
     if len({tensor.shape[-1:] for tensor in tensors.values()}) != 1:
         raise InputError(
             f"{path} is no textual-inversion embedding: it has {len(tensors)} tensors, not one, or "

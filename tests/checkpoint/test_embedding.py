@@ -43,6 +43,8 @@ FILES = {
         "string_to_param": nn.ParameterDict({"*": nn.Parameter(VECTORS)}),
     },
     "web_ui.safetensors": {"emb_params": VECTORS},
+    "onetrainer.safetensors": {"emp_params": VECTORS},
+    "comfyui.safetensors": {"clip_l": VECTORS},
     "diffusers.bin": {"<cat>": VECTORS},
     "diffusers.safetensors": {"<cat>": VECTORS},
 }
@@ -86,6 +88,11 @@ class Evil:
         ({"a": torch.eye(16).to_sparse()}, "a.pt", "vectors of sparse_coo"),
         ({"string_to_param": 3}, "a.pt", "it has 0 tensors, not one"),
         ([VECTORS], "a.pt", "holds a list"),
+        (
+            {"emp_params": VECTORS, "emp_params_out": VECTORS},
+            "a.safetensors",
+            r"behind the text encoder \(emp_params_out",
+        ),
         ({"emb_params": VECTORS[None]}, "a.safetensors", r"vectors of \(1, 3, 16\)"),
         ({"emb_params": torch.ones(76, 16)}, "a.safetensors", "76 vectors: allowed are 1 to 75"),
         ({"emb_params": torch.ones(0, 16)}, "a.safetensors", "0 vectors"),
