@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ldm.checkpoint.diffusers_keys import Place, text_layers, unet_layers
 from ldm.checkpoint.files import StateDict
@@ -93,27 +93,35 @@ def _flat(prefix: str, layer: str) -> str:
 # --- strength ---------------------------------------------------------------------------------
 
 
+Patterns: TypeAlias = tuple[tuple[re.Pattern[str], float], ...]
+
+
+def _of_layer(layer: str, patterns: Patterns, usual: float | None) -> float | None:
+    return next((value for pattern, value in patterns if pattern.fullmatch(layer)), usual)
+
+
 @dataclass(frozen=True)
 class Strength:
     """What PEFT's configuration says about alpha, for layers without one in the file.
 
     Attributes:
         alpha: of all layers; None: the rank.
-        rank: of layers whose tensors have none, as LoKr's whole factors; None: nobody says.
         patterns: regular expression of the end of a layer's name -> its alpha.
+        rank: of layers whose tensors have none, as LoKr's whole factors; None: nobody says.
+        rank_patterns: likewise for their ranks.
         is_rank_stabilised: alpha is divided by the root of the rank.
     """
 
     alpha: float | None = None
-    patterns: tuple[tuple[re.Pattern[str], float], ...] = ()
+    patterns: Patterns = ()
     is_rank_stabilised: bool = False
     rank: float | None = None
+    rank_patterns: Patterns = ()
 
     def scale(self, layer: str, rank: float | None) -> float:
         """By what a layer's product is multiplied."""
-        rank = rank or self.rank
-        fitting = (value for pattern, value in self.patterns if pattern.fullmatch(layer))
-        alpha = next(fitting, self.alpha)
+        rank = rank or _of_layer(layer, self.rank_patterns, self.rank)
+        alpha = _of_layer(layer, self.patterns, self.alpha)
         if alpha is None or rank is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
@@ -173,23 +181,28 @@ def _strength(said: Mapping[str, Any], prefix: str, where: str) -> Strength:
     rank = None
     if said.get(f"{prefix}peft_type") in ("LOHA", "LOKR"):
         alpha, rank = said.get(f"{prefix}alpha"), said.get(f"{prefix}r")
-    patterns = said.get(f"{prefix}alpha_pattern") or {}
     stabilised = said.get(f"{prefix}use_rslora") or False
-    if not isinstance(patterns, Mapping) or not isinstance(stabilised, bool):
-        wrong = "use_rslora" if isinstance(patterns, Mapping) else "alpha_pattern"
-        raise InputError(f"{where}: {wrong} is {shown(said[prefix + wrong])}, which it cannot be")
+    if not isinstance(stabilised, bool):
+        raise InputError(f"{where}: use_rslora is {shown(stabilised)}, which it cannot be")
+
+    def patterns(key: str) -> Patterns:
+        found = said.get(f"{prefix}{key}") or {}
+        if not isinstance(found, Mapping):
+            raise InputError(f"{where}: {key} is {shown(found)}, which it cannot be")
+        return tuple(
+            (_pattern(text, key, where), number(value, key)) for text, value in found.items()
+        )
+
     return Strength(
         None if alpha is None else number(alpha, "lora_alpha"),
-        tuple(
-            (_pattern(key, where), number(value, "alpha_pattern"))
-            for key, value in patterns.items()
-        ),
+        patterns("alpha_pattern"),
         stabilised,
         None if rank is None else max(number(rank, "r"), 1.0),
+        () if rank is None else tuple((one, max(n, 1.0)) for one, n in patterns("rank_pattern")),
     )
 
 
-def _pattern(text: str, where: str) -> re.Pattern[str]:
+def _pattern(text: str, key: str, where: str) -> re.Pattern[str]:
     """PEFT's pattern of the end of a name; only such as are searched in no time."""
     is_plain = (
         len(text) <= _MAX_PATTERN
@@ -202,6 +215,4 @@ def _pattern(text: str, where: str) -> re.Pattern[str]:
             return re.compile(rf"(?:.*\.)?(?:{text})")
     except re.error:
         pass
-    raise InputError(
-        f"{where}: alpha_pattern has the pattern {shown(text)}, which is not read here"
-    )
+    raise InputError(f"{where}: {key} has the pattern {shown(text)}, which is not read here")

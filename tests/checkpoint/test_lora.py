@@ -552,6 +552,10 @@ def test_the_strength_of_pefts_other_kinds(shapes, tmp_path, kind):
     tensors = {f"{layer}.{role}": torch.ones(size) for role, size in sizes.items()}
     path = write(tmp_path, tensors, name="adapter_model.safetensors")
     assert [change.scale for change in read_lora(path, 1, shapes).changes] == [32 / RANK]
+    said |= {"alpha_pattern": {"attn2.to_q": 8}, "rank_pattern": {"attn2.to_q": 16, "to_k": 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    rank = 16 if kind == "LoKr, whole" else RANK  # the others' is that of their tensors
+    assert [change.scale for change in read_lora(path, 1, shapes).changes] == [8 / rank]
 
 
 def test_an_adapters_configuration_is_not_that_of_a_file_beside_it(shapes, tmp_path):
