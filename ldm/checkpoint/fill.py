@@ -195,7 +195,12 @@ def fill(
         if name not in sources:  # stored by most files, used by no computation
             return torch.zeros(place.shape, dtype=dtype, device=device)
         tensor = weights[sources[name]]
-        if name.endswith(keys.TOKENS):
+        if name.endswith(keys.TOKENS) and len(tensor) > len(place):
+            logger.info(
+                "%s has %d tokens of its own training's after the usual %d; no word of a prompt "
+                "becomes one of these",
+                *(path, len(tensor) - len(place), len(place)),
+            )
             tensor = tensor[: len(place)]
         # Converting the loaded model's layout instead would leave the process with 0.6 GB of memory
         # in pieces that it cannot give back.

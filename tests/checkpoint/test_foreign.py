@@ -72,6 +72,15 @@ def test_a_rename_a_reshape_or_a_slice_is_enough(tmp_path, caplog, config, weigh
     assert not caplog.records
 
 
+def test_tokens_that_no_word_of_a_prompt_becomes_are_said(tmp_path, caplog, config, weights):
+    more = weights | {TOKENS: torch.cat([weights[TOKENS], weights[TOKENS][:2]])}
+    with caplog.at_level(logging.INFO, "ldm"):
+        load_model(write_safetensors(tmp_path / "m.safetensors", weights), config)
+        assert "tokens of its own training's" not in caplog.text
+        load_model(write_safetensors(tmp_path / "more.safetensors", more), config)
+    assert "more.safetensors has 2 tokens of its own training's" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
