@@ -150,7 +150,7 @@ class Canvas:
         with said_when_stopped(finished), self._profile() as on_step:
             yield itertools.chain.from_iterable(runs(on_step))
         self.gallery.close()
-        print(f"Pictures are in {self.args.outdir}")
+        print(where_saved(self.gallery, self.args))
 
     def save(self, picture: Picture) -> None:
         """Save one of the pictures."""
@@ -171,9 +171,17 @@ class Canvas:
         print(f"The trace of a step is in {path}: open it in chrome://tracing or ui.perfetto.dev")
 
 
+def where_saved(gallery: Gallery, args: Arguments) -> str:
+    """Where a finished run's pictures are."""
+    if gallery.has_samples or gallery.has_grid:
+        return f"Pictures are in {args.outdir}"
+    return "No picture was saved, as --skip_save says"
+
+
 def how_to_go_on(progress: Progress, seed: int, args: Arguments, is_shared: bool = False) -> str:
     """What is finished of a run that was stopped, and the flags that draw the rest."""
-    done = f"{progress.n_done} of {progress.n_pictures} pictures are in {args.outdir}"
+    where = "drawn, and not saved" if args.skip_save else f"in {args.outdir}"
+    done = f"{progress.n_done} of {progress.n_pictures} pictures are {where}"
     cannot_skip = args.rng == "upstream" or args.fixed_code or not hasattr(args, "skip")
     if cannot_skip or is_shared:
         return f"{done}; the same command draws all of them again"

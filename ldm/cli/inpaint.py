@@ -56,8 +56,10 @@ def pairs(args: Arguments) -> list[tuple[Path, Path]]:
         if args.init_img is None or args.mask is None:
             raise InputError("give --init-img and --mask, or --indir")
         return [(Path(args.init_img), Path(args.mask))]
-    if args.init_img is not None or args.mask is not None or args.profile:
-        raise InputError("--indir goes without --init-img and --mask, and without --profile")
+    if args.init_img is not None or args.mask is not None or args.profile or args.skip_save:
+        raise InputError(
+            "--indir goes without --init-img and --mask, and without --profile and --skip_save"
+        )
     if args.n_samples > 1 or args.n_iter > 1:
         raise InputError("--indir makes one picture of each pair: leave --n_samples and --n_iter 1")
     folder = Path(args.indir)

@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def draw(settings: Settings) -> None:
             for picture in pipeline.generate(settings, progress=True):
-                print(f"Saved {gallery.add(picture)}")
+                path = gallery.add(picture)
+                print("Drawn, and not saved" if path is None else f"Saved {path}")
 
         prompt_loop(options.wishes(args), pipeline.set_tome, draw)
-    print(f"Pictures are in {args.outdir}")
+    print(drawing.where_saved(gallery, args))

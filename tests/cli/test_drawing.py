@@ -62,6 +62,8 @@ def test_how_to_go_on(flags, advice):
     progress = Progress(9, Terminal())
     progress.n_done = 2
     assert how_to_go_on(progress, 99, args) == f"2 of 9 pictures are in o; {advice}"
+    args.skip_save = True
+    assert how_to_go_on(progress, 99, args).startswith("2 of 9 pictures are drawn, and not saved; ")
 
 
 def test_the_rest_of_a_run_has_the_prompts_and_seeds_that_it_would_have_had():

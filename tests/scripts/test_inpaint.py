@@ -64,6 +64,7 @@ def test_a_folder_of_pairs_as_upstream(run, tiny_checkpoint, pairs, tmp_path):
         ([], "give --init-img and --mask, or --indir"),
         (["--init-img", "pairs/a.png"], "give --init-img and --mask, or --indir"),
         (["--indir", "pairs", "--mask", "m.png"], "--indir goes without --init-img and --mask"),
+        (["--indir", "pairs", "--skip_save"], "without --profile and --skip_save"),
         (["--indir", "pairs", "--outdir", "pairs"], "the results would replace the pictures"),
         (["--indir", "pairs", "--n_samples", "2"], "leave --n_samples and --n_iter 1"),
         (["--indir", "empty"], "there is no x_mask.png in it"),

@@ -188,15 +188,22 @@ def test_prompt_after_prompt_with_one_model(
     assert "leave out --prompt and --from-file" in refused(*argv, "--prompt", "x")
 
 
-def test_what_is_saved_can_be_chosen(run, tiny_checkpoint, tmp_path):
+def test_what_is_saved_can_be_chosen(run, tiny_checkpoint, tmp_path, capsys, monkeypatch):
     argv = ["--ckpt", tiny_checkpoint, *FAST]
     assert run(*argv, "--outdir", tmp_path / "a", "--skip_grid", "--no_metadata") == 0
     assert files(tmp_path / "a") == ["samples/00000.png"]
     assert Image.open(tmp_path / "a" / "samples" / "00000.png").info == {}
     assert run(*argv, "--outdir", tmp_path / "b", "--skip_save") == 0
     assert files(tmp_path / "b") == ["grid-0000.png"]
-    assert run(*argv, "--outdir", tmp_path / "c", "--skip_save", "--skip_grid") == 0
-    assert not (tmp_path / "c").exists()
+    assert f"Pictures are in {tmp_path}/b" in capsys.readouterr().out
+    lines = iter(["hills", "!quit"])
+    monkeypatch.setattr("builtins.input", lambda question: next(lines))
+    for more in (["--skip_grid"], ["--interactive"]):
+        assert run(*argv, "--outdir", tmp_path / "c", "--skip_save", *more) == 0
+        assert not (tmp_path / "c").exists()
+        said = capsys.readouterr().out
+        assert said.splitlines()[-1] == "No picture was saved, as --skip_save says"
+        assert "None" not in said
 
 
 @pytest.mark.parametrize(
