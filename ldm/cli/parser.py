@@ -18,6 +18,8 @@ from ldm.errors import InputError
 
 Arguments: TypeAlias = argparse.Namespace
 
+# How the values are called of flags that are files or folders.
+PATHS = ("FILE", "DIR", "PATH", "PICTURE", "YAML", "CHECKPOINT")
 _NOTHING = "there is no need for it here"
 # Flags of upstream's and others' programs, and what takes their place.
 OLD_FLAGS = {
@@ -99,7 +101,14 @@ class Parser(argparse.ArgumentParser):
             if equals and value == "--" and name in known:  # which argparse drops
                 raise InputError(f"{argument}: '--' is not a value")
             spelled.append(known.get(name, flag) + equals + value)
-        return super().parse_known_args(spelled, namespace)
+        found, others = super().parse_known_args(spelled, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            is_path = str(action.metavar).startswith(PATHS) and value != action.default
+            if is_path and "" in (value if isinstance(value, list) else [value]):
+                name = (*action.option_strings, action.dest)[0]
+                raise InputError(f"{name}: an empty text is no file or folder")
+        return found, others
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError instead of printing the usage."""

@@ -32,7 +32,7 @@ def build_parser() -> Parser:
     parser = Parser(__doc__, EPILOG)
     add = parser.add_argument
     add("--ckpt", metavar="PATH", help="a model trained on the scenes (default: the shipped demo)")
-    add("--outdir", default="outputs/check_demo", help="default: %(default)s")
+    add("--outdir", default="outputs/check_demo", metavar="DIR", help="default: %(default)s")
     add(
         "--n_prompts",
         type=whole(1, 100_000),
