@@ -83,7 +83,7 @@ class Wishes:
         Args:
             changes: by the flags' names: {"steps": 20, "tome.ratio": 0.5} or {"tome": {"ratio":
                 0.5}}; None takes a wish back, but in the latter form is the value ``none`` of a
-                key that has it, as in YAML.
+                key that has it, as in YAML. {"tome": "fast"} is a preset.
 
         Raises:
             InputError: a name is none of these, or a value is not of its type.
@@ -191,11 +191,16 @@ def typed(name: str, words: Sequence[str]) -> Any:
     Args:
         name: of the setting.
         words: none at all switch something on.
+
+    Raises:
+        InputError: there are none, and it is nothing to switch.
     """
     name = _plain(name)
     name = OTHER_NAMES.get(name, name)
     text = " ".join(words)
-    if _kinds().get(name) is str or name == "tome_preset":
+    if not words and _kinds().get(name) in (int, float):
+        raise InputError(f"{name}: give a value, too")
+    if _kinds().get(name) is str or name in ("tome_preset", "tome"):
         return text
     key = name.removeprefix("tome_")
     key = "ratio" if key == "hires_ratio" else key
@@ -205,11 +210,18 @@ def typed(name: str, words: Sequence[str]) -> Any:
 
 
 def _flat(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values, with the mapping ``tome`` taken apart."""
+    """Names and values, with ``tome`` taken apart: keys, or a preset's name."""
     for name, value in changes.items():
         if _plain(name) == "tome" and isinstance(value, Mapping):
             keys = ((_plain(key), one) for key, one in value.items())
             yield from ((f"tome_{key}", _named_none(key, one)) for key, one in keys)
+        elif _plain(name) == "tome" and isinstance(value, str | None):  # as in Python
+            yield "tome_preset", value
+        elif _plain(name) == "tome":
+            raise InputError(
+                f"tome {shown(value)}: must be a preset's name, or keys with their values, "
+                'such as {"ratio": 0.5}'
+            )
         else:
             yield _plain(name), value
 

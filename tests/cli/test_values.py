@@ -62,7 +62,9 @@ def test_one_program_s_settings_are_not_another_s():
         ({"tome": {"apply_to": {"--help": 1}}}, "--tome-apply-to .*must be"),
         ({"tome": {"ratio": "0.5"}}, "--tome-ratio 0.5: must be auto or a number"),
         ({"tome": {"ratio": [[[0.5]]]}}, "--tome-ratio .*must be auto or a number"),
-        ({"tome": [0.5]}, "'tome' is no setting"),
+        ({"tome": [0.5]}, r"tome \[0.5\]: must be a preset's name, or keys with their values"),
+        ({"tome": 0.5}, "tome 0.5: must be a preset's name, or keys"),
+        ({"tome": "quick"}, "there is no ToMe preset 'quick'"),
         ({"tome": {"preset": "/etc/passwd"}}, "there is no ToMe preset '/etc/passwd'"),
         ({"tome_preset": "mine.yaml"}, "there is no ToMe preset 'mine.yaml'"),
         ({"tome_preset": ["fast"]}, "there is no ToMe preset"),
@@ -93,6 +95,7 @@ def test_text_that_looks_like_flags_is_text():
 def test_a_shipped_preset_has_a_name():
     tome = wishes("--tome-window", "5").changed({"tome_preset": "tomesd"}).tome.keys
     assert (tome["ratio"], tome["window"]) == (0.5, 5)
+    assert wishes("--tome-window", "5").changed({"tome": "tomesd"}).tome.keys == tome
     assert wishes("--tome-preset", "tomesd").changed({"tome_preset": None}).tome == ToMeWish()
     assert wishes().changed({"no_tome": True}).tome == ToMeWish(is_off=True)
 
@@ -112,6 +115,7 @@ def test_a_shipped_preset_has_a_name():
         ("tome.apply-to", ["[kv,", "q]"], ["kv", "q"]),
         ("tome.hires_ratio", ["0.6"], 0.6),
         ("tome_preset", ["fast"], "fast"),
+        ("tome", ["fast"], "fast"),
     ],
 )
 def test_typed_words_stand_for_values(name, words, value):
