@@ -53,9 +53,11 @@ def read_jobs(args: Arguments) -> list[Job]:
     lines = options.read_lines(args.from_file, args.repeat)
     runs: list[tuple[int, dict[str, Any], Wishes, list[str]]] = []
     known: set[Tags] = set()
+    uses_flag = False
     for number, line in lines:
         at = f"{where}, line {number}"
         changes = _changes(line, at)
+        uses_flag |= changes.get("prompt") is None
         try:
             own = wishes.changed(changes)
             prompt = own.given.get("prompt")
@@ -71,6 +73,8 @@ def read_jobs(args: Arguments) -> list[Job]:
         if not runs or runs[-1][1] != others or "seed" in others:
             runs.append((number, others, own, []))
         runs[-1][3].extend(itertools.repeat(prompt, args.repeat))
+    if not uses_flag:
+        options.say_unused_prompt(args)
     seed = Settings(seed=args.seed).seed  # the same for the whole file, also where one is chosen
     jobs: list[Job] = []
     for number, changes, own, prompts in runs:

@@ -96,12 +96,19 @@ def settings(args: Arguments) -> Settings:
     prompts = None
     if getattr(args, "from_file", None) is not None:
         prompts = read_prompts(args.from_file, args.repeat)
+        say_unused_prompt(args)
     else:
         refuse_repeat(args)
     found = wishes(args).settings(prompts)
     for tags in {taken_loras(prompt)[1] for prompt in found.prompts}:
         lora_files(tags)  # which have to be there
     return found
+
+
+def say_unused_prompt(args: Arguments) -> None:
+    """Say that --prompt is not drawn where all lines of --from-file have prompts of their own."""
+    if args.prompt is not None:
+        logger.warning("--prompt is not drawn: the lines of --from-file have prompts of their own")
 
 
 def refuse_repeat(args: Arguments) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 
 from ldm.cli import drawing, flags, options
 from ldm.cli.jobs import check_skip, prompts_of, read_jobs
@@ -37,6 +38,9 @@ Pictures land in OUTDIR/samples/00000.png and on, all of a run in OUTDIR/grid-00
 """
 
 
+logger = logging.getLogger(__name__)
+
+
 def build_parser() -> Parser:
     """All flags."""
     parser = Parser(__doc__, EPILOG)
@@ -57,6 +61,19 @@ def build_parser() -> Parser:
     return parser
 
 
+def _say_idle(runs: Iterable[Settings]) -> None:
+    """Name what is set of the second pass where there is none."""
+    usual = Settings()
+    idle = {
+        name
+        for settings in runs
+        for name in ("hires_strength", "hires_steps", "hires_upscaler")
+        if settings.hires_scale == 1 and getattr(settings, name) != getattr(usual, name)
+    }
+    if idle:
+        logger.warning("no effect without a second pass (hires_scale): %s", ", ".join(sorted(idle)))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = options.parse(build_parser(), argv)
@@ -66,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("--interactive asks for prompts: leave out --skip and --profile")
     check_skip(args)
     jobs = read_jobs(args)
+    _say_idle(job.settings for job in jobs)
     model = options.model_arguments(args)
     gallery = options.gallery(args)
     process = Process.from_environment()

@@ -90,9 +90,15 @@ def test_a_chosen_seed_counts_for_the_whole_file(jobs):
     assert found[1][1] == found[0][1] + 1
 
 
-def test_the_prompt_may_come_from_the_command_line(jobs):
+def test_the_prompt_may_come_from_the_command_line(jobs, caplog):
     lines = [{"scale": 3}, {"scale": 5}]
     assert pictures(jobs(*lines, flags=["--prompt", "x"])) == [("x", 42), ("x", 43)]
+    assert pictures(jobs("a", {"scale": 3}, flags=["--prompt", "x"])) == [("a", 42), ("x", 43)]
+    assert caplog.messages == []
+    assert pictures(jobs("a", flags=["--prompt", "x"])) == [("a", 42)]
+    assert caplog.messages == [
+        "--prompt is not drawn: the lines of --from-file have prompts of their own"
+    ]
 
 
 def test_img2img_has_its_own_flags_in_a_line(jobs):

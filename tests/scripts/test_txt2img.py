@@ -206,6 +206,14 @@ def test_what_is_saved_can_be_chosen(run, tiny_checkpoint, tmp_path, capsys, mon
         assert "None" not in said
 
 
+def test_flags_of_a_second_pass_that_is_not_drawn_are_named(run, tmp_path, capsys):
+    flags = ["--hires_strength", 0.3, "--hires_steps", 9]
+    for scale, is_idle in ((1, True), (2, False)):
+        assert run("--ckpt", tmp_path / "none.ckpt", "--hires_scale", scale, *flags) == 2
+        said = "no effect without a second pass (hires_scale): hires_steps, hires_strength\n"
+        assert (said in capsys.readouterr().err) == is_idle
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
