@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import numbers
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ class Settings:
         """Check every value; round the size and choose the seed where that was asked for."""
         for name, (kind, lowest, highest) in NUMBERS.items():
             if getattr(self, name) is not None or name not in OPEN:
-                _check_number(name, getattr(self, name), kind, lowest, highest)
+                value = _checked_number(name, getattr(self, name), kind, lowest, highest)
+                object.__setattr__(self, name, value)
         for name, choices in CHOICES.items():
             if getattr(self, name) is not None or name not in OPEN:
                 _require(getattr(self, name) in choices, name, getattr(self, name), choices)
@@ -247,8 +249,15 @@ class Batches(Sequence[list[tuple[str, int]]]):
         ]
 
 
-def _check_number(name: str, value: Any, kind: type, lowest: float, highest: float) -> None:
-    """Refuse what is no such number, not finite or out of range; a whole one is a float too."""
+def _checked_number(name: str, value: Any, kind: type, lowest: float, highest: float) -> Any:
+    """A plain number; refuse what is none, not finite or out of range; a whole one is a float too.
+
+    numpy's numbers are numbers, which its arrays hand out.
+    """
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        value = int(value)
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool | int):
+        value = float(value)
     kinds = (int,) if kind is int else (int, float)
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
     limits = LIMITS.get(name, f"{lowest:.15g} to {highest:.15g}")
@@ -256,6 +265,7 @@ def _check_number(name: str, value: Any, kind: type, lowest: float, highest: flo
         limits = f"a whole number, {limits}"
     # NaN is in no range
     _require(is_number and lowest <= value <= highest, name, value, (limits,))
+    return value
 
 
 def _check_text(name: str, text: Any) -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from ldm.errors import InputError
@@ -46,6 +47,14 @@ def test_values_out_of_range_are_refused_with_the_limit(name, value, limit):
     with pytest.raises(InputError, match=f"{name} .*{limit}") as caught:
         Settings(**{"prompt": "x", name: value})
     assert len(str(caught.value)) < 250
+
+
+def test_numbers_of_numpy_are_numbers():
+    settings = Settings(seed=np.int64(7), steps=np.uint8(9), scale=np.float32(2), eta=np.int32(1))
+    assert repr((settings.seed, settings.steps, settings.scale, settings.eta)) == "(7, 9, 2.0, 1)"
+    for value in (np.bool_(True), np.float64(7), np.array([7])):
+        with pytest.raises(InputError, match=r"seed .*a whole number"):
+            Settings(seed=value)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
