@@ -321,8 +321,10 @@ class Picture:
         ``parameters`` is in the form of the web UIs, ``ldm`` is JSON with every setting.
 
         Raises:
-            InputError: the file cannot be written there.
+            InputError: the file cannot be written there, or its name is that of another format.
         """
+        if Image.registered_extensions().get(Path(path).suffix.lower(), "PNG") != "PNG":
+            raise InputError(f"{path}: pictures are always PNG files; let the name end in .png")
         save_image(self.pixels, path, self.texts if with_settings else None)
 
     def write(self, path: Path, with_settings: bool = True) -> None:

@@ -211,6 +211,15 @@ def test_the_second_pass_is_named_as_the_web_uis_do():
     assert "Hires steps: 9, " in web_ui_text({**made, "hires_steps": 9})
 
 
+def test_a_picture_is_no_file_of_another_format(tmp_path):
+    picture = images.Picture(noise(8, 8), {})
+    with pytest.raises(InputError, match=r"x\.jpg: pictures are always PNG files"):
+        picture.save(tmp_path / "new" / "x.jpg")
+    assert list(tmp_path.iterdir()) == []
+    picture.save(tmp_path / "x.PNG")
+    picture.save(tmp_path / "x v1.5")
+
+
 def test_a_picture_can_keep_its_settings_to_itself(tmp_path):
     Picture(noise(4, 4), SETTINGS).save(tmp_path / "x.png", with_settings=False)
     assert Image.open(tmp_path / "x.png").info == {}
