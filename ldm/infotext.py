@@ -267,7 +267,8 @@ def _web_ui(text: str, where: str) -> Found:
         try:
             known = _READERS[name](value.strip())
         except KeyError:
-            found.left_out.append(f"{name} {shown(value)} (has no counterpart here)")
+            why = _FLAGS.get(name, "has no counterpart here")
+            found.left_out.append(f"{name} {shown(value)} ({why})")
         except ValueError:
             found.left_out.append(f"{name} {shown(value)} (cannot be used here)")
         else:
@@ -385,6 +386,8 @@ def _hires_ratio(text: str) -> dict[str, Any]:
     return {"tome": {"hires": {"ratio": float(text)}}}
 
 
+# What a picture does not set, and the flag that does.
+_FLAGS = {"Model": "--ckpt", "Model hash": "--ckpt", "VAE": "--vae", "VAE hash": "--vae"}
 _READERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "Steps": _as("steps", int),
     "Sampler": _sampler,

@@ -41,7 +41,8 @@ def test_the_web_ui_s_settings_are_understood_or_named():
     assert "strength" not in said
     assert found.tome == {**load_preset("tomesd"), "random": False, "ratio": 0.5}
     left_out = "\n".join(found.left_out)
-    for name in ("Model hash '6ce0161689'", "Model 'v1-5, pruned'", "Variation seed", "Lora hash"):
+    assert "Model hash '6ce0161689' (--ckpt)\nModel 'v1-5, pruned' (--ckpt)" in left_out
+    for name in ("Variation seed '3' (has no counterpart here)", "Lora hash"):
         assert name in left_out
     assert "its second pass ran 10 steps; here strength x steps are run, so --hires_steps 19" in (
         left_out
@@ -323,7 +324,7 @@ def test_flags_win_over_the_picture_also_where_they_say_the_default(tmp_path, ca
     assert options.wishes(args).tome.keys == merged
     assert "From " in caplog.text
     assert "Token Merging" in caplog.text
-    assert "Model hash '6ce0161689' (has no counterpart here)" in caplog.text
+    assert "Model hash '6ce0161689' (--ckpt)" in caplog.text
     plain_args = parse(txt2img, "--from_picture", path, "--tome-preset", "fast")
     assert options.wishes(plain_args).tome.keys == load_preset("fast")
 
