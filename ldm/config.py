@@ -138,7 +138,11 @@ def load_preset(name: str | os.PathLike[str], may_be_path: bool = False) -> dict
     Raises:
         InputError: there is no such preset (the message lists the known ones) or file.
     """
-    return load_config(preset_file(name, may_be_path))
+    path = preset_file(name, may_be_path)
+    keys = load_config(path)
+    if not keys:
+        raise InputError(f"{path} has no key, so it would change nothing; docs/tome.md lists them")
+    return keys
 
 
 def preset_file(name: str | os.PathLike[str], may_be_path: bool = False) -> Path:

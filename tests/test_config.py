@@ -333,6 +333,12 @@ def test_unknown_preset_lists_the_known_ones(name):
         load_preset(name)
 
 
+def test_a_preset_that_says_nothing_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text("# ratio: 0.5\n")
+    with pytest.raises(InputError, match=r"mine\.yaml has no key, so it would change nothing"):
+        load_preset(tmp_path / "mine.yaml", may_be_path=True)
+
+
 def test_every_shipped_preset_is_valid():
     for name in config_module.preset_names():
         assert ToMeConfig.from_mapping(load_preset(name)) != ToMeConfig()
@@ -347,6 +353,24 @@ def test_token_merging_of_a_model_stands_in_its_place():
     wrong = {"model": {"params": {"unet_config": {"params": {}, "tome_config": {"ratio": 0.5}}}}}
     with pytest.raises(InputError, match=r"model\.params\.unet_config\.tome_config.*its place is"):
         model_tome(wrong, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_idle"),
+    [
+        ({"method": "grid"}, True),
+        (ToMeWish({"stride": [2, 2]}), True),
+        ({"method": "grid", "ratio": 0.5}, False),
+        ({"ratio": 0}, False),
+        ({}, False),
+        (False, False),
+        (None, False),
+    ],
+)
+def test_settings_without_an_amount_are_not_silent(asked, is_idle, caplog):
+    config = {"model": {"params": {"unet_config": {"params": {}}}}}
+    model_tome(config, asked)
+    assert ("no amount is given" in caplog.text) == is_idle
 
 
 def test_whatever_is_asked_in_python_comes_to_a_configuration():

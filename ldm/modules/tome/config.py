@@ -17,6 +17,7 @@ from ldm.modules.tome.keys import AMOUNTS, KEYS, LARGEST, METHOD_KEYS, METHODS, 
 logger = logging.getLogger(__name__)
 
 BY_STRIDE = ("downsample", "tiles")  # methods whose amount the stride sets
+NO_AMOUNT = "ToMe merges nothing: no amount is given; set ratio, r, k, max_tokens or steps"
 ROUNDING = 1e-4  # a ratio written with four digits may stand for a fraction such as 8/9
 
 
@@ -260,7 +261,12 @@ class ToMeWish:
         Raises:
             InputError: as `ToMeConfig.from_mapping`.
         """
-        return ToMeConfig() if self.is_off else ToMeConfig.from_mapping(overlay(own, self.keys))
+        if self.is_off:
+            return ToMeConfig()
+        found = ToMeConfig.from_mapping(overlay(own, self.keys))
+        if self.keys and found == ToMeConfig():  # of other settings the run's report says it
+            logger.warning(NO_AMOUNT)
+        return found
 
 
 def refuse_contradictions(mapping: Mapping[str, Any]) -> None:

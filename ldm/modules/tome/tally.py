@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ldm.modules.tome.config import ToMeConfig
+from ldm.modules.tome.config import NO_AMOUNT, ToMeConfig
 from ldm.modules.tome.decision import Decision
 
 
@@ -112,7 +112,7 @@ class Tally:
             is_zero = config.ratio == 0 or config.r == 0 or bool(config.steps)
             if is_default or is_zero:
                 return []
-            return ["ToMe merges nothing: no amount is given; set ratio, r, k, max_tokens or steps"]
+            return [NO_AMOUNT]
         if not self._n_calls:
             return []
         if not self._levels:  # of auto the report has said it
