@@ -103,9 +103,9 @@ class Parser(argparse.ArgumentParser):
             spelled.append(known.get(name, flag) + equals + value)
         found, others = super().parse_known_args(spelled, namespace)
         for action in self._actions:
-            value = getattr(found, action.dest, None)
-            is_path = str(action.metavar).startswith(PATHS) and value != action.default
-            if is_path and "" in (value if isinstance(value, list) else [value]):
+            given = getattr(found, action.dest, None)
+            is_path = str(action.metavar).startswith(PATHS) and given != action.default
+            if is_path and "" in (given if isinstance(given, list) else [given]):
                 name = (*action.option_strings, action.dest)[0]
                 raise InputError(f"{name}: an empty text is no file or folder")
         return found, others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -86,6 +87,52 @@ class FiniteLoss(pl.Callback):
         """
         if not bool(torch.isfinite(loss)):
             raise Diverged(f"step {trainer.global_step + 1}: the loss is {loss.item()}")
+
+
+class RisenLoss(pl.Callback):
+    """Warns of a diffusion model whose loss is far above what it was, and stays there.
+
+    A learning rate that is a little too high may do well for thousands of steps and then, within a
+    few, undo all of them; the run goes on and nothing in it is wrong.
+
+    Attributes:
+        lowest: mean of ``loss_simple`` over WINDOW steps, the lowest so far.
+    """
+
+    WINDOW = 100  # steps
+    FACTOR = 2.0
+
+    def __init__(self) -> None:
+        self.lowest = math.inf
+        self._losses: list[Tensor] = []
+        self._is_said = False
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Look at the mean whenever there is a new one."""
+        self._losses.append(trainer.callback_metrics["train/loss_simple"])
+        if len(self._losses) < self.WINDOW:
+            return
+        mean = torch.stack(self._losses).mean().item()
+        self._losses.clear()
+        has_risen = mean > self.FACTOR * self.lowest
+        if has_risen and not self._is_said:
+            logger.warning(
+                "step %d: the loss of the last %d steps is %.3g, and was %.3g: the model has lost "
+                "what it had learnt; begin again with a lower model.base_learning_rate",
+                *(trainer.global_step, self.WINDOW, mean, self.lowest),
+            )
+        self._is_said = has_risen
+        self.lowest = min(self.lowest, mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on with."""
+        return {"lowest": self.lowest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        self.lowest = float(state_dict["lowest"])
 
 
 class CUDACallback(pl.Callback):

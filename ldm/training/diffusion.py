@@ -17,6 +17,7 @@ from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import Conditioning
+from ldm.training.callbacks import RisenLoss
 from ldm.training.module import Training
 
 logger = logging.getLogger(__name__)
@@ -219,7 +220,7 @@ class DiffusionTraining(Training):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The average follows each step before a checkpoint of it is written."""
-        return [AverageWeights()] if self.net.use_ema else []
+        return [RisenLoss(), *([AverageWeights()] if self.net.use_ema else [])]
 
     def configure_optimizers(self) -> Any:
         """AdamW over the network, the text encoder if it is trained, and a learned logvar."""

@@ -4,10 +4,12 @@ import copy
 import math
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
 from ldm.errors import InputError
+from ldm.training.callbacks import RisenLoss
 from ldm.training.clock import Clock
 from ldm.training.diffusion import DiffusionTraining
 from tests.tiny_diffusion import CAPTIONS, WIDTH
@@ -139,6 +141,33 @@ def fit(model, batch, n_steps, **kwargs):
     trainer = quiet_trainer(n_steps, **kwargs)
     trainer.fit(model, loader, loader)
     return trainer
+
+
+class Ruin(pl.Callback):
+    """Undoes what was learnt, as a learning rate does that is a little too high."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        if trainer.global_step == self.step:
+            nn.init.normal_(pl_module.net.model.diffusion_model.conv_out.weight, std=5.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(("at", "n_said"), [(20, 1), (-1, 0)])
+def test_a_loss_far_above_what_it_was_is_said_once(batch, monkeypatch, caplog, at, n_said):
+    monkeypatch.setattr(RisenLoss, "WINDOW", 10)
+    model = build()
+    model.learning_rate = 1e-4
+    trainer = fit(model, batch, 40, callbacks=[Ruin(at)])
+    said = [r.getMessage() for r in caplog.records if "lost what it had learnt" in r.getMessage()]
+    assert len(said) == n_said
+    assert all(one.startswith("step 30: the loss of the last 10 steps is") for one in said)
+    (watch,) = (one for one in trainer.callbacks if isinstance(one, RisenLoss))
+    resumed = RisenLoss()
+    resumed.load_state_dict(watch.state_dict())
+    assert resumed.lowest == watch.lowest < 2
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
