@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from ldm.checkpoint.diffusers_keys import unet_layers
-from ldm.checkpoint.files import StateDict, open_state_dict
+from ldm.checkpoint.files import StateDict, diffusers_config, open_state_dict
 from ldm.checkpoint.keys import is_harmless, is_weight, same_but_for_ones
 from ldm.errors import InputError, escaped
 from ldm.modules.controlnet import ControlNet
-from ldm.text import read_json, read_text
+from ldm.text import read_text
 
 PREFIXES = ("control_model.", "")  # of the authors' files, and of those cut out of them
+_IS_AVERAGED = re.compile(r"^\s*global_average_pooling:\s*true", re.IGNORECASE | re.MULTILINE)
 UNUSED = {"dropout", "use_checkpoint", "reuse_deep", "tome_config"}  # of the U-Net's arguments
 
 
@@ -113,8 +114,14 @@ def _refuse_others(path: Path) -> None:
     Sources: diffusers' ControlNetModel, its configuration; the authors' configurations; ComfyUI,
     which goes by the file's name.
     """
-    files = {file for one in (path, path.resolve()) for file in _beside(one)}  # links lead home
-    said = {key: value for file in files for key, value in _settings(file).items()}
+    config = diffusers_config(path)
+    said = {
+        key: config.get(key)
+        for key in ("global_pool_conditions", "controlnet_conditioning_channel_order")
+    }
+    for file in (path.with_suffix(".yaml"), path.resolve().with_suffix(".yaml")):
+        if file.is_file() and _IS_AVERAGED.search(read_text(file)):
+            said["global_average_pooling"] = True
     if re.search(r"(?<![a-z])shuffle(?![a-z])", path.stem, re.IGNORECASE):
         said["its name"] = "shuffle"
     usual = {"controlnet_conditioning_channel_order": ("rgb", None)}
@@ -124,26 +131,6 @@ def _refuse_others(path: Path) -> None:
                 f"{path} is a ControlNet of another kind ({key}: {escaped(value)}): only those are "
                 "run whose picture is RGB and whose features are not averaged"
             )
-
-
-def _beside(path: Path) -> list[Path]:
-    """The configurations that belong to a file by their names."""
-    own = [path.with_suffix(".yaml")]
-    if path.name.startswith("diffusion_pytorch_model."):
-        own.append(path.with_name("config.json"))
-    return [file for file in own if file.is_file()]
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    """What a configuration says of how the network is to be run."""
-    if file.suffix == ".yaml":
-        is_on = re.search(r"^\s*global_average_pooling:\s*true", read_text(file), re.I | re.M)
-        return {"global_average_pooling": bool(is_on)}
-    said = read_json(file)
-    return {
-        key: said.get(key)
-        for key in ("global_pool_conditions", "controlnet_conditioning_channel_order")
-    }
 
 
 def _control_layer(layer: str) -> str:

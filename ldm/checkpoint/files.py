@@ -131,6 +131,15 @@ def stem_of(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
 
+def diffusers_config(path: Path) -> dict[str, Any]:
+    """What config.json says of the file of diffusers' beside it; empty of other files."""
+    for file in (path, path.resolve()):  # links lead home
+        config = file.with_name("config.json")
+        if file.name.startswith("diffusion_pytorch_model.") and config.is_file():
+            return read_json(config)
+    return {}
+
+
 def open_state_dict(path: str | os.PathLike[str]) -> StateDict:
     """Open a checkpoint file, or a folder of safetensors files that make up one model.
 

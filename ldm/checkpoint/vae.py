@@ -6,7 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from ldm.checkpoint.files import StateDict, stem_of
+from ldm.checkpoint.files import StateDict, diffusers_config, stem_of
 from ldm.checkpoint.keys import (
     CONTEXT_SIZES,
     FIRST_STAGE,
@@ -16,7 +16,7 @@ from ldm.checkpoint.keys import (
     context_size,
 )
 from ldm.errors import InputError, escaped, shown
-from ldm.text import check_kind, read_json
+from ldm.text import check_kind
 
 logger = logging.getLogger(__name__)
 
@@ -87,15 +87,12 @@ def check_scale(vae: Path, scale: float) -> None:
     Raises:
         InputError: its configuration says another one.
     """
-    config = vae.with_name("config.json")
-    if vae.name.startswith("diffusion_pytorch_model.") and config.is_file():
-        own = read_json(config).get("scaling_factor")
-        if own is None:
-            return
-        own = check_kind(own, float, f"{escaped(config)}: scaling_factor")
+    own = diffusers_config(vae).get("scaling_factor")
+    if own is not None:
+        own = check_kind(own, float, f"{escaped(vae)}, its config.json: scaling_factor")
         if abs(own - scale) > 0.01 * scale:
             raise InputError(
-                f"{vae} has latents of the scale {shown(own)} (scaling_factor in {config.name}), "
+                f"{vae} has latents of the scale {shown(own)} (scaling_factor in config.json), "
                 f"and the model's have {shown(scale)}: it was made for another family"
             )
     elif _XL.search(vae.stem):

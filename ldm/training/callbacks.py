@@ -117,7 +117,7 @@ class RisenLoss(pl.Callback):
         mean = torch.stack(self._losses).mean().item()
         self._losses.clear()
         has_risen = mean > self.FACTOR * self.lowest
-        if has_risen and not self._is_said:
+        if has_risen and not self._is_said and trainer.is_global_zero:
             logger.warning(
                 "step %d: the loss of the last %d steps is %.3g, and was %.3g: the model has lost "
                 "what it had learnt; begin again with a lower model.base_learning_rate",
