@@ -133,12 +133,14 @@ class DiffusionTraining(Training):
             target = x_start
         error = output - target
         error = error.abs() if net.loss_type == "l1" else error.square()
-        error = error.mean(dim=(1, 2, 3)) * self._snr_weight(t)
+        plain = error.mean(dim=(1, 2, 3))
+        error = plain * self._snr_weight(t)
         logvar = net.logvar[t]
         loss_simple = (error / logvar.exp() + logvar).mean()
         loss_vlb = (net.lvlb_weights[t] * error).mean()
         loss = net.l_simple_weight * loss_simple + net.original_elbo_weight * loss_vlb
-        terms = {"loss_simple": error.mean(), "loss_vlb": loss_vlb, "loss": loss}
+        # without weights, so that runs with and without them can be compared
+        terms = {"loss_simple": plain.mean(), "loss_vlb": loss_vlb, "loss": loss}
         return loss, {name: value.detach() for name, value in terms.items()}
 
     def _snr_weight(self, t: Tensor) -> Tensor:

@@ -131,12 +131,17 @@ class Training(pl.LightningModule):
         self.log_terms(self.terms(batch, "test", batch_idx), "test", batch)
 
     def log_terms(self, terms: Mapping[str, Tensor], split: str, batch: dict[str, Any]) -> None:
-        """Log terms as ``{split}/{name}``: each step's in training, else the epoch's mean."""
+        """Log terms as ``{split}/{name}``: each step's, or the epoch's mean over all processes."""
         size = next(len(value) for value in batch.values() if isinstance(value, Tensor | list))
         named = {f"{split}/{name}": value for name, value in terms.items()}
         is_training = split == "train"
         self.log_dict(
-            named, prog_bar=True, batch_size=size, on_step=is_training, on_epoch=not is_training
+            named,
+            prog_bar=True,
+            batch_size=size,
+            on_step=is_training,
+            on_epoch=not is_training,
+            sync_dist=not is_training,
         )
 
     def configure_optimizers(self) -> Any:
