@@ -61,6 +61,30 @@ def test_min_snr_weights_steps_alike_in_terms_of_x0():
     torch.testing.assert_close(build()._snr_weight(t), torch.ones(3))
 
 
+def test_loss_simple_has_no_weights(monkeypatch):
+    torch.manual_seed(0)
+    z, noise = torch.randn(2, 3, 4, 4, 4)
+    t = torch.tensor([0, 400, 999])
+    found = {}
+    for gamma in (None, 5.0):
+        model = build(parameterization="v", min_snr_gamma=gamma)
+        monkeypatch.setattr(model.net, "apply_model", lambda x, t, c: x)
+        loss, terms = model.p_losses(z, None, t, noise)
+        found[gamma] = loss, terms["loss_simple"]
+    assert found[None][0] == found[None][1] == found[5.0][1]
+    assert found[5.0][0] < found[5.0][1]
+
+
+def test_of_several_processes_all_are_in_a_validation_loss(batch, monkeypatch):
+    asked = {}
+    model = build()
+    monkeypatch.setattr(model, "log_dict", lambda named, **asks: asked.update(asks))
+    model.log_terms({"loss": torch.ones(())}, "val", batch)
+    assert (asked["sync_dist"], asked["on_step"], asked["on_epoch"]) == (True, False, True)
+    model.log_terms({"loss": torch.ones(())}, "train", batch)
+    assert (asked["sync_dist"], asked["on_step"], asked["on_epoch"]) == (False, True, False)
+
+
 def drawn_steps(monkeypatch, **settings):
     drawn = []
     model = build(**settings)

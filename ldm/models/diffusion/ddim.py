@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from ldm.models.diffusion.guidance import (
+    Conditioning,
+    check_batch_size,
+    noise_predictor,
+    sampling_run,
+    uses_guidance,
+)
 from ldm.models.diffusion.sampler import Run, Sampler, Steps
 from ldm.models.diffusion.schedule import StepCoefficients
 
@@ -65,6 +74,68 @@ class DDIMSampler(Sampler):
             eps = run.denoise(x, c.t, c.alpha_bar)
             x, x0 = ddim_step(x, eps, c, run.draw(c.sigma), run.quantize)
             yield x, x0
+
+    @torch.no_grad()
+    def encode(
+        self,
+        x0: Tensor,
+        c: Conditioning,
+        t_enc: int,
+        use_original_steps: bool = False,
+        return_intermediates: int | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Conditioning = None,
+        callback: Callable[[int], Any] | None = None,
+        verbose: bool = True,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The first ``t_enc`` steps the other way: noise from which ``decode`` draws x0 again.
+
+        The model is asked at the step that is gone to; with ``encodes_as_upstream`` at 0, 1, 2,
+        ..., upstream's mistake where steps are not those of training.
+
+        Args:
+            x0: latents, (B, C, h, w), scaled.
+            c: conditioning with B rows.
+            t_enc: number of steps.
+            use_original_steps: count training steps instead.
+            return_intermediates: about how many results to keep on the way.
+            unconditional_guidance_scale: 1 is without guidance, and inverts best.
+            unconditional_conditioning: of the same kind and rows as c.
+            callback: called with the number of each step.
+            verbose: show a progress bar.
+
+        Returns:
+            Latents (B, C, h, w); ``x_encoded``, the same, ``intermediate_steps``, numbers of
+            the steps that are kept, and ``intermediates``, if asked for, their latents.
+
+        Raises:
+            ValueError: the conditioning has not B rows, or there are not so many steps.
+
+        Source: Song et al. 2021 (arXiv 2010.02502) section 4.3; Stable Diffusion 2's sampler.
+        """
+        check_batch_size(c, x0.shape[0])
+        steps = self._steps(use_original_steps)
+        if not 0 <= t_enc <= len(steps):
+            raise ValueError(f"t_enc is {t_enc}, but the schedule has {len(steps)} steps")
+        negative, scale = unconditional_conditioning, unconditional_guidance_scale
+        denoise = noise_predictor(self.model, c, negative, scale)
+        levels = self.model.alphas_cumprod.tolist()
+        every = max(t_enc // (return_intermediates or 1), 1)
+        x, kept = x0, {}
+        with sampling_run(self.model, uses_guidance(negative, scale)):
+            for i, step in enumerate(self.shown(steps[:t_enc], t_enc, verbose)):
+                t = i if self.encodes_as_upstream else step.t
+                eps = denoise(x, t, levels[i] if self.encodes_as_upstream else step.alpha_bar)
+                before = (1 - step.alpha_bar_prev) ** 0.5
+                x = step.signal * (x - before * eps) / step.signal_prev + step.noise * eps
+                if return_intermediates and (i % every == 0 or i >= t_enc - 2):
+                    kept[i] = x
+                if callback is not None:
+                    callback(i)
+        found: dict[str, Any] = {"x_encoded": x, "intermediate_steps": [*kept]}
+        if return_intermediates:
+            found["intermediates"] = [*kept.values()]
+        return x, found
 
     def _upstream_levels(self, steps: list[StepCoefficients]) -> list[float]:
         return [c.alpha_bar for c in steps]

@@ -15,6 +15,8 @@ from torch import Tensor
 Conditioning: TypeAlias = Any  # a tensor, a list of conditionings, a dict of them, or None
 Denoiser: TypeAlias = Callable[[Tensor, "int | float", float], Tensor]
 """(x_t, t, alpha_bar_t) -> predicted noise; x_t and the result are (B, C, h, w)."""
+Scale: TypeAlias = "float | Callable[[int | float], float]"
+"""Of classifier-free guidance: one for all steps, or t -> scale."""
 
 PARAMETERIZATIONS = ("eps", "x0", "v")
 
@@ -69,7 +71,7 @@ def sampling_run(model: DiffusionModel, is_guided: bool) -> Iterator[None]:
 def _nothing(*_: float) -> None: ...
 
 
-def uses_guidance(unconditional_conditioning: Conditioning, scale: float) -> bool:
+def uses_guidance(unconditional_conditioning: Conditioning, scale: Scale) -> bool:
     """Whether there is classifier-free guidance, which takes two rows for each picture."""
     return unconditional_conditioning is not None and scale != 1.0
 
@@ -130,7 +132,7 @@ def noise_predictor(
     model: DiffusionModel,
     conditioning: Conditioning,
     unconditional_conditioning: Conditioning = None,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
 ) -> Denoiser:
     """The model as a Denoiser, with its conditioning and classifier-free guidance built in.
 
@@ -152,7 +154,8 @@ def noise_predictor(
         if is_guided:
             output = model.apply_model(torch.cat([x] * 2), torch.cat([steps] * 2), conditioning)
             unconditional, conditional = output.to(x.dtype).chunk(2)
-            output = unconditional + scale * (conditional - unconditional)
+            factor = scale(t) if callable(scale) else scale
+            output = unconditional + factor * (conditional - unconditional)
         else:
             output = model.apply_model(x, steps, conditioning).to(x.dtype)
         return eps_from_output(output, x, alpha_bar, model.parameterization)

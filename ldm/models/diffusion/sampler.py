@@ -6,9 +6,9 @@ yields the latents after each step. ``Sampler`` is the shell that callers know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from ldm.models.diffusion.guidance import (
     Conditioning,
     Denoiser,
     DiffusionModel,
+    Scale,
     check_batch_size,
     noise_predictor,
     sampling_run,
@@ -31,6 +32,8 @@ from ldm.models.diffusion.schedule import (
     make_ddim_timesteps,
     original_coefficients,
 )
+
+T = TypeVar("T")
 
 NoiseSource: TypeAlias = Callable[[torch.Size], Tensor]
 """shape -> unit normal noise of that shape, on any device."""
@@ -179,6 +182,7 @@ class Sampler:
         log_every_t: int = 100,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Conditioning = None,
+        ucg_schedule: Sequence[float] | None = None,
         noise_source: NoiseSource | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Draw latents.
@@ -205,6 +209,7 @@ class Sampler:
             log_every_t: how often to keep intermediate results, in steps.
             unconditional_guidance_scale: 1 is without guidance.
             unconditional_conditioning: of the same kind and rows as conditioning.
+            ucg_schedule: the guidance scale of each step, from the first to the last, instead.
             noise_source: where all noise comes from, which then is asked only for noise that is
                 used. By default it is drawn from torch's global generator on the sampler's
                 device in upstream's order, so a seed gives upstream's picture.
@@ -213,17 +218,18 @@ class Sampler:
             The latents (B, C, h, w), and lists ``x_inter`` and ``pred_x0`` of what was kept.
 
         Raises:
-            InputError: steps, eta or discretisation cannot be used.
+            InputError: steps, eta, discretisation or ucg_schedule cannot be used.
             ValueError: the conditioning has not B rows, or there is a mask without x0.
         """
         check_batch_size(conditioning, batch_size)
         self.make_schedule(S, ddim_eta=eta)
+        scale: Scale = unconditional_guidance_scale
+        if ucg_schedule is not None:
+            scale = self._scale_by_step(ucg_schedule)
         size = torch.Size((batch_size, *shape))
         if x_T is None:
             x_T = self._noise(size, noise_source)
-        denoise = noise_predictor(
-            self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale
-        )
+        denoise = noise_predictor(self.model, conditioning, unconditional_conditioning, scale)
         if score_corrector is not None:
             denoise = _corrected(
                 denoise, score_corrector, self.model, conditioning, corrector_kwargs or {}
@@ -232,8 +238,7 @@ class Sampler:
         taken = self._begun(denoise, x_T, self.steps, noise_source, mask, x0, *changes)
         n, x = len(self.steps), x_T
         kept: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
-        is_guided = uses_guidance(unconditional_conditioning, unconditional_guidance_scale)
-        with sampling_run(self.model, is_guided):
+        with sampling_run(self.model, uses_guidance(unconditional_conditioning, scale)):
             for i, (x, predicted) in enumerate(self.shown(taken, n, verbose)):
                 if callback is not None:
                     callback(i)
@@ -352,7 +357,7 @@ class Sampler:
         )
         return self._begun(denoise, x_latent, steps[:t_start], noise_source, mask, x0)
 
-    def shown(self, steps: Steps, n: int, is_shown: bool = True) -> Steps:
+    def shown(self, steps: Iterable[T], n: int, is_shown: bool = True) -> Iterator[T]:
         """The steps behind a progress bar."""
         return iter(tqdm(steps, desc=self.name, total=n, disable=not is_shown))
 
@@ -391,6 +396,14 @@ class Sampler:
 
         quantize = _quantizer(self.model) if quantize_x0 else None
         return self.iterate(x, steps[::-1], Run(denoise, draw, blend, quantize))
+
+    def _scale_by_step(self, scales: Sequence[float]) -> Scale:
+        steps = [c.t for c in self.steps]
+        if len(scales) != len(steps):
+            raise InputError(f"ucg_schedule has {len(scales)} scales for {len(steps)} steps")
+        known = list(zip(steps, reversed(scales), strict=True))
+        # what is evaluated between two steps belongs to the one that comes first
+        return lambda t: next((scale for step, scale in known if step >= t), known[-1][1])
 
     def _noise(self, shape: torch.Size, source: NoiseSource | None) -> Tensor:
         if source is None:

@@ -138,3 +138,68 @@ def test_step_is_the_papers_equation():
     torch.testing.assert_close(x_prev, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="needs noise"):
         ddim_step(x, eps, c)
+
+
+def encoded_as_written(model, x, steps, cond):
+    """Stable Diffusion 2's formula, with its count where the step belongs."""
+    for i, c in enumerate(steps):
+        a, b = c.alpha_bar, c.alpha_bar_prev
+        eps = model.apply_model(x, torch.full((len(x),), i), cond)
+        noise = a**0.5 * ((1 / a - 1) ** 0.5 - (1 / b - 1) ** 0.5) * eps
+        x = (a / b) ** 0.5 * x + noise
+    return x
+
+
+@pytest.mark.parametrize("originals", [False, True])
+def test_inversion_is_upstreams_formula(golden, originals):
+    model, x0, cond = golden_model(), golden["x0"], golden["cond"]
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(10)
+    steps = sampler._steps(originals)[:7]
+    got, found = sampler.encode(x0, cond, 7, originals, verbose=False)
+    torch.testing.assert_close(got, encoded_as_written(model, x0, steps, cond), **CLOSE)
+    assert found["x_encoded"] is got
+    assert "intermediates" not in found
+    assert torch.equal(sampler.encode(x0, cond, 0, verbose=False)[0], x0)
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_noise_found_by_inversion_draws_the_picture_again(parameterization):
+    model = GaussianModel(parameterization=parameterization)
+    torch.manual_seed(0)
+    x0 = torch.randn(2, *SHAPE)
+    errors = []
+    for n_steps in (20, 100, 500):
+        sampler = DDIMSampler(model)
+        sampler.encodes_as_upstream = False
+        sampler.make_schedule(n_steps)
+        n = len(sampler.steps)
+        noise, _ = sampler.encode(x0, None, n, verbose=False)
+        drawn = sampler.decode(noise, None, n, verbose=False)
+        errors.append((drawn - x0).square().mean().sqrt().item())
+    assert errors[0] > 4 * errors[1] > 16 * errors[2]
+    assert errors[2] < 0.02
+
+
+def test_inversion_with_guidance_keeps_what_is_asked_for(golden):
+    sampler = DDIMSampler(golden_model())
+    sampler.make_schedule(10)
+    seen = []
+    got, found = sampler.encode(
+        golden["x0"],
+        golden["cond"],
+        8,
+        return_intermediates=3,
+        callback=seen.append,
+        **guidance(golden),
+    )
+    assert seen == list(range(8))
+    assert found["intermediate_steps"] == [0, 2, 4, 6, 7]
+    assert len(found["intermediates"]) == 5
+    assert torch.equal(found["intermediates"][-1], got)
+    assert not torch.equal(got, sampler.encode(golden["x0"], golden["cond"], 8, verbose=False)[0])
+    for n in (-1, 11):
+        with pytest.raises(ValueError, match=f"t_enc is {n}, but the schedule has 10 steps"):
+            sampler.encode(golden["x0"], golden["cond"], n)
+    with pytest.raises(ValueError, match="rows"):
+        sampler.encode(golden["x0"][:1], golden["cond"], 2)

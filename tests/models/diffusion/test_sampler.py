@@ -399,3 +399,40 @@ def test_little_noise_is_added_in_half_types_too(dtype):
     assert z.dtype == dtype
     expected = (1 - sampler.model.alphas_cumprod[[1, 21, 101]]).sqrt()
     torch.testing.assert_close(z[:, 0, 0, 0].float(), expected, atol=0, rtol=0.004)
+
+
+@every_sampler
+def test_a_schedule_of_one_scale_is_that_scale(sampler_class):
+    model = golden_model()
+    cond, negative = torch.ones(2, 4), torch.zeros(2, 4)
+    known = {"conditioning": cond, "unconditional_conditioning": negative}
+    x_T = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    n = 6
+    steps = sampler_class(model)
+    steps.make_schedule(n)
+    scales = [3.0] * len(steps.steps)
+    once, _ = run(sampler_class, model, n, x_T=x_T, unconditional_guidance_scale=3.0, **known)
+    each, _ = run(sampler_class, model, n, x_T=x_T, ucg_schedule=scales, **known)
+    assert torch.equal(once, each)
+    changed, _ = run(sampler_class, model, n, x_T=x_T, ucg_schedule=[9.0, *scales[1:]], **known)
+    assert not torch.equal(changed, each)
+    with pytest.raises(InputError, match="ucg_schedule has 2 scales"):
+        run(sampler_class, model, n, ucg_schedule=[1.0, 2.0], **known)
+
+
+def test_each_step_has_its_own_scale_and_two_halves():
+    class Recorder:
+        def modify_score(self, model, eps, x, t, c):
+            found.append(eps.mean().item())
+            return eps
+
+    found = []
+    halves = torch.cat([torch.zeros(1, *SHAPE), torch.ones(1, *SHAPE)])
+    model = ClosedFormModel(lambda x, t, c: halves)
+    cond = torch.ones(1, 3, 8)
+    scales = [1.0, 5.0, 0.0, 2.0]
+    known = {"conditioning": cond, "unconditional_conditioning": cond}
+    run(DDIMSampler, model, 4, 1, ucg_schedule=scales, score_corrector=Recorder(), **known)
+    assert found == scales
+    assert model.rows == [2] * 4
+    assert model.is_guided
