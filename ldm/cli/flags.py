@@ -81,9 +81,10 @@ def add_sampling_flags(parser: Parser) -> None:
     group = parser.add_argument_group("how to draw it", "Defaults come from the model.")
     add = group.add_argument
     add("--ddim_steps", "--steps", type=int, dest="steps", metavar="N", help="sampling steps")
-    add("--sampler", choices=SAMPLERS, help="how noise is removed")
-    add("--plms", action="store_const", const="plms", dest="sampler", help="= --sampler plms")
-    add(
+    one = group.add_mutually_exclusive_group().add_argument
+    one("--sampler", choices=SAMPLERS, help="how noise is removed")
+    one("--plms", action="store_const", const="plms", dest="sampler", help="= --sampler plms")
+    one(
         "--dpm_solver",
         "--dpm",
         action="store_const",

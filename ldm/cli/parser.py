@@ -102,18 +102,28 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"{argument}: '--' is not a value")
             spelled.append(known.get(name, flag) + equals + value)
         found, others = super().parse_known_args(spelled, namespace)
-        for action in self._actions:
-            given = getattr(found, action.dest, None)
-            is_path = str(action.metavar).startswith(PATHS) and given != action.default
-            if is_path and "" in (given if isinstance(given, list) else [given]):
-                name = (*action.option_strings, action.dest)[0]
-                raise InputError(f"{name}: an empty text is no file or folder")
+        check_paths(self, found)
         return found, others
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError instead of printing the usage."""
         message = re.sub(r"^argument (--[\w-]+): (?=\S+: allowed )", r"\1 ", message)
         raise InputError(f"{message} (--help lists the flags)")
+
+
+def check_paths(parser: argparse.ArgumentParser, found: argparse.Namespace) -> None:
+    """Check that no file or folder is an empty text, as an unset variable gives it.
+
+    Raises:
+        InputError: one is.
+    """
+    for action in parser._actions:
+        given = getattr(found, action.dest, None)
+        is_path = str(action.metavar).startswith(PATHS) and given != action.default
+        if is_path and "" in (given if isinstance(given, list) else [given]):
+            names = (flag for flag in action.option_strings if flag.startswith("--"))
+            name = next(names, action.dest)
+            raise InputError(f"{name}: an empty text is no file or folder")
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:

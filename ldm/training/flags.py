@@ -7,6 +7,7 @@ import os
 import re
 from typing import Any, NoReturn
 
+from ldm.cli.parser import check_paths
 from ldm.errors import InputError, escaped, shown
 from ldm.plain_yaml import parse_yaml
 from ldm.training.trainer import GONE, OLD_KEYS, TRAINER
@@ -63,6 +64,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         words.append(flag + equals + value)
         takes_next = not equals and flag in flags and flags[flag].nargs is None
     options = parser.parse_args(words)
+    check_paths(parser, options)
     _check(options)
     return options, overrides
 
@@ -87,10 +89,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="configurations, merged in order",
     )
     add("-t", "--train", default=False, **switch, help="train (else the configuration is shown)")
-    add("-r", "--resume", default="", metavar="PATH", help="a run's folder, or a checkpoint in it")
+    add("-r", "--resume", metavar="PATH", help="a run's folder, or a checkpoint in it")
     add("-n", "--name", default="", help="added to the name of the run's folder")
     add("-f", "--postfix", default="", help="added after the name")
-    add("-l", "--logdir", default="logs", help="where runs are kept (default: %(default)s)")
+    add(
+        "-l",
+        "--logdir",
+        default="logs",
+        metavar="DIR",
+        help="where runs are kept (default: %(default)s)",
+    )
     add("-s", "--seed", type=_seed, help="default: that of the run to resume, else 23")
     add("--no-test", default=False, **switch, help="do not run the test pictures at the end")
     scale_help = "multiply the learning rate by devices * batch size * accumulated batches"

@@ -197,7 +197,9 @@ def read_body(
             not_used.append(name)
     for name, value in body.items():
         if value and value not in NEUTRAL.get(name, ()):
-            raise InputError(f"{shown(name)} {shown(value)}: this cannot be done here")
+            is_option = not Options().changed({name: value}, models).not_used
+            way = "put it into override_settings" if is_option else "this cannot be done here"
+            raise InputError(f"{shown(name)} {shown(value)}: {way}")
     return Order(base.changed(changes), options, tuple(not_used))
 
 

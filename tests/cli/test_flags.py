@@ -104,6 +104,8 @@ def test_help_comes_at_once_as_torch_is_not_imported(program, flags):
         ("--laion400m", "--laion400m is unknown: that model is not supported"),
         ("--steps 0", "steps 0: allowed is 1 to 1000"),
         ("--H 0", "H 0: allowed is 1 to 16384"),
+        ("--plms --dpm_solver", "argument --dpm_solver/--dpm: not allowed with argument --plms"),
+        ("--plms --sampler ddim", "argument --sampler: not allowed with argument --plms"),
         ("--plms --ddim_eta 1", "eta 1 needs the ddim sampler"),
         ("--from-file missing.txt", "missing.txt: cannot be read"),
         ("--repeat 2", "--repeat goes with --from-file"),

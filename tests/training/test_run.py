@@ -97,6 +97,9 @@ NO_RUN = [  # what a user may type or write -> what the line says
     (["--base", "TOY", "--name", "../x"], "--name '../x': allowed are"),
     (["--base", "TOY", "--precision", "12"], "precision 12: allowed.* 64-true, 16, 32, 64, bf16$"),
     (["--base", "TOY", "--nonsense", "1"], "unrecognized arguments: --nonsense"),
+    (["--base", "TOY", "--finetune_from", ""], "--finetune_from: an empty text is no file"),
+    (["--base", "TOY", "--resume", ""], "--resume: an empty text is no file"),
+    (["--base", ""], "--base: an empty text is no file"),
     (["--base", "TOY", "--finetune_from", "none.ckpt"], "none.ckpt': there is no such file"),
     (["--base", "TOY", "--scale_lr", "maybe"], "neither true nor false"),
     (["--base", "TOY", "--allow-module", "a b"], "not the name of a Python module"),
@@ -146,6 +149,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tmp_path):
         main([*given, "--train", "--logdir", str(tmp_path / "logs")])
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "logs").glob("*"))
+
+
+def test_runs_have_a_folder_with_a_name():
+    with pytest.raises(InputError, match="--logdir: an empty text is no file or folder"):
+        main(["--base", "x.yaml", "--train", "--logdir="])
 
 
 def test_a_missing_section_is_named(tmp_path):

@@ -286,6 +286,7 @@ def test_requests_are_drawn_in_the_order_in_which_they_came(client, desk):
         ({"sampler_name": "Euler z"}, "sampler_name 'Euler z': allowed is DDIM"),
         ({"scheduler": "x"}, "scheduler 'x'"),
         ({"script_name": "x/y"}, "'script_name' 'x/y': this cannot be done here"),
+        ({"token_merging_ratio": 0.5}, "'token_merging_ratio' 0.5: put it into override_settings"),
         ({"alwayson_scripts": {"controlnet": {}}}, "'alwayson_scripts'"),
         ({"restore_faces": True}, "'restore_faces' True"),
         ({"infotext": "hills\nSteps: 9"}, "'infotext' 'hills"),
