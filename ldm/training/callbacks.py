@@ -97,6 +97,7 @@ class RisenLoss(pl.Callback):
 
     Attributes:
         lowest: mean of ``loss_simple`` over WINDOW steps, the lowest so far.
+        has_risen: whether the last such mean is far above.
     """
 
     WINDOW = 100  # steps
@@ -105,7 +106,7 @@ class RisenLoss(pl.Callback):
     def __init__(self) -> None:
         self.lowest = math.inf
         self._losses: list[Tensor] = []
-        self._is_said = False
+        self.has_risen = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
@@ -117,13 +118,13 @@ class RisenLoss(pl.Callback):
         mean = torch.stack(self._losses).mean().item()
         self._losses.clear()
         has_risen = mean > self.FACTOR * self.lowest
-        if has_risen and not self._is_said and trainer.is_global_zero:
+        if has_risen and not self.has_risen and trainer.is_global_zero:
             logger.warning(
                 "step %d: the loss of the last %d steps is %.3g, and was %.3g: the model has lost "
                 "what it had learnt; begin again with a lower model.base_learning_rate",
                 *(trainer.global_step, self.WINDOW, mean, self.lowest),
             )
-        self._is_said = has_risen
+        self.has_risen = has_risen
         self.lowest = min(self.lowest, mean)
 
     def state_dict(self) -> dict[str, Any]:

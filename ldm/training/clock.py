@@ -13,6 +13,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from ldm.errors import InputError
+from ldm.training.callbacks import RisenLoss
 from ldm.training.module import Training
 from ldm.util import written_whole
 
@@ -41,6 +43,7 @@ class Clock(pl.callbacks.Checkpoint):
     resumed at any time, also with another amount of time in all. On a CPU it counts what this
     process had of the cores, so that a busy machine does not mean a worse model, only a later one.
     As a Checkpoint it comes after what else follows a step: the average is that of the weights.
+    A run whose loss has risen far above what it was ends with an error, and is not saved.
 
     Args:
         seconds: of training, in all; None leaves learning rate and end to the run itself.
@@ -115,7 +118,16 @@ class Clock(pl.callbacks.Checkpoint):
         """Count, average the losses, save and stop when it is time.
 
         Of several processes the first one's clock decides for all.
+
+        Raises:
+            InputError: the model has lost what it had learnt, see `RisenLoss`.
         """
+        if any(isinstance(one, RisenLoss) and one.has_risen for one in trainer.callbacks):
+            raise InputError(
+                f"{trainer.default_root_dir}: at step {trainer.global_step} the model has lost "
+                "what it had learnt; delete this folder and try again, with a lower "
+                "model.base_learning_rate if that does not help"
+            )
         self.pictures += len(next(iter(batch.values()))) * trainer.world_size
         for name, value in trainer.logged_metrics.items():
             if name.startswith("train/") and torch.is_tensor(value):

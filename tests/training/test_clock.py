@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import ldm.training.clock as module
+from ldm.errors import InputError
+from ldm.training.callbacks import RisenLoss
 from ldm.training.clock import Clock, rate_factor
 from ldm.training.module import Training
 
@@ -28,6 +30,7 @@ def timed(monkeypatch, tmp_path):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     trainer = SimpleNamespace(
         optimizers=[optimizer],
+        callbacks=[],
         global_step=0,
         logged_metrics={"train/loss": torch.tensor(2.0), "val/loss": torch.tensor(3.0)},
         should_stop=False,
@@ -101,3 +104,17 @@ def test_of_several_processes_the_first_ones_clock_decides(timed):
     trainer.strategy.broadcast = lambda own: (7.0, True, False)
     step(clock)
     assert trainer.should_stop
+
+
+def test_a_model_that_has_lost_what_it_had_learnt_is_not_saved(timed):
+    path, trainer, step = timed
+    watch = RisenLoss()
+    trainer.callbacks = [watch]
+    clock = Clock(seconds=10, save_every=1)
+    clock.on_train_start(trainer, Training(torch.nn.Identity(), 0.4))
+    step(clock)
+    path.unlink()
+    watch.has_risen = True
+    with pytest.raises(InputError, match="at step 2 the model has lost what it had learnt; delete"):
+        step(clock)
+    assert not path.exists()
