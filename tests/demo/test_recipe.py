@@ -205,8 +205,9 @@ def test_a_recipe_of_other_models_leaves_the_demo_alone(finished, tmp_path, monk
     assert narrow.model.diffusion_model.model_channels == 32
 
 
-def test_the_recipe_of_the_study_can_be_followed(tmp_path):
-    recipe = Recipe.load("configs/study/models.yaml")
+@pytest.mark.parametrize("name", ["models", "trials"])
+def test_recipes_of_the_study_can_be_followed(name, tmp_path):
+    recipe = Recipe.load(f"configs/study/{name}.yaml")
     configs = [stage_config(recipe, stage, tmp_path, "cpu")[2] for stage in recipe.stages]
     for stage, config in zip(recipe.stages, configs, strict=True):
         check_sections(config)
