@@ -19,6 +19,7 @@ _short = reprlib.Repr()
 _short.maxlevel = 3
 _short.maxlist = _short.maxtuple = _short.maxset = _short.maxdict = 6
 _short.maxlong = _short.maxstring = _short.maxother = 200
+SUPPORTED = "supported are Stable Diffusion 1.x and 2.x, and their inpainting models"
 LESS_TO_DRAW = "try n_samples 1, a smaller H and W, or merging tokens (--tome-ratio 0.5)"
 
 

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from ldm.errors import InputError, escaped, shown
+from ldm.errors import SUPPORTED, InputError, escaped, shown
 
 try:
     import fcntl
@@ -49,6 +49,14 @@ ALIASES = {
     "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": (
         "ldm.models.diffusion.ddpm.LatentDiffusion"
     ),
+}
+# Classes of published configurations whose models cannot be drawn with here.
+_OTHER_MODELS = {
+    "LatentDepth2ImageDiffusion": "a Stable Diffusion 2 depth model",
+    "LatentUpscaleDiffusion": "a Stable Diffusion x4 upscaler",
+    "LatentUpscaleFinetuneDiffusion": "a Stable Diffusion x4 upscaler",
+    "ImageEmbeddingConditionedLatentDiffusion": "a Stable unCLIP model",
+    "DiffusionEngine": "an SDXL model",
 }
 WORD_LISTS = ("ldm.demo.scenes.VOCABULARY",)
 """What ``defaults.vocabulary`` may name."""
@@ -85,6 +93,8 @@ def get_obj_from_str(path: str, expected: type | tuple[type, ...] = object) -> A
     if not isinstance(path, str) or len(path) > 200 or not _DOTTED.fullmatch(path):
         raise InputError(f"{where} is not a dotted path such as 'ldm.models.X'")
     module_name, name = _current(path).rsplit(".", 1)
+    if name in _OTHER_MODELS:
+        raise InputError(f"{where} is of {_OTHER_MODELS[name]}; {SUPPORTED}")
     if not _is_allowed(module_name):
         raise InputError(
             f"{where} is not in {', '.join(_PACKAGES)}; a configuration can name classes of these"

@@ -45,6 +45,11 @@ def test_placeholders_and_missing_target():
         ("ldm.models.nothing.X", r"no module 'ldm\.models\.nothing'"),
         ("nowhere.X", "is not in ldm, torch.nn"),
         ("ldm.util.X", "has no 'X'"),
+        (
+            "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion",
+            "is of a Stable Diffusion 2 depth model; supported are Stable Diffusion 1.x and 2.x",
+        ),
+        ("sgm.models.diffusion.DiffusionEngine", "is of an SDXL model; supported are"),
     ],
 )
 def test_bad_targets(path, message):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ldm.checkpoint.files import StateDict
-from ldm.errors import InputError
+from ldm.errors import SUPPORTED, InputError
 
 Shape = tuple[int, ...]
 
@@ -148,7 +148,6 @@ UNET_INPUTS = {
     8: "an instruct-pix2pix model",
 }
 CONTEXT_SIZES = {2048: "an SDXL model", 1280: "an SDXL refiner"}
-SUPPORTED = "supported are Stable Diffusion 1.x and 2.x, and their inpainting models"
 
 
 def refuse_other_families(shapes: Mapping[str, Shape], where: str) -> None:

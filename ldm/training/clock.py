@@ -122,7 +122,8 @@ class Clock(pl.callbacks.Checkpoint):
         Raises:
             InputError: the model has lost what it had learnt, see `RisenLoss`.
         """
-        if any(isinstance(one, RisenLoss) and one.has_risen for one in trainer.callbacks):
+        followed: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(one, RisenLoss) and one.has_risen for one in followed):
             raise InputError(
                 f"{trainer.default_root_dir}: at step {trainer.global_step} the model has lost "
                 "what it had learnt; delete this folder and try again, with a lower "
