@@ -50,14 +50,16 @@ ALIASES = {
         "ldm.models.diffusion.ddpm.LatentDiffusion"
     ),
 }
-# Classes of published configurations whose models cannot be drawn with here.
+# What published configurations name whose models cannot be drawn with here.
 _OTHER_MODELS = {
-    "LatentDepth2ImageDiffusion": "a Stable Diffusion 2 depth model",
-    "LatentUpscaleDiffusion": "a Stable Diffusion x4 upscaler",
-    "LatentUpscaleFinetuneDiffusion": "a Stable Diffusion x4 upscaler",
-    "ImageEmbeddingConditionedLatentDiffusion": "a Stable unCLIP model",
-    "DiffusionEngine": "an SDXL model",
-}
+    f"ldm.models.diffusion.ddpm.{name}": kind
+    for name, kind in {
+        "LatentDepth2ImageDiffusion": "a Stable Diffusion 2 depth model",
+        "LatentUpscaleDiffusion": "a Stable Diffusion x4 upscaler",
+        "LatentUpscaleFinetuneDiffusion": "a Stable Diffusion x4 upscaler",
+        "ImageEmbeddingConditionedLatentDiffusion": "a Stable unCLIP model",
+    }.items()
+} | {"sgm.models.diffusion.DiffusionEngine": "an SDXL model"}
 WORD_LISTS = ("ldm.demo.scenes.VOCABULARY",)
 """What ``defaults.vocabulary`` may name."""
 # Stand-ins for a configuration that mean "no model of its own".
@@ -92,9 +94,9 @@ def get_obj_from_str(path: str, expected: type | tuple[type, ...] = object) -> A
     where = f"target {shown(path)}"
     if not isinstance(path, str) or len(path) > 200 or not _DOTTED.fullmatch(path):
         raise InputError(f"{where} is not a dotted path such as 'ldm.models.X'")
+    if path in _OTHER_MODELS:
+        raise InputError(f"{where} is of {_OTHER_MODELS[path]}; {SUPPORTED}")
     module_name, name = _current(path).rsplit(".", 1)
-    if name in _OTHER_MODELS:
-        raise InputError(f"{where} is of {_OTHER_MODELS[name]}; {SUPPORTED}")
     if not _is_allowed(module_name):
         raise InputError(
             f"{where} is not in {', '.join(_PACKAGES)}; a configuration can name classes of these"

@@ -49,6 +49,7 @@ def test_placeholders_and_missing_target():
             "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion",
             "is of a Stable Diffusion 2 depth model; supported are Stable Diffusion 1.x and 2.x",
         ),
+        ("own.LatentUpscaleDiffusion", "is not in ldm, torch.nn"),
         ("sgm.models.diffusion.DiffusionEngine", "is of an SDXL model; supported are"),
     ],
 )

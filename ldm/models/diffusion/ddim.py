@@ -16,7 +16,7 @@ from ldm.models.diffusion.guidance import (
     uses_guidance,
 )
 from ldm.models.diffusion.sampler import Run, Sampler, Steps
-from ldm.models.diffusion.schedule import StepCoefficients
+from ldm.models.diffusion.schedule import StepCoefficients, to_numpy
 
 
 def ddim_step(
@@ -114,18 +114,16 @@ class DDIMSampler(Sampler):
         Source: Song et al. 2021 (arXiv 2010.02502) section 4.3; Stable Diffusion 2's sampler.
         """
         check_batch_size(c, x0.shape[0])
-        steps = self._steps(use_original_steps)
-        if not 0 <= t_enc <= len(steps):
-            raise ValueError(f"t_enc is {t_enc}, but the schedule has {len(steps)} steps")
+        steps = self._first_steps("t_enc", t_enc, use_original_steps)
         negative, scale = unconditional_conditioning, unconditional_guidance_scale
         denoise = noise_predictor(self.model, c, negative, scale)
-        levels = self.model.alphas_cumprod.tolist()
+        levels = to_numpy(self.model.alphas_cumprod).tolist()
         every = max(t_enc // (return_intermediates or 1), 1)
         x, kept = x0, {}
         with sampling_run(self.model, uses_guidance(negative, scale)):
-            for i, step in enumerate(self.shown(steps[:t_enc], t_enc, verbose)):
-                t = i if self.encodes_as_upstream else step.t
-                eps = denoise(x, t, levels[i] if self.encodes_as_upstream else step.alpha_bar)
+            for i, step in enumerate(self.shown(steps, t_enc, verbose)):
+                t = i if self.encodes_as_upstream else int(step.t)
+                eps = denoise(x, t, levels[t])
                 before = (1 - step.alpha_bar_prev) ** 0.5
                 x = step.signal * (x - before * eps) / step.signal_prev + step.noise * eps
                 if return_intermediates and (i % every == 0 or i >= t_enc - 2):

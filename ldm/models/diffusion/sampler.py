@@ -151,6 +151,13 @@ class Sampler:
             raise ValueError("call make_schedule first")
         return self.steps
 
+    def _first_steps(self, name: str, n: int, use_original_steps: bool) -> list[StepCoefficients]:
+        """The n steps with the least noise; name is that of the argument that asks for them."""
+        steps = self._steps(use_original_steps)
+        if not 0 <= n <= len(steps):
+            raise ValueError(f"{name} is {n}, but the schedule has {len(steps)} steps")
+        return steps[:n]
+
     def _levels(self, steps: list[StepCoefficients]) -> list[float]:
         """alpha_bar of latents from which ``decode`` takes 0, 1, 2, ... steps, but for all."""
         return [1.0, *(c.alpha_bar for c in steps[:-1])]
@@ -349,13 +356,11 @@ class Sampler:
                 mask without x0.
         """
         check_batch_size(cond, x_latent.shape[0])
-        steps = self._steps(use_original_steps)
-        if not 0 <= t_start <= len(steps):
-            raise ValueError(f"t_start is {t_start}, but the schedule has {len(steps)} steps")
+        steps = self._first_steps("t_start", t_start, use_original_steps)
         denoise = noise_predictor(
             self.model, cond, unconditional_conditioning, unconditional_guidance_scale
         )
-        return self._begun(denoise, x_latent, steps[:t_start], noise_source, mask, x0)
+        return self._begun(denoise, x_latent, steps, noise_source, mask, x0)
 
     def shown(self, steps: Iterable[T], n: int, is_shown: bool = True) -> Iterator[T]:
         """The steps behind a progress bar."""
