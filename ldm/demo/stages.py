@@ -43,6 +43,16 @@ TUNING = (
 )
 # Two threads that wait by spinning slow other programs and each other.
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+# torchrun, which would show a traceback when it is stopped; train.py says what is saved.
+LAUNCHER = """
+import sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.run import main
+try:
+    main()
+except SignalException as stop:
+    sys.exit(128 + stop.sigval)
+"""
 
 
 def stage_config(
@@ -178,8 +188,8 @@ def launch(arguments: list[str], device: str, lock: IO[str], n: int) -> int:
     command = [sys.executable, "-c", program, *arguments]
     if n > 1:
         environment |= {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // n, 1))}
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-        command = [sys.executable, *start, "--no-python", *command]
+        start = ["-c", LAUNCHER, "--standalone", "--nproc-per-node", str(n), "--no-python"]
+        command = [sys.executable, *start, *command]
     with subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()]) as process:
         try:
             return process.wait()

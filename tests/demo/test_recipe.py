@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -158,6 +161,19 @@ def test_two_processes_share_a_stage(tmp_path):
     progress = progress_of(state, stage)
     assert (progress["steps"], progress["pictures"]) == (2, 8)  # two of each process
     assert progress["is_over"]
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_stopped_show_no_traceback(tmp_path):
+    start = [sys.executable, "-c", module.LAUNCHER, "--standalone", "--nproc-per-node=2"]
+    waiting = ["--no-python", "sh", "-c", 'touch "$0/$RANK"; exec sleep 60', str(tmp_path)]
+    with subprocess.Popen([*start, *waiting], stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.1)
+        process.terminate()
+        said = process.communicate()[1]
+    assert process.returncode == 143
+    assert "Traceback" not in said
 
 
 def test_another_recipes_state_is_refused_by_name(toy, finished, tmp_path):
