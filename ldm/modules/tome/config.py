@@ -293,7 +293,7 @@ def _refuse_contradictions(values: dict[str, Any]) -> None:
         pairs = " and ".join(f"{key}={values[key]!r}" for key in amounts)
         raise InputError(f"ToMe {pairs}: both set the amount; give one of {', '.join(AMOUNTS)}")
     for key, methods in METHOD_KEYS.items():
-        if values.get(key) not in (None, False, 0, ()) and method not in methods:
+        if values.get(key) not in (None, False, 0, (), "plain") and method not in methods:
             raise InputError(
                 f"ToMe {key}={values[key]!r} means nothing for method {method}; "
                 f"it belongs to {' and '.join(methods)}"
@@ -330,6 +330,11 @@ def _set_metric(values: dict[str, Any]) -> None:
         raise InputError(
             f"ToMe metric='logits' is for kv, q and attn alone, not for "
             f"apply_to={list(values['apply_to'])}; hidden is for all"
+        )
+    if by_logits and values["method"] in ("prune", "cover"):
+        raise InputError(
+            f"ToMe metric='logits' compares distances, but method {values['method']} compares "
+            "cosines; set metric to hidden, normed, keys or keys_mean"
         )
     if by_logits and values.get("similarity") is not None:
         raise InputError(

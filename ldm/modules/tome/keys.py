@@ -30,6 +30,7 @@ METHOD_KEYS = {
     "protect": ("bipartite",),
     "metric": ("bipartite", "kth", "random", "grid", "prune", "cover", "guided"),
     "similarity": ("bipartite", "kth", "random", "grid"),
+    "mean": ("bipartite", "kth", "random", "grid", "guided"),
 }
 _TOMESD_PLACES = {"merge_attn": "attn", "merge_crossattn": "crossattn", "merge_mlp": "mlp"}
 LARGEST = 2**31 - 1

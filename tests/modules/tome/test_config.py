@@ -105,6 +105,13 @@ def test_none_is_off() -> None:
         ({"method": "bipartite", "ratio": 0.5, "window": 3}, ["window=3", "bipartite", "grid"]),
         ({"method": "random", "ratio": 0.5, "protect": 1}, ["protect=1", "bipartite"]),
         ({"method": "soft"}, ["method", "soft", "bipartite"]),
+        ({"method": "tiles", "mean": "norm"}, ["mean='norm'", "tiles", "grid"]),
+        ({"method": "downsample", "mean": "norm"}, ["mean='norm'", "downsample", "grid"]),
+        ({"method": "cover", "ratio": 0.5, "mean": "norm"}, ["mean='norm'", "cover", "grid"]),
+        (
+            {"method": "prune", "ratio": 0.5, "metric": "logits", "apply_to": "kv"},
+            ["metric='logits'", "prune", "hidden"],
+        ),
         ({"apply_to": ["attn", "block"]}, ["apply_to", "block", "alone"]),
         ({"apply_to": []}, ["apply_to", "kv"]),
         ({"apply_to": ["keys"]}, ["apply_to", "keys", "kv"]),
@@ -256,6 +263,7 @@ def test_contradictions_are_found_whatever_lies_below() -> None:
         {"window": 3, "protect": 1},
         {"apply_to": "mlp", "metric": "logits"},
         {"similarity": 0.5, "metric": "logits"},
+        {"method": "cover", "metric": "logits"},
     ):
         with pytest.raises(InputError):
             refuse_contradictions(keys)

@@ -13,6 +13,7 @@ from ldm.config import load_preset
 from ldm.errors import InputError
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.tome.config import ToMeConfig, tile_side
+from ldm.modules.tome.keys import METHODS, METRICS, PLACES
 from ldm.modules.tome.merger import TokenMerger
 from ldm.modules.tome.since import covering
 from tests.modules.tome.test_presets import CONTEXT, H, N, W, block, rest, run, x
@@ -187,3 +188,23 @@ def test_nothing_is_cut_where_a_tile_holds_the_picture(
     decision = merger.block(x, (H, W), 1)
     assert decision.removed == 0
     assert torch.equal(block(x, CONTEXT, decision), block(x, CONTEXT))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_is_not_refused_can_be_drawn(
+    block: BasicTransformerBlock, x: Tensor, method: str
+) -> None:
+    amount = {"kth": {"k": 4}, "downsample": {}, "tiles": {"stride": [3, 4]}}
+    n_drawn = 0
+    for metric, place, mean in product((None, *METRICS), PLACES, ("plain", "norm")):
+        keys = {"method": method, "metric": metric, "apply_to": place, "mean": mean}
+        try:
+            config = ToMeConfig.from_mapping(keys | amount.get(method, {"ratio": 0.5}))
+        except InputError:
+            continue
+        out = block(x, CONTEXT, TokenMerger(config).block(x, (H, W), 1))
+        assert out.isfinite().all()
+        assert not torch.equal(out, block(x, CONTEXT))
+        n_drawn += 1
+    assert n_drawn
