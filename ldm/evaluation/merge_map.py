@@ -15,6 +15,7 @@ from ldm.images import Pixels
 from ldm.modules.tome.config import cells
 from ldm.modules.tome.decision import Decision
 from ldm.modules.tome.merger import TokenMerger
+from ldm.modules.tome.since import CoverPlan, TilePlan
 
 MAP_SIDE = 512  # pixels that the longer side of a map has at least
 TOKEN_SIDE = 16  # likewise of a token of square ones
@@ -116,7 +117,7 @@ class Recorder:
                 MergeMap(
                     block.size,
                     groups[(picture - n_pictures) % len(groups)],
-                    targets,
+                    targets[(picture - n_pictures) % len(targets)],
                     block.config.apply_to,
                 )
                 for block, groups, targets in blocks
@@ -128,6 +129,8 @@ class Recorder:
 def _groups(block: Decision) -> Integers:
     """Groups of a block's tokens, (B, N); with nothing merged one row does for all."""
     plan = block.plan
+    if isinstance(plan, CoverPlan):
+        return plan.shown()[0].cpu().numpy()
     if plan is None or plan.groups is None or plan.sizes is None:
         return np.arange(block.n_tokens)[None]
     rows = plan.groups.view(len(plan.sizes), -1)
@@ -139,28 +142,31 @@ def _groups(block: Decision) -> Integers:
 
 
 def destinations(block: Decision) -> Integers:
-    """The tokens into which a block's method merges others, rising, (n,); empty without a plan."""
+    """The tokens into which a block's method merges others, (B or 1, n); none without a plan."""
     config, plan, n = block.config, block.plan, block.n_tokens
-    if plan is None or plan.is_identity:
-        return np.empty(0, dtype=np.int64)
+    if plan is None or plan.is_identity or isinstance(plan, TilePlan):
+        return np.empty((1, 0), dtype=np.int64)
+    if isinstance(plan, CoverPlan):
+        return plan.shown()[1].cpu().numpy()
     if plan.chosen is not None:
-        return plan.chosen[: plan.n_kept].cpu().numpy()
+        return (plan.chosen.view(-1, plan.n_kept) % n).cpu().numpy()
     if config.method == "bipartite":
-        return np.arange(1, n, 2)
+        return np.arange(1, n, 2)[None]
     if config.method == "kth":
         k = min(config.group(n), n)
-        return np.arange(k - 1, n - n % k, k)
+        return np.arange(k - 1, n - n % k, k)[None]
     draw = None if block.draw is None else block.draw.cpu()
-    if config.method == "random":
+    if config.method in ("random", "guided"):
         assert draw is not None
-        return draw[0].argsort()[block.removed :].sort().values.numpy()
+        n_sources = block.removed if config.method == "random" else config.removable(*block.size)
+        return draw.argsort(dim=1)[:, n_sources:].sort(dim=1).values.numpy()
     h, w = block.size
     sy, sx = min(config.stride[0], h), min(config.stride[1], w)
     rows, columns = cells(h, w, config.stride)
     roll = np.zeros((rows, columns), dtype=np.int64) if draw is None else draw.numpy()
     y = np.arange(rows)[:, None] * sy + roll // sx
     x = np.arange(columns) * sx + roll % sx
-    return np.sort((y * w + x).flatten())
+    return np.sort((y * w + x).flatten())[None]
 
 
 # --- which to draw ------------------------------------------------------------------------------

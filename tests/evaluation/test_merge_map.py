@@ -32,6 +32,10 @@ CONFIGS = [
     {"method": "kth", "k": 4},
     {"method": "random", "ratio": 0.8},
     {"method": "downsample", "stride": [2, 2]},
+    {"method": "tiles", "stride": [3, 7]},
+    {"method": "prune", "ratio": 0.5, "random": True},
+    {"method": "cover", "ratio": 0.5, "stride": [3, 7]},
+    {"method": "guided", "ratio": 0.5},
     {"ratio": 0},
 ]
 
@@ -53,12 +57,39 @@ def recorded(config, size=(6, 7), n_rows=4, n_calls=2):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_merged_group_has_one_destination(config):
     recorder, _ = recorded(config)
-    for (one,) in recorder.maps():
+    for (one,) in recorder.maps(0, 2) + recorder.maps(1, 2):
         heads = np.bincount(one.groups[one.destinations], minlength=one.n_kept)
         assert np.all(heads[one.counts > 1] == 1)
         assert heads.max() <= 1
         assert one.counts.sum() == 42
         assert (one.merged_into != np.arange(42)).sum() == 42 - one.n_kept
+
+
+@pytest.mark.parametrize("method", ["prune", "cover", "guided"])
+def test_each_picture_has_its_own_destinations(method):
+    merger = TokenMerger(ToMeConfig.from_mapping({"method": method, "ratio": 0.5}))
+    merger.is_guided = method == "guided"
+    merger.note_guidance(torch.randn(4, 4, 6, 8))
+    recorder = Recorder(merger)
+    merger.begin_call(6, 8, torch.tensor([5]))
+    tokens = torch.randn(4, 48, 8)
+    block = merger.block(tokens, (6, 8), 1)
+    planned(block, tokens)
+    merger.end_call()
+    maps = [recorder.maps(picture, 4)[0][0] for picture in range(4)]
+    assert {one.n_kept for one in maps} == {24}
+    assert not np.array_equal(maps[0].merged_into, maps[1].merged_into)
+    marks = torch.arange(48.0).expand(4, -1)[..., None]
+    unmerged = block.plan.unmerge(block.plan.merge(marks))[..., 0].numpy()
+    if method == "prune":  # what stays is as it was, so it is the mark of its destination
+        np.testing.assert_array_equal([one.merged_into for one in maps], unmerged)
+    if method == "cover":  # into the most similar destination of its tile of 2 x 2
+        cosine = F.normalize(tokens, dim=-1) @ F.normalize(tokens, dim=-1).mT
+        tile = np.arange(48) // 16 * 4 + np.arange(48) % 8 // 2
+        for one, similarity in zip(maps, cosine, strict=True):
+            for token in sorted({*range(48)} - {*one.destinations}):
+                heads = one.destinations[tile[one.destinations] == tile[token]]
+                assert one.merged_into[token] == heads[similarity[token, heads].argmax()]
 
 
 def test_a_group_is_what_unmerging_makes_equal():

@@ -64,9 +64,9 @@ def _cosine(decision: Decision, tokens: Tensor) -> float:
     n = decision.n_tokens
     groups = plan.groups.view(len(tokens), n)
     groups = groups - torch.arange(len(tokens), device=groups.device)[:, None] * plan.n_kept
-    heads = torch.from_numpy(destinations(decision)).to(groups.device)
+    heads = torch.from_numpy(destinations(decision)).to(groups.device).expand(len(tokens), -1)
     head_of = torch.full((len(tokens), plan.n_kept), -1, device=groups.device)
-    head_of.scatter_(1, groups[:, heads], heads.expand(len(tokens), -1))
+    head_of.scatter_(1, groups.gather(1, heads), heads)
     into = head_of.gather(1, groups)
     is_source = (into >= 0) & (into != torch.arange(n, device=groups.device))
     flat = tokens.float()

@@ -175,9 +175,13 @@ def favoured(
 
 @dataclass(frozen=True)
 class CoverPlan(Tiled):
-    """Merges and unmerges by products with a matrix for each tile, (B, tiles, kept, tokens)."""
+    """Merges and unmerges by products with a matrix for each tile, (B, tiles, kept, tokens).
+
+    Its destinations are tokens of the tile, (B, tiles, kept).
+    """
 
     weights: Tensor | None = None
+    destinations: Tensor | None = None
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
         """(B, h * w, C) -> (B, n_kept, C)."""
@@ -189,6 +193,17 @@ class CoverPlan(Tiled):
         """(B, n_kept, C) -> (B, h * w, C)."""
         assert self.weights is not None
         return self.joined(self.weights.mT.to(x.dtype) @ x.unflatten(1, self.weights.shape[1:3]))
+
+    def shown(self) -> tuple[Tensor, Tensor]:
+        """The destination that weighs most for each token, (B, h * w), and theirs, (B, n_kept)."""
+        assert self.weights is not None
+        assert self.destinations is not None
+        number = torch.arange(self.n_kept, device=self.weights.device)
+        number = number.view(self.weights.shape[1:3]).expand(len(self.weights), -1, -1)
+        own = number.gather(2, self.weights.argmax(2)).scatter(2, self.destinations, number)
+        token = torch.arange(self.n_tokens, device=own.device)[None, :, None]
+        token = self.cut(token)[..., 0].expand(len(own), -1, -1)
+        return self.joined(own)[..., 0], token.gather(2, self.destinations).flatten(1)
 
 
 def plan_cover(
@@ -231,6 +246,7 @@ def plan_cover(
         size=size,
         tile=tile,
         weights=logits.softmax(2),
+        destinations=chosen,
     )
 
 
