@@ -15,8 +15,11 @@ from ldm.cli.tome_flags import add_tome_flags
 from ldm.errors import InputError
 
 if TYPE_CHECKING:  # torch comes only after the flags are checked
+    from torch import Tensor
+
     from ldm.evaluation.merge_map import MergeMap
     from ldm.images import Picture
+    from ldm.models.diffusion.sampler import Sampler
 
 EPILOG = """
 examples:
@@ -66,6 +69,32 @@ def check_range(found: Sequence[int], n: int, flag: str, what: str) -> None:
     """Raise InputError where one of the chosen numbers is not below n."""
     if found and found[-1] >= n:
         raise InputError(f"{flag} {found[-1]}: the {what} are numbered from 0 to {n - 1}")
+
+
+def refuse_reuse(every: int | None) -> None:
+    """Raise InputError where some steps leave out blocks, of which there would be no maps."""
+    if every is not None and every > 1:
+        raise InputError(
+            f"--reuse_deep {every}: steps that leave blocks out have no maps of these; give 1"
+        )
+
+
+def count_calls(sampler: Sampler) -> int:
+    """How often the model is called in a run of the sampler's steps; twice a step by some."""
+    import torch
+
+    from ldm.models.diffusion.sampler import Run
+
+    times: list[float] = []
+
+    def denoise(x: Tensor, t: float, alpha_bar: float) -> Tensor:
+        times.append(t)
+        return x
+
+    run = Run(denoise, lambda sigma: torch.zeros(1, 1, 1, 1), lambda x, c: x)
+    for _ in sampler.iterate(torch.zeros(1, 1, 1, 1), sampler.steps[::-1], run):
+        pass
+    return len(times)
 
 
 def write(
@@ -127,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     gallery = options.gallery(args)
     steps = chosen(args.vis_steps, "--vis-steps")
     blocks = chosen(args.vis_blocks, "--vis-blocks")
+    refuse_reuse(settings.reuse_deep)
     if args.no_tome:
         raise InputError("--no-tome: there would be nothing to see")
 
@@ -139,10 +169,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     unet = pipeline.model.model.diffusion_model
     if unet.tome.config.is_off:
         raise InputError("nothing is merged: give --tome-ratio 0.5 or --tome-preset tomesd")
+    refuse_reuse(settings.reuse_deep or unet.reuse.every)
     settings = settings.filled(pipeline.defaults)
     sampler = SAMPLERS[settings.sampler or "ddim"](pipeline.model)
     sampler.make_schedule(settings.steps or 1)
-    check_range(steps, len(sampler.steps), "--vis-steps", "steps of this run")
+    check_range(steps, count_calls(sampler), "--vis-steps", "steps of this run")
     check_range(blocks, len(transformer_blocks(unet)), "--vis-blocks", "blocks of this model")
 
     recorder = Recorder(unet.tome)

@@ -2,6 +2,7 @@ import pytest
 
 from ldm.evaluation import visualize as visualize_tome
 from ldm.images import load_rgb, read_settings
+from ldm.sampling import SAMPLERS
 from tests.tiny_models import files
 
 PROGRAM = visualize_tome
@@ -40,12 +41,42 @@ def test_chosen_steps_and_blocks(run, tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "flags",
+    [
+        ["--tome-preset", "ibtm"],
+        ["--tome-preset", "hypertile", "--tome-stride", "4", "2"],
+        ["--tome-preset", "toma", "--tome-stride", "4", "2"],
+        ["--tome-preset", "sito"],
+    ],
+)
+def test_methods_that_choose_otherwise(run, tiny_checkpoint, tmp_path, flags):
+    argv = ["--ckpt", tiny_checkpoint, *FAST, "--outdir", tmp_path, *flags]
+    assert run(*argv) == 0
+    page = (tmp_path / "map-00000.html").read_text(encoding="utf-8")
+    assert ("64 tokens, none merged" if "hypertile" in flags else "64 -> 32 tokens") in page
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_steps_are_calls_of_the_model_with_every_sampler(name, run, tiny_checkpoint, tmp_path):
+    argv = ["--ckpt", tiny_checkpoint, *FAST, "--outdir", tmp_path, "--tome-ratio", "0.5"]
+    argv += ["--sampler", name, "--skip_grid"]
+    n_calls = 3 if name in ("heun", "dpmpp_sde", "plms") else 2
+    assert run(*argv, "--vis-steps", n_calls - 1) == 0
+    assert f"map-00000-block00-step{n_calls - 1:03}.png" in files(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--tome-ratio", "0.5", "--vis-steps", "0,2"], "--vis-steps 2: the steps of this run"),
+        (
+            ["--tome-ratio", "0.5", "--sampler", "heun", "--vis-steps", "3"],
+            "--vis-steps 3: the steps of this",
+        ),
         (["--tome-ratio", "0.5", "--vis-blocks", "99"], "--vis-blocks 99: the blocks of this"),
         (["--vis-steps", "1;2"], "--vis-steps 1;2: allowed are whole numbers"),
         (["--vis-blocks", "9" * 5000], "--vis-blocks 999"),
+        (["--tome-ratio", "0.5", "--reuse_deep", "2"], "--reuse_deep 2: steps that leave blocks"),
         (["--no-tome"], "--no-tome: there would be nothing to see"),
         ([], "nothing is merged: give --tome-ratio 0.5"),
     ],
