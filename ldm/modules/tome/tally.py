@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ldm.modules.tome.config import NO_AMOUNT, ToMeConfig
 from ldm.modules.tome.decision import Decision
@@ -144,7 +144,9 @@ def _why_nothing(config: ToMeConfig) -> str:
 def describe(config: ToMeConfig) -> str:
     """A configuration in a few words."""
     if config.rules:
-        return "; ".join(f"from {rule.min_tokens} tokens {describe(rule)}" for rule in config.rules)
+        parts = [f"from {rule.min_tokens} tokens {describe(rule)}" for rule in config.rules]
+        beside = replace(config, rules=())
+        return "; ".join(parts if beside.is_off else [*parts, f"else {describe(beside)}"])
     words = [config.method]
     if config.method not in ("bipartite", "kth", "random"):
         words.append("x".join(map(str, config.stride)))

@@ -325,6 +325,13 @@ def test_report_of_levels_steps_and_limits() -> None:
     assert tome.report().startswith("ToMe: from 100 tokens kth k=4 on attn: 256 -> 64 tokens")
 
 
+def test_report_says_what_acts_where_no_rule_does() -> None:
+    tome = merger(r=9, rules=[{"min_tokens": 1000, "method": "kth", "k": 4}])
+    call(tome)
+    expected = "ToMe: from 1000 tokens kth k=4 on attn; else grid 2x2 r=9 window=3 on attn: 256 ->"
+    assert tome.report().startswith(expected)
+
+
 def test_report_counts_what_similarity_left() -> None:
     tome = merger(ratio=0.75, similarity=0.5)
     found = kept(call(tome))
