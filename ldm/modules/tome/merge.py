@@ -150,7 +150,7 @@ def plan_bipartite(
     """
     n = metric.shape[1]
     r = min(r, (n - class_token - distill_token) // 2)
-    if r <= 0:
+    if r <= 0 or n // 2 <= distill_token:  # or no other token is a destination
         return MergePlan.identity()
     position = torch.arange(n, device=metric.device)
     src, dst = position[None, ::2], position[None, 1::2]

@@ -172,6 +172,7 @@ def test_grid_destinations_of_whole_cells_only() -> None:
         kth_bipartite_soft_matching(torch.randn(1, 9, 2), 1),
         random_bipartite_soft_matching(torch.randn(1, 9, 2), 0),
         bipartite_soft_matching_random2d(torch.randn(1, 9, 2), 3, 3, 2, 2, 0),
+        bipartite_soft_matching(torch.randn(1, 3, 4), 1, distill_token=True),
     ],
 )
 def test_nothing_to_merge(pair: Pair) -> None:
