@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import InputError
-from ldm.modules.encoders.towers import ClipText, OpenClipText
+from ldm.errors import InputError, shown
+from ldm.modules.encoders.towers import ACTIVATIONS, ClipText, OpenClipText
 
 START_ID, END_ID = 49406, 49407  # start and end of text in CLIP's vocabulary
 
@@ -102,13 +102,28 @@ def truncated_words(
 
 
 class TextEncoder(nn.Module):
-    """What the two encoders share: reading prompts, and calling ``encode_tokens``."""
+    """What the two encoders share: reading prompts, and calling ``encode_tokens``.
+
+    Args:
+        max_length: tokens of a prompt, L.
+        n_positions: tokens that the model has positions for.
+        width: channels C.
+        n_heads: of the attention.
+
+    Raises:
+        InputError: these do not go together.
+    """
 
     padding_id: int
     n_layers: int
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int, n_positions: int, width: int, n_heads: int) -> None:
         super().__init__()
+        name = type(self).__name__
+        if not 3 <= max_length <= n_positions:
+            raise InputError(f"{name}: max_length {shown(max_length)}: must be 3 to {n_positions}")
+        if n_heads < 1 or width % n_heads:
+            raise InputError(f"{name}: {shown(n_heads)} heads cannot share {shown(width)} channels")
         self.max_length = max_length
         self.n_skipped = 0  # layers at the end that are left out
         self.words: dict[str, list[int]] = {}
@@ -226,13 +241,21 @@ class FrozenCLIPEmbedder(TextEncoder):
         layer_idx: int | None = None,
         text_config: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(max_length)
         if version != "openai/clip-vit-large-patch14":
             raise InputError(
                 f"FrozenCLIPEmbedder: version {version!r} is not built in, only "
                 "'openai/clip-vit-large-patch14' is; describe another one with text_config"
             )
         config = _override("FrozenCLIPEmbedder", CLIP_L, text_config)
+        n_positions = config["max_position_embeddings"]
+        super().__init__(
+            max_length, n_positions, config["hidden_size"], config["num_attention_heads"]
+        )
+        if config["hidden_act"] not in ACTIVATIONS:
+            raise InputError(
+                f"FrozenCLIPEmbedder: hidden_act {shown(config['hidden_act'])}: choose from "
+                f"{', '.join(ACTIVATIONS)}"
+            )
         if layer not in ("last", "pooled", "hidden"):
             raise InputError(f"FrozenCLIPEmbedder: layer {layer!r} is not last, pooled or hidden")
         n_layers = config["num_hidden_layers"]
@@ -298,7 +321,6 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         layer: str = "last",
         text_config: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(max_length)
         if arch != "ViT-H-14":
             raise InputError(
                 f"FrozenOpenCLIPEmbedder: arch {arch!r} is not built in, only 'ViT-H-14' is; "
@@ -307,6 +329,7 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         if layer not in ("last", "penultimate"):
             raise InputError(f"FrozenOpenCLIPEmbedder: layer {layer!r} is not last or penultimate")
         config = _override("FrozenOpenCLIPEmbedder", OPENCLIP_H, text_config)
+        super().__init__(max_length, config["context_length"], config["width"], config["heads"])
         self.n_layers, self.n_skipped = config["layers"], int(layer == "penultimate")
         self.model = OpenClipText(config)
         if freeze:
