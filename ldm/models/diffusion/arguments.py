@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from ldm.errors import InputError
+from ldm.errors import InputError, shown
 
 Inert: TypeAlias = Mapping[str, "tuple[Any, ...] | None"]
 """Arguments of upstream's configurations that select something which is not included. The values
@@ -28,6 +28,13 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise InputError unless the value is one of the choices."""
     if value not in choices:
         raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> None:
+    """Raise InputError unless the value is a number from least to most."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and least <= value <= most):
+        raise InputError(f"{name} {shown(value)}: must be a number from {least:g} to {most:g}")
 
 
 def check_inert(owner: str, allowed_values: Inert, arguments: Mapping[str, Any]) -> None:

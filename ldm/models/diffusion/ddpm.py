@@ -15,10 +15,16 @@ from ldm.checkpoint.files import open_state_dict
 from ldm.checkpoint.keys import COMPONENTS, SCHEDULE, UNET, canonical_names, has_ema, is_weight
 from ldm.checkpoint.prediction import decide_prediction
 from ldm.errors import InputError, escaped
-from ldm.models.diffusion.arguments import INERT_ARGUMENTS, check_choice, check_inert
+from ldm.models.diffusion.arguments import (
+    INERT_ARGUMENTS,
+    check_choice,
+    check_inert,
+    check_number,
+)
 from ldm.models.diffusion.denoiser import DiffusionWrapper
 from ldm.models.diffusion.guidance import PARAMETERIZATIONS, Conditioning
 from ldm.models.diffusion.schedule import (
+    check_betas,
     make_beta_schedule,
     rescale_zero_terminal_snr,
     schedule_buffers,
@@ -152,6 +158,11 @@ class LatentDiffusion(nn.Module):
         check_inert("LatentDiffusion", INERT_ARGUMENTS, inert)
         check_choice("parameterization", parameterization, PARAMETERIZATIONS)
         check_choice("loss_type", loss_type, ("l2", "l1"))
+        check_number("scale_factor", scale_factor, 1e-6, 1e6)
+        check_number("v_posterior", v_posterior, 0, 1)
+        check_number("timestep_power", timestep_power, 1e-3, 1e3)
+        if min_snr_gamma is not None:
+            check_number("min_snr_gamma", min_snr_gamma, 1e-6, 1e6)
         if conditioning_key is None:
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == "__is_unconditional__" and not force_null_conditioning:
@@ -178,11 +189,14 @@ class LatentDiffusion(nn.Module):
         if use_ema:
             self.model_ema = LitEma(self.model)
         self.v_posterior = v_posterior
-        self.given_betas = (
-            make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-            if given_betas is None
-            else np.asarray(given_betas, dtype=np.float64)
-        )
+        if given_betas is None:
+            with np.errstate(all="ignore"):  # what comes of it is looked at
+                self.given_betas = make_beta_schedule(
+                    beta_schedule, timesteps, linear_start, linear_end, cosine_s
+                )
+        else:
+            self.given_betas = np.asarray(given_betas, dtype=np.float64)
+        check_betas(self.given_betas)
         if timestep_logit_normal is not None:
             try:
                 _mean, _deviation = map(float, timestep_logit_normal)

@@ -53,7 +53,7 @@ def make_beta_schedule(
         InputError: no schedule has that name.
     """
     if schedule == "linear":
-        return np.linspace(math.sqrt(linear_start), math.sqrt(linear_end), n_timestep) ** 2
+        return np.linspace(np.sqrt(linear_start), np.sqrt(linear_end), n_timestep) ** 2
     if schedule == "sqrt_linear":
         return np.linspace(linear_start, linear_end, n_timestep)
     if schedule == "sqrt":
@@ -65,6 +65,22 @@ def make_beta_schedule(
         alpha_bar = np.cos(angle) ** 2
         return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
     raise InputError(f"beta_schedule {schedule!r}: choose from {', '.join(BETA_SCHEDULES)}")
+
+
+def check_betas(betas: Float64Array) -> None:
+    """Refuse noise variances, (T,), with which there is no model; the last may be 1.
+
+    Raises:
+        InputError: there are none, or one adds no noise or leaves no picture.
+    """
+    is_beta = (betas > 0) & (betas < 1)  # NaN is not, either
+    is_beta[-1:] |= betas[-1:] == 1
+    if len(betas) == 0 or not is_beta.all():
+        found = ", ".join(f"{beta:g}" for beta in betas[~is_beta][:1]) or "none"
+        raise InputError(
+            f"betas (linear_start, linear_end, given_betas, ...) {found}: must be above 0 and "
+            "below 1"
+        )
 
 
 def rescale_zero_terminal_snr(betas: npt.ArrayLike) -> Float64Array:

@@ -56,6 +56,32 @@ def test_inert_arguments_are_accepted_and_others_refused():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"linear_end": 2.0}, r"betas .* 1\.\d+: must be above 0 and below 1"),
+        ({"linear_start": 0.0}, "betas .* 0: must be above 0"),
+        ({"linear_start": -1.0}, "betas .* nan: must be above 0"),
+        ({"beta_schedule": "sqrt", "linear_start": -1.0}, "betas .* nan: must be above 0"),
+        ({"beta_schedule": "cosine", "cosine_s": -1.0}, "betas .* nan: must be above 0"),
+        ({"given_betas": [0.1, 1.0, 0.2]}, "betas .* 1: must be above 0"),
+        ({"given_betas": []}, "betas .* none: must be above 0"),
+        ({"scale_factor": 0}, "scale_factor 0: must be a number from 1e-06 to 1e"),
+        ({"scale_factor": -0.18}, r"scale_factor -0\.18: must be a number"),
+        ({"v_posterior": 2}, "v_posterior 2: must be a number from 0 to 1"),
+        ({"timestep_power": -1.0}, r"timestep_power -1\.0: must be a number"),
+        ({"min_snr_gamma": 0.0}, r"min_snr_gamma 0\.0: must be a number"),
+    ],
+)
+def test_numbers_with_which_no_model_is_trained_or_drawn_with_are_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        build(**arguments)
+
+
+def test_the_last_of_the_given_betas_may_leave_noise_alone():
+    assert build(given_betas=[0.1, 0.2, 1.0], parameterization="v").alphas_cumprod[-1] == 0
+
+
+@pytest.mark.parametrize(
     ("key", "cond", "seen"),
     [
         (None, {}, {"x": 4, "context": None, "y": False}),
