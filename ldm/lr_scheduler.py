@@ -78,7 +78,7 @@ class LambdaWarmUpCosineScheduler2:
         verbosity_interval: print the factor every so many steps; 0 never.
 
     Raises:
-        InputError: the lists differ in length.
+        InputError: the lists differ in length, or there is no cycle, or one without a step.
     """
 
     def __init__(
@@ -92,10 +92,15 @@ class LambdaWarmUpCosineScheduler2:
     ) -> None:
         lists = (warm_up_steps, f_min, f_max, f_start, cycle_lengths)
         lengths = [len(values) for values in lists]
-        if len(set(lengths)) != 1:
+        if len(set(lengths)) != 1 or not cycle_lengths:
             raise InputError(
                 "warm_up_steps, f_min, f_max, f_start and cycle_lengths need one value for each "
                 f"cycle, but their lengths are {lengths}"
+            )
+        if min(cycle_lengths) < 1 or min(warm_up_steps) < 0:
+            raise InputError(
+                f"cycle_lengths {list(cycle_lengths)}, warm_up_steps {list(warm_up_steps)}: a "
+                "cycle has at least 1 step, a warm-up at least 0"
             )
         self.cycles = list(zip(*lists, strict=True))
         self.verbosity_interval = verbosity_interval

@@ -65,6 +65,20 @@ def test_unequal_lists_are_refused():
         LambdaLinearScheduler(**{**CYCLES, "cycle_lengths": [100]})
 
 
+@pytest.mark.parametrize("scheduler", [LambdaLinearScheduler, LambdaWarmUpCosineScheduler2])
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({name: [] for name in CYCLES}, r"need one value for each cycle.* \[0, 0, 0, 0, 0\]"),
+        ({**CYCLES, "cycle_lengths": [100, 0]}, r"cycle_lengths \[100, 0\].* at least 1 step"),
+        ({**CYCLES, "warm_up_steps": [-1, 5]}, r"warm_up_steps \[-1, 5\]: .* warm-up at least 0"),
+    ],
+)
+def test_cycles_without_a_step_are_refused(scheduler, lists, message):
+    with pytest.raises(InputError, match=message):
+        scheduler(**lists)
+
+
 def test_decay_must_follow_the_warm_up():
     with pytest.raises(InputError, match="max_decay_steps 10 must be above warm_up_steps 10"):
         LambdaWarmUpCosineScheduler(10, 0.1, 1.0, 0.0, 10)
