@@ -17,21 +17,26 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import InputError, NotFinite
+from ldm.errors import InputError, NotFinite, escaped
 
 # What Linux calls the instructions of processors that multiply bfloat16 matrices natively.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 logger = logging.getLogger(__name__)
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt's names in glibc's malloc.h
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name; for ``auto`` a GPU if there is one.
+def choose_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of that name, or that device; for ``auto`` a GPU if there is one.
 
     Raises:
-        InputError: this machine, or this build of torch, does not have it.
+        InputError: there is none of that name, or this machine, or this build of torch, does not
+            have it.
     """
+    name = str(name)
+    if not re.fullmatch(r"auto|cpu(:0)?|mps(:0)?|cuda(:\d{1,3})?", name, re.ASCII):
+        raise InputError(f"device {escaped(name)}: allowed is auto, cpu, mps, cuda or cuda:NUMBER")
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -41,20 +46,21 @@ def choose_device(name: str = "auto") -> torch.device:
         n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(name.partition(":")[2] or 0) >= n_devices:
             raise InputError(f"device {name}: torch sees {n_devices} CUDA devices; try cpu")
-    elif name == "mps" and not torch.backends.mps.is_available():
+    elif name.startswith("mps") and not torch.backends.mps.is_available():
         raise InputError("device mps: torch sees no Apple GPU; try cpu")
     return torch.device(name)
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of that name; for ``auto`` one that the device computes fast in.
+def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The type of that name, or that type; for ``auto`` one that the device computes fast in.
 
     ``auto`` is a static rule: float16 on CUDA, bfloat16 on processors that have instructions for
     it, float32 elsewhere.
 
     Raises:
-        InputError: the device cannot compute in it.
+        InputError: there is none of that name, or the device cannot compute in it.
     """
+    name = str(name).removeprefix("torch.")
     if name == "auto":
         if device.type == "cuda":
             name = "float16"
@@ -63,7 +69,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
             name = "bfloat16" if is_fast else "float32"
     if name == "float16" and device.type == "cpu":
         raise InputError("dtype float16 is for GPUs; on the cpu use bfloat16 or float32")
-    return getattr(torch, name)
+    if name not in TYPES:
+        raise InputError(f"dtype {escaped(name)}: allowed is auto, {', '.join(TYPES)}")
+    return TYPES[name]
 
 
 def memory_format(dtype: torch.dtype, device: torch.device) -> torch.memory_format:

@@ -127,8 +127,8 @@ class LoadedModel:
         cls: type[ModelT],
         path: str | Path | None = None,
         config: str | Path | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         tome: AskedTome = None,
         attention: str = "sdpa",
         ema: bool = False,
@@ -146,8 +146,8 @@ class LoadedModel:
             path: ``.ckpt``, ``.safetensors``, or a folder of the latter; None: upstream's default
                 path if there is a file, else the demo model.
             config: its YAML; None: recognised.
-            device: auto, cpu, mps, cuda or cuda:N.
-            dtype: of the weights: auto, float32, bfloat16 or float16.
+            device: auto, cpu, mps, cuda or cuda:N; or torch's.
+            dtype: of the weights: auto, float32, bfloat16 or float16; or torch's.
             tome: Token Merging settings, over those of the YAML, or a preset's name; False: merge
                 nothing.
             attention: sdpa or einsum.

@@ -39,6 +39,23 @@ def test_what_is_not_there_is_refused(monkeypatch):
         device.choose_device("cuda")
 
 
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "cpu:1", "", torch.device("meta")])
+def test_a_device_that_is_none_is_named(name):
+    with pytest.raises(InputError, match=f"device {name}: allowed is auto, cpu, mps, cuda or"):
+        device.choose_device(name)
+
+
+@pytest.mark.parametrize("name", ["half", "nn", "load", "", torch.int8, None])
+def test_a_type_that_is_none_is_named(name):
+    with pytest.raises(InputError, match=r"dtype .*: allowed is auto, float32, bfloat16, float16"):
+        device.choose_dtype(name, CUDA)
+
+
+def test_torchs_own_device_and_type_are_taken():
+    assert device.choose_device(torch.device("cpu", 0)) == torch.device("cpu", 0)
+    assert device.choose_dtype(torch.bfloat16, CPU) == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("where", "flags", "dtype"),
     [
