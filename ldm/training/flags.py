@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 from typing import Any, NoReturn
@@ -12,6 +13,7 @@ from ldm.errors import InputError, escaped, shown
 from ldm.plain_yaml import parse_yaml
 from ldm.training.trainer import GONE, OLD_KEYS, TRAINER
 
+logger = logging.getLogger(__name__)
 MAX_SEED = 2**32 - 1  # numpy's
 DESCRIPTION = """Train a first stage, a diffusion model or a classifier, from YAML configurations.
 
@@ -154,6 +156,9 @@ def _value(text: str) -> Any:
 
 
 def _check(options: argparse.Namespace) -> None:
+    for name in ("project", "debug"):
+        if getattr(options, name) is not None:
+            logger.info("--%s has no meaning here and is left out", name)
     if options.name and options.resume:
         raise InputError("--name and --resume exclude each other: a resumed run keeps its folder")
     if not options.base and not options.resume:
