@@ -19,6 +19,9 @@ from ldm.checkpoint.keys import SCHEDULE
 from ldm.errors import InputError, escaped
 from ldm.util import written_whole
 
+STEP_FOLDER = "trainstep_checkpoints"
+"""Where upstream's metrics_over_trainsteps_checkpoint keeps weights, beside a run's checkpoints."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -147,6 +150,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int]:
     """
     found = []
     for path in sorted((folder / "checkpoints").rglob("*.ckpt")):
+        if path.parent.name == STEP_FOLDER:
+            continue
         try:
             step = read_checkpoint(path, is_glance=True)["global_step"]
         except InputError as error:

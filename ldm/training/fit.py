@@ -27,6 +27,7 @@ from ldm.errors import InputError, OutOfMemory, escaped, is_out_of_memory, shown
 from ldm.training.callbacks import Chance, CUDACallback, FiniteLoss, SetupCallback
 from ldm.training.check import check_arguments, check_object, known, pairs
 from ldm.training.checkpoints import (
+    STEP_FOLDER,
     Diverged,
     RunCheckpoints,
     WholeCheckpoints,
@@ -59,11 +60,23 @@ _NO_NEWS = (
     "Total length of `list` across ranks is zero",  # without validation
     "Grad strides do not match bucket view strides",  # of 1x1 convolutions
 )
-OWN_CALLBACKS = {
-    "learning_rate_logger": (LearningRateMonitor, {"logging_interval": "step"}),
-    "cuda_callback": (CUDACallback, {}),
+STEP_WEIGHTS = "metrics_over_trainsteps_checkpoint"
+# What a YAML may leave out of upstream's callbacks.
+USUAL_CALLBACKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "learning_rate_logger": ("main.LearningRateMonitor", {"logging_interval": "step"}),
+    "cuda_callback": ("main.CUDACallback", {}),
+    "image_logger": ("main.ImageLogger", {}),
+    STEP_WEIGHTS: (
+        "pytorch_lightning.callbacks.ModelCheckpoint",
+        {
+            "filename": "{epoch:06}-{step:09}",
+            "save_top_k": -1,
+            "every_n_train_steps": 10_000,
+            "save_weights_only": True,
+        },
+    ),
 }
-CALLBACK_TARGETS = {"image_logger": "ldm.training.ImageLogger"}  # where a YAML leaves it out
+OWN_CALLBACKS = {"learning_rate_logger": LearningRateMonitor, "cuda_callback": CUDACallback}
 
 
 def _quiet() -> None:
@@ -134,6 +147,9 @@ def fit(
         kept = {"save_top_k": 1, **kept, "monitor": monitor}
 
     with _run_folder(folder, is_new=resumed is None) as folder:
+        by_step = callbacks.get(STEP_WEIGHTS)
+        if isinstance(by_step, ModelCheckpoint) and by_step.dirpath is None:
+            by_step.dirpath = str(folder / "checkpoints" / STEP_FOLDER)
         stop = StopSafely(folder / "checkpoints" / "last.ckpt")
         trainer = _trainer(settings, folder, callbacks, kept, stop, config, lightning)
         n_batches = n_gathered * trainer.world_size
@@ -157,18 +173,24 @@ def fit(
 def _callbacks(config: Any) -> dict[str, pl.Callback]:
     """The callbacks of a configuration by their names, and those that a run always has."""
     known(config, list(config) if isinstance(config, Mapping) else [], "lightning.callbacks")
-    made: dict[str, pl.Callback] = {}
-    for name, entry in config.items():
-        place = f"lightning.callbacks.{escaped(name)}"
-        if isinstance(entry, Mapping) and name in CALLBACK_TARGETS:
-            entry = {"target": CALLBACK_TARGETS[name], **entry}
-        check_object(entry, place, pl.Callback)
-        with blamed_on(place):
-            made[name] = instantiate_from_config(entry, pl.Callback)
-    for name, (kind, arguments) in OWN_CALLBACKS.items():
+    made = {name: _callback(name, entry) for name, entry in config.items()}
+    for name, kind in OWN_CALLBACKS.items():
         if not any(isinstance(callback, kind) for callback in made.values()):
-            made[name] = kind(**arguments)
+            made[name] = _callback(name, {})
     return made
+
+
+def _callback(name: str, entry: Any) -> pl.Callback:
+    """One callback; what upstream's of that name have is filled in."""
+    place = f"lightning.callbacks.{escaped(name)}"
+    if name in USUAL_CALLBACKS:
+        target, usual = USUAL_CALLBACKS[name]
+        entry = {"target": target, **pairs(entry, place)}
+        if entry["target"] == target:
+            entry["params"] = {**usual, **pairs(entry.get("params"), f"{place}.params")}
+    check_object(entry, place, pl.Callback)
+    with blamed_on(place):
+        return instantiate_from_config(entry, pl.Callback)
 
 
 def _checkpointing(config: Any) -> dict[str, Any]:

@@ -190,6 +190,9 @@ def test_upstreams_configurations_and_commands(tmp_path, capsys, caplog):
         },
         "modelcheckpoint": {"params": {"every_n_train_steps": 2, "save_top_k": -1}},
         "callbacks": {
+            "metrics_over_trainsteps_checkpoint": {"params": {"every_n_train_steps": 1}},
+            "learning_rate_logger": {"params": {"logging_interval": "step"}},
+            "cuda_callback": {},
             "image_logger": {
                 "target": "main.ImageLogger",
                 "params": {
@@ -215,7 +218,7 @@ def test_upstreams_configurations_and_commands(tmp_path, capsys, caplog):
                         "unconditional_guidance_label": [""],
                     },
                 },
-            }
+            },
         },
     }
     weights = tmp_path / "weights.ckpt"
@@ -228,11 +231,17 @@ def test_upstreams_configurations_and_commands(tmp_path, capsys, caplog):
     said = " ".join(caplog.messages)
     assert "there is no GPU here" in said or torch.cuda.is_available()
     assert "track_grad_norm" in said
+    assert "--project has no meaning here" in said
+    assert "--debug" not in said
     assert "TestTubeLogger" in said
     drawn = {path.name.split("_gs-")[0] for path in (run / "images" / "train").iterdir()}
     assert drawn == {"inputs", "reconstruction", "samples", "samples_cfg_scale_3.00"}
     steps = {path.name.split("gs-")[1][:6] for path in (run / "images" / "train").iterdir()}
     assert steps == {"000001", "000002"}
+    weights_of_steps = sorted((run / "checkpoints" / "trainstep_checkpoints").iterdir())
+    names = [f"epoch=000000-step=00000000{step}.ckpt" for step in (1, 2)]
+    assert [path.name for path in weights_of_steps] == names
+    assert "optimizer_states" not in torch.load(weights_of_steps[1], weights_only=True)
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     # the average begins with the weights of the file, not with those of the constructor
     name = "model.diffusion_model.out.2.weight"
@@ -243,6 +252,7 @@ def test_upstreams_configurations_and_commands(tmp_path, capsys, caplog):
     weights.unlink()  # a run needs what it began with no more, and may be moved
     moved = run.rename(tmp_path / "moved")
     main(["--resume", str(moved), "--train", "--max_steps", "3"])
+    assert "passed over" not in " ".join(caplog.messages)
     assert newest_checkpoint(moved) == (moved / "checkpoints" / "last.ckpt", 3)
 
 
