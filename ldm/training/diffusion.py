@@ -274,12 +274,11 @@ class DiffusionTraining(Training):
         if not sample:
             return pictures
         runs: dict[str, dict[str, Any]] = {"samples": {}}
-        label = unconditional_guidance_label
         if c is not None and unconditional_guidance_scale > 1:
             runs[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = {
                 "unconditional_guidance_scale": unconditional_guidance_scale,
                 "unconditional_conditioning": net.get_unconditional_conditioning(
-                    len(z), label if isinstance(label, str) else "".join(label)
+                    len(z), unconditional_guidance_label
                 ),
             }
         with net.ema_scope("log_images") if use_ema_scope else nullcontext():

@@ -366,9 +366,16 @@ class LatentDiffusion(nn.Module):
         is_posterior = not isinstance(encoded, Tensor) and hasattr(encoded, "mode")
         return encoded.mode() if is_posterior else encoded
 
-    def get_unconditional_conditioning(self, batch_size: int, null_label: str = "") -> Conditioning:
-        """The encoding of a caption that says nothing, batch_size times."""
-        return self.get_learned_conditioning([null_label] * batch_size)
+    def get_unconditional_conditioning(
+        self, batch_size: int, null_label: str | Sequence[str] = ""
+    ) -> Conditioning:
+        """The encoding of a caption that says nothing, batch_size times.
+
+        Args:
+            batch_size: how often.
+            null_label: the caption, or a list of it, as upstream's configurations have it.
+        """
+        return self.get_learned_conditioning(["".join(null_label)] * batch_size)
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Any:

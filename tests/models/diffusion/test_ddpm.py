@@ -122,6 +122,13 @@ def test_wrapper_refuses_other_keys():
         DiffusionWrapper(target(TinyUNet), "cross")
 
 
+@pytest.mark.parametrize("label", ["red", ["red"]])
+def test_the_caption_that_says_nothing_may_be_in_a_list(label):
+    model = build()
+    encoded = model.get_unconditional_conditioning(2, label)
+    assert torch.equal(encoded, model.get_learned_conditioning(["red", "red"]))
+
+
 def test_conditioning_key_defaults_as_upstream():
     assert build(conditioning_key=None).model.conditioning_key == "concat"
     assert build(conditioning_key=None, concat_mode=False).model.conditioning_key == "crossattn"
