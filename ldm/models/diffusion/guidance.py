@@ -80,7 +80,7 @@ def concat_conditioning(first: Conditioning, second: Conditioning) -> Conditioni
     """Concatenate two conditionings along the batch, entry by entry through lists and dicts.
 
     Raises:
-        ValueError: they differ in keys or in lengths of lists.
+        ValueError: they differ in keys, in lengths of lists or in rows.
     """
     if isinstance(second, Mapping):
         if first.keys() != second.keys():
@@ -88,6 +88,11 @@ def concat_conditioning(first: Conditioning, second: Conditioning) -> Conditioni
         return {key: concat_conditioning(first[key], second[key]) for key in second}
     if isinstance(second, (list, tuple)):
         return [concat_conditioning(a, b) for a, b in zip(first, second, strict=True)]
+    if first.shape[0] != second.shape[0]:
+        raise ValueError(
+            f"the unconditional conditioning has {first.shape[0]} rows, and the conditioning "
+            f"{second.shape[0]}"
+        )
     return torch.cat([first, second])
 
 

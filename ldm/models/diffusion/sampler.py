@@ -226,7 +226,8 @@ class Sampler:
 
         Raises:
             InputError: steps, eta, discretisation or ucg_schedule cannot be used.
-            ValueError: the conditioning has not B rows, or there is a mask without x0.
+            ValueError: the conditioning, the unconditional one or x_T has not B rows, or there is
+                a mask without x0.
         """
         check_batch_size(conditioning, batch_size)
         self.make_schedule(S, ddim_eta=eta)
@@ -236,6 +237,8 @@ class Sampler:
         size = torch.Size((batch_size, *shape))
         if x_T is None:
             x_T = self._noise(size, noise_source)
+        elif x_T.shape[0] != batch_size:
+            raise ValueError(f"x_T has {x_T.shape[0]} rows, but the batch size is {batch_size}")
         denoise = noise_predictor(self.model, conditioning, unconditional_conditioning, scale)
         if score_corrector is not None:
             denoise = _corrected(

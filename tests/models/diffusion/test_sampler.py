@@ -286,6 +286,11 @@ def test_conditionings_of_every_kind(sampler_class):
     ]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+    guided = {"unconditional_conditioning": u[:1], "unconditional_guidance_scale": 3.0}
+    with pytest.raises(ValueError, match=r"unconditional conditioning has 1 rows, and .* 2"):
+        run(sampler_class, ClosedFormModel(output), conditioning=c, **guided)
+    with pytest.raises(ValueError, match="x_T has 1 rows, but the batch size is 2"):
+        run(sampler_class, ClosedFormModel(output), conditioning=c, x_T=torch.ones(1, *SHAPE))
     with pytest.raises(ValueError, match="2 rows, but the batch size is 3"):
         run(sampler_class, ClosedFormModel(output), batch_size=3, conditioning=c)
 
