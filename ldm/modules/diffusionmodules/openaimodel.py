@@ -246,6 +246,8 @@ class UNetModel(nn.Module):
             raise InputError("UNetModel: use_spatial_transformer needs context_dim")
         if num_heads == -1 and num_head_channels == -1:
             raise InputError("UNetModel: set num_heads or num_head_channels")
+        if num_heads == 0 or num_head_channels == 0:
+            raise InputError("UNetModel: num_heads and num_head_channels cannot be 0")
         n_levels = len(channel_mult)
         n_blocks = (
             [num_res_blocks] * n_levels if isinstance(num_res_blocks, int) else num_res_blocks
@@ -276,6 +278,11 @@ class UNetModel(nn.Module):
 
         def transformer(channels: int, level: int, no_self_attn: bool) -> SpatialTransformer:
             n_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+            if not 1 <= n_heads <= channels:
+                raise InputError(
+                    f"UNetModel: num_heads {num_heads} and num_head_channels {num_head_channels} "
+                    f"give {n_heads} heads to {channels} channels"
+                )
             is_filled = legacy or num_head_channels == -1
             return SpatialTransformer(
                 channels,
