@@ -160,6 +160,8 @@ class LatentDiffusion(nn.Module):
         check_choice("loss_type", loss_type, ("l2", "l1"))
         check_number("scale_factor", scale_factor, 1e-6, 1e6)
         check_number("v_posterior", v_posterior, 0, 1)
+        check_number("l_simple_weight", l_simple_weight, 0, 1e6)
+        check_number("original_elbo_weight", original_elbo_weight, 0, 1e6)
         check_number("timestep_power", timestep_power, 1e-3, 1e3)
         if min_snr_gamma is not None:
             check_number("min_snr_gamma", min_snr_gamma, 1e-6, 1e6)

@@ -68,6 +68,8 @@ def test_inert_arguments_are_accepted_and_others_refused():
         ({"scale_factor": 0}, "scale_factor 0: must be a number from 1e-06 to 1e"),
         ({"scale_factor": -0.18}, r"scale_factor -0\.18: must be a number"),
         ({"v_posterior": 2}, "v_posterior 2: must be a number from 0 to 1"),
+        ({"l_simple_weight": -1.0}, r"l_simple_weight -1\.0: must be a number"),
+        ({"original_elbo_weight": -1}, "original_elbo_weight -1: must be a number"),
         ({"timestep_power": -1.0}, r"timestep_power -1\.0: must be a number"),
         ({"min_snr_gamma": 0.0}, r"min_snr_gamma 0\.0: must be a number"),
     ],
