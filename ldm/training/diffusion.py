@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.checkpoint.keys import SCHEDULE
-from ldm.errors import InputError
+from ldm.errors import InputError, shown
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import Conditioning
@@ -174,6 +174,8 @@ class DiffusionTraining(Training):
     def _drop_captions(self, batch: dict[str, Any]) -> dict[str, Any]:
         dropped = dict(batch)
         for key, (probability, value) in self.blanks.items():
+            if not all(isinstance(entry, str) for entry in batch[key]):
+                raise InputError(f"ucg_training.{key}: only captions can be replaced, not these")
             is_dropped = torch.rand(len(batch[key])) < probability
             dropped[key] = [
                 value if drop else entry
@@ -309,10 +311,13 @@ def _blanks(config: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
     """Of ``ucg_training``: batch key -> (probability, replacement)."""
     rules = {}
     for key, rule in config.items():
-        probability = rule.get("p")
-        if rule.keys() - {"p", "val"} or probability is None or not 0 <= probability <= 1:
+        known = rule if isinstance(rule, Mapping) else {}
+        probability, value = known.get("p"), known.get("val")
+        is_share = isinstance(probability, int | float) and 0 <= probability <= 1
+        if known.keys() - {"p", "val"} or not is_share or not isinstance(value, str | None):
             raise InputError(
-                f"ucg_training.{key} is {dict(rule)}: it needs p, from 0 to 1, and may have val"
+                f"ucg_training.{key} is {shown(rule)}: it needs p, from 0 to 1, and may have val, "
+                "a text"
             )
-        rules[key] = (float(probability), rule.get("val") or "")
+        rules[key] = (float(probability), value or "")
     return rules

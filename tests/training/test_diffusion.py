@@ -147,8 +147,9 @@ def test_text_encoder_gets_a_gradient_only_if_trainable(batch):
 def test_what_cannot_be_trained_is_refused():
     with pytest.raises(InputError, match="'hybrid' cannot be trained"):
         build(conditioning_key="hybrid")
-    with pytest.raises(InputError, match=r"ucg_training\.caption"):
-        build(ucg_training={"caption": {"p": 1.5}})
+    for rule in ({"p": 1.5}, {"p": "x"}, {"p": 0.1, "val": 3}, {"val": ""}, 0.3):
+        with pytest.raises(InputError, match=r"ucg_training\.caption is .*: it needs p"):
+            build(ucg_training={"caption": rule})
 
 
 def test_captions_are_dropped_at_the_given_rate(batch):
@@ -275,6 +276,8 @@ def test_schedule_and_averages_stay_in_32_bits(precision):
 def test_what_is_dropped_must_be_there(batch):
     with pytest.raises(KeyError, match="txt"):
         build(ucg_training={"txt": {"p": 0.1}}).terms(batch, "train", 0)
+    with pytest.raises(InputError, match=r"ucg_training\.image: only captions"):
+        build(ucg_training={"image": {"p": 0.0}}).terms(batch, "train", 0)
 
 
 def test_a_frozen_text_encoder_that_is_to_be_trained_is_said(caplog):
