@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -34,10 +35,17 @@ class AutoencoderTraining(Training):
         return rearrange(batch[self.net.image_key], "b h w c -> b c h w").contiguous()
 
     def terms(self, batch: dict[str, Any], split: str, index: int) -> dict[str, Tensor]:
-        """Terms of the loss, and ``psnr`` in dB."""
-        x = self.pictures(batch)
+        """Terms of the loss, and ``psnr`` in dB.
+
+        With a discriminator those of ``train`` are asked for in the trial before a run alone,
+        where it is tried, too: however late it begins, it must not fail then.
+        """
+        x, loss = self.pictures(batch), self.net.loss
         reconstruction, posterior = self.net.disturbed(x) if split == "train" else self.net(x)
-        terms = self.net.loss(x, reconstruction, posterior)
+        terms = loss(x, reconstruction, posterior)
+        is_trial = split == "train" and not self.automatic_optimization
+        if is_trial and loss.has_started(sys.maxsize):
+            loss.discriminate(x, reconstruction)
         return terms | {"psnr": peak_signal_to_noise(reconstruction, x)}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:

@@ -163,6 +163,22 @@ def test_a_missing_section_is_named(tmp_path):
         main(["--base", str(path), "--train"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"disc_num_layers": 3}, "Kernel size"), ({"disc_in_channels": 1}, "1 channels")],
+)
+def test_a_discriminator_that_begins_late_is_tried_before_the_run(tmp_path, changes, message):
+    config = toy_config(pictures(tmp_path / "pictures"))
+    params = {"disc_start": 50001, "disc_num_layers": 1, "perceptual_weight": 0, **changes}
+    target = "ldm.modules.losses.LPIPSWithDiscriminator"
+    config["model"]["params"]["lossconfig"] = {"target": target, "params": params}
+    with pytest.raises(InputError, match=f"the model cannot take .*{message}"):
+        train(write(tmp_path / "toy.yaml", config), tmp_path / "logs")
+    assert not (tmp_path / "logs").exists()
+    params.update(disc_num_layers=1, disc_in_channels=3)
+    train(write(tmp_path / "toy.yaml", config), tmp_path / "logs", "--max_steps", "1")
+
+
 @pytest.mark.parametrize(("text", "value"), [("yes", True), ("T", True), ("0", False)])
 def test_upstreams_spellings_of_truth(text, value):
     assert as_bool(text) is value
