@@ -43,7 +43,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "ddim_steps": (1, 10**6),
     "ddim_eta": (0, 1),
     "save_top_k": (-1, 10**6),
-    **dict.fromkeys(("scale_factor", "logvar_init", "kl_weight"), (-1e9, 1e9)),
+    **dict.fromkeys(("scale_factor", "logvar_init"), (-1e9, 1e9)),
+    **dict.fromkeys(("kl_weight", "pixelloss_weight", "perceptual_weight"), (0, 1e9)),
+    **dict.fromkeys(("disc_weight", "disc_factor", "edge_weight", "texture_weight"), (0, 1e9)),
+    "disc_start": (0, 10**12),
     "base_learning_rate": (1e-12, 1e3),
     "seed": (0, 2**63 - 1),
 }

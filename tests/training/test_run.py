@@ -117,6 +117,10 @@ NO_RUN = [  # what a user may type or write -> what the line says
     (["--base", "TOY", "model.params.image_key=jpg"], "gives no 'jpg', which the model reads"),
     (["--base", "TOY", "model.params.monitor=val/los"], "monitor 'val/los': choose from"),
     (["--base", "TOY", "model.base_learning_rate=0"], "base_learning_rate 0: allowed is"),
+    (
+        ["--base", "TOY", "model.params.lossconfig.params.kl_weight=-1"],
+        "kl_weight -1: allowed is 0",
+    ),
     (["--base", "TOY", "model.base_learning_rate=fast"], "base_learning_rate 'fast': must be"),
     (["--base", "TOY", "lightning.trainer.max_step=3"], "no setting 'max_step'"),
     (["--base", "TOY", "lightning.trainer=3"], "lightning.trainer 3: must be"),
