@@ -313,8 +313,8 @@ def _blanks(config: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
     for key, rule in config.items():
         known = rule if isinstance(rule, Mapping) else {}
         probability, value = known.get("p"), known.get("val")
-        is_share = isinstance(probability, int | float) and 0 <= probability <= 1
-        if known.keys() - {"p", "val"} or not is_share or not isinstance(value, str | None):
+        is_known = not known.keys() - {"p", "val"} and isinstance(value, str | None)
+        if not is_known or not isinstance(probability, int | float) or not 0 <= probability <= 1:
             raise InputError(
                 f"ucg_training.{key} is {shown(rule)}: it needs p, from 0 to 1, and may have val, "
                 "a text"
