@@ -76,18 +76,17 @@ class AutoencoderTraining(Training):
         return {name: value.detach() for name, value in terms.items()}
 
     def configure_optimizers(self) -> Any:
-        """AdamW over what is trained, with the schedule if there is one.
+        """Adam over what is trained, with the schedule if there is one.
 
-        A discriminator has an Adam of its own; upstream's betas then hold for both.
+        A discriminator has one of its own; upstream's betas then hold for both.
         """
         net, rate = self.net, self.learning_rate
         own = [p for n, p in net.named_parameters() if p.requires_grad and n[:5] != "loss."]
         if self.automatic_optimization:
-            return self.scheduled(torch.optim.AdamW(own, lr=rate, weight_decay=1e-4))
-        betas = (0.5, 0.9)
+            return self.scheduled(torch.optim.Adam(own, lr=rate))
         optimizers = [
-            torch.optim.AdamW(own, lr=rate, betas=betas, weight_decay=1e-4),
-            torch.optim.Adam(net.loss.discriminator.parameters(), lr=rate, betas=betas),
+            torch.optim.Adam(parameters, lr=rate, betas=(0.5, 0.9))
+            for parameters in (own, list(net.loss.discriminator.parameters()))
         ]
         if net.scheduler_config is None:
             return optimizers, []

@@ -79,6 +79,14 @@ def test_a_discriminator_is_trained_in_turn():
     assert {"train/d_weight", "train/disc_loss", "train/psnr"} <= set(trainer.logged_metrics)
 
 
+def test_both_optimizers_are_upstreams():
+    optimizers, _ = adversarial(disc_start=0).configure_optimizers()
+    assert [type(each) for each in optimizers] == [torch.optim.Adam] * 2
+    for each in optimizers:
+        assert each.defaults["betas"] == (0.5, 0.9)
+        assert each.defaults["weight_decay"] == 0
+
+
 def test_gradients_are_gathered_and_clipped():
     training = adversarial(disc_start=0)
     settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 1e-9, "max_steps": 2}
