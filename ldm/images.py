@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import stat
 import warnings
@@ -79,14 +80,32 @@ def load_mask(path: str | Path, tell: bool = True) -> Mask:
     return mask
 
 
+def as_path(name: str, given: object) -> Path:
+    """A path, or a refusal.
+
+    Args:
+        name: what it is to lead to: picture or mask.
+        given: what may be none.
+
+    Raises:
+        InputError: it is no path.
+    """
+    if isinstance(given, str | os.PathLike):
+        return Path(given)
+    raise InputError(
+        f"{name}: must be the path of a file or a numpy array, not {type(given).__name__}; "
+        "numpy.asarray makes one of a PIL picture"
+    )
+
+
 def as_mask(mask: str | Path | NDArray[Any]) -> Mask:
     """A mask (H, W), True where to paint: of a file, or of an array of any kind of numbers.
 
     Raises:
-        InputError: it is no picture that can be read, or an array of another shape.
+        InputError: it is no picture that can be read, or an array or object of another kind.
     """
     if not isinstance(mask, np.ndarray):
-        return load_mask(mask)
+        return load_mask(as_path("mask", mask))
     if mask.ndim == 3 and mask.shape[2] == 1:
         mask = mask[..., 0]
     if mask.ndim == 2 and mask.dtype == np.bool_:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from ldm.config import AskedTome, model_tome
 from ldm.control import Control
 from ldm.device import choose_device, choose_dtype
 from ldm.errors import InputError, memory_advice
-from ldm.images import Pixels
+from ldm.images import Picture, Pixels
 from ldm.models.diffusion.captures import check_way, compile_model
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import set_attention_backend
@@ -195,6 +195,17 @@ class LoadedModel:
             added = added.with_control(guide, control["net"])
         pipeline._use(added)
         return pipeline
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled: what is added lies in the weights.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "a pipeline cannot be copied or pickled: load another one with from_checkpoint, or let "
+            "threads share one, which take turns"
+        )
 
     def set_tome(self, tome: AskedTome) -> None:
         """Change the Token Merging settings; see from_checkpoint.
@@ -365,14 +376,16 @@ def _read_control(
     return Control(load_controlnet(net, unet, dtype, device), pixels, strength, finds_edges)
 
 
-def pixels_of(picture: str | Path | Pixels) -> Pixels:
+def pixels_of(picture: str | Path | Pixels | Picture) -> Pixels:
     """The pixels of a picture, (H, W, 3), that may be a file.
 
     Raises:
-        InputError: it cannot be read, or is an array of another kind.
+        InputError: it cannot be read, or is an array or object of another kind.
     """
+    if isinstance(picture, Picture):
+        return picture.pixels
     if not isinstance(picture, np.ndarray):
-        return images.load_rgb(picture)
+        return images.load_rgb(images.as_path("picture", picture))
     if picture.dtype != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
         raise InputError(
             f"picture: must be uint8 of shape (H, W, 3), not {picture.dtype} of {picture.shape}"

@@ -24,7 +24,7 @@ from ldm.addons import Tags, taken_loras
 from ldm.canvas import latent_shape, prepare
 from ldm.device import FIRST_STAGE, NoiseStream
 from ldm.distributed import ALONE, Process
-from ldm.errors import InputError, NotFinite, memory_advice
+from ldm.errors import InputError, NotFinite, memory_advice, shown
 from ldm.images import Mask, Picture, Pixels
 from ldm.loaded import Added, LoadedModel, pixels_of
 from ldm.remarks import model_notes, prompt_remarks, report_tome, suspects
@@ -34,6 +34,8 @@ from ldm.util import word_list
 
 # A picture to start from is worked on at up to this multiple of the model's own size.
 SIZE_LIMIT = 1.5
+# What has a method `set_NAME`.
+ELSEWHERE = ("tome", "loras", "embeddings", "control")
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +54,20 @@ class Pipeline(LoadedModel):
 
     def txt2img(self, prompt: str | Sequence[str] | None = None, **settings: Any) -> list[Picture]:
         """Draw pictures of a prompt, or of several; see Settings for what can be set."""
-        return list(self.generate(Settings(prompt, **settings)))
+        return list(self.generate(_asked(prompt, settings)))
 
     def img2img(
         self,
-        init: str | Path | Pixels,
+        init: str | Path | Pixels | Picture,
         prompt: str | Sequence[str] | None = None,
         **settings: Any,
     ) -> list[Picture]:
-        """Redraw a picture (a file, or pixels (H, W, 3)) after a prompt."""
-        return list(self.generate(Settings(prompt, **settings), pixels_of(init)))
+        """Redraw a picture (a file, pixels (H, W, 3), or one that was drawn) after a prompt."""
+        return list(self.generate(_asked(prompt, settings), pixels_of(init)))
 
     def inpaint(
         self,
-        init: str | Path | Pixels,
+        init: str | Path | Pixels | Picture,
         mask: str | Path | NDArray[Any],
         prompt: str | Sequence[str] = "",
         **settings: Any,
@@ -74,7 +76,7 @@ class Pipeline(LoadedModel):
         if "strength" in settings:
             logger.warning("strength has no effect inside of a mask: all of it is drawn anew")
         hole = images.as_mask(mask)
-        return list(self.generate(Settings(prompt, **settings), pixels_of(init), hole))
+        return list(self.generate(_asked(prompt, settings), pixels_of(init), hole))
 
     def generate(
         self,
@@ -284,6 +286,18 @@ class Pipeline(LoadedModel):
             "tome": dataclasses.asdict(tome),
             **self._applied.notes,
         }
+
+
+def _asked(prompt: str | Sequence[str] | None, given: Mapping[str, Any]) -> Settings:
+    """Checked settings; refuse names that are none, also of what is set elsewhere."""
+    known = [field.name for field in dataclasses.fields(Settings)]
+    for name in given:
+        if name in ELSEWHERE:
+            setter = f"set_{name}"
+            raise InputError(f"{name} is set for all pictures that follow: pipeline.{setter}(...)")
+        if name not in known:
+            raise InputError(f"{shown(name)} is no setting of a picture; {', '.join(known)} are")
+    return Settings(prompt, **given)
 
 
 def _untagged(settings: Settings) -> Settings:

@@ -261,10 +261,10 @@ def _checked_number(name: str, value: Any, kind: type, lowest: float, highest: f
     kinds = (int,) if kind is int else (int, float)
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
     limits = LIMITS.get(name, f"{lowest:.15g} to {highest:.15g}")
-    if kind is int and not is_number:
-        limits = f"a whole number, {limits}"
-    # NaN is in no range
-    _require(is_number and lowest <= value <= highest, name, value, (limits,))
+    if not is_number:
+        limits = f"{'a whole' if kind is int else 'a'} number, {limits}"
+    if not (is_number and lowest <= value <= highest):  # NaN is in no range
+        raise InputError(f"{name} {shown(value)}: allowed is {limits}")
     return value
 
 

@@ -1,5 +1,7 @@
+import copy
 import hashlib
 import json
+import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -386,6 +389,25 @@ def test_arrays_are_pictures_and_masks_of_the_right_kind_or_refused(pipeline, ph
     for wrong in (photograph / 255, photograph[..., 0], rgba, photograph[:0]):
         with pytest.raises(InputError, match=r"picture: must be uint8 of shape \(H, W, 3\), not"):
             pipeline.img2img(wrong, "x")
+
+
+def test_a_picture_that_was_drawn_is_one_to_start_from(pipeline, photograph):
+    (drawn,) = pipeline.img2img(photograph, "x", steps=2)
+    (again,) = pipeline.img2img(drawn, "x", steps=2)
+    (expected,) = pipeline.img2img(drawn.pixels, "x", steps=2)
+    np.testing.assert_array_equal(again.pixels, expected.pixels)
+    (painted,) = pipeline.inpaint(drawn, np.zeros((16, 24), bool), "x", steps=1)
+    np.testing.assert_array_equal(painted.pixels, drawn.pixels)
+
+
+def test_objects_that_are_no_pictures_are_refused_with_a_way_out(pipeline, photograph):
+    other = Image.fromarray(photograph)
+    with pytest.raises(
+        InputError, match=r"^picture: must be .* not Image; numpy.asarray makes one"
+    ):
+        pipeline.img2img(other, "x")
+    with pytest.raises(InputError, match=r"^mask: must be .* not Image; numpy.asarray makes one"):
+        pipeline.inpaint(photograph, other, "x")
 
 
 def test_a_mask_of_numbers_is_white_where_they_are_high(pipeline, photograph):
@@ -810,6 +832,28 @@ def test_too_little_memory_for_loading_becomes_advice(tiny_checkpoint, monkeypat
     monkeypatch.setattr("ldm.loaded.load_model", fail)
     with pytest.raises(OutOfMemory, match="not enough memory: try --dtype bfloat16"):
         Pipeline.from_checkpoint(tiny_checkpoint, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["tome", "loras", "embeddings", "control"])
+def test_what_is_set_elsewhere_says_where(pipeline, name):
+    with pytest.raises(InputError, match=rf"^{name} is set .*: pipeline\.set_{name}\(\.\.\.\)$"):
+        pipeline.txt2img("x", **{name: None})
+    assert hasattr(pipeline, f"set_{name}")
+
+
+def test_a_name_that_is_no_setting_is_refused_with_those_that_are(pipeline, photograph):
+    with pytest.raises(
+        InputError, match=r"^'stepz' is no setting of a picture; .*\bsteps\b.* are$"
+    ):
+        pipeline.img2img(photograph, "x", stepz=3)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_pipeline_is_not_copied(pipeline, copied):
+    with pytest.raises(
+        TypeError, match=r"cannot be copied or pickled: load another one with from_"
+    ):
+        copied(pipeline)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,13 @@ def test_values_out_of_range_are_refused_with_the_limit(name, value, limit):
     assert len(str(caught.value)) < 250
 
 
+def test_a_text_where_a_number_belongs_is_shown_as_a_text():
+    with pytest.raises(InputError, match=r"^steps '3': allowed is a whole number, 1 to 1000$"):
+        Settings(steps="3")
+    with pytest.raises(InputError, match=r"^scale '7': allowed is a number, -1000 to 1000$"):
+        Settings(scale="7")
+
+
 def test_numbers_of_numpy_are_numbers():
     settings = Settings(seed=np.int64(7), steps=np.uint8(9), scale=np.float32(2), eta=np.int32(1))
     assert repr((settings.seed, settings.steps, settings.scale, settings.eta)) == "(7, 9, 2.0, 1)"
