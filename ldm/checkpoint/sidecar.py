@@ -50,7 +50,13 @@ def neighbouring_config(
     found = config_beside(path)
     if found is None:
         return None
-    return str(found), _values(load_yaml(found, MODEL_SECTIONS), str(found), shapes)
+    config = load_yaml(found, MODEL_SECTIONS)
+    if not isinstance(config.get("model"), Mapping) and found.parent == path.parent:
+        raise InputError(
+            f"{found} has no section model, and is taken for the configuration of {path.name}, "
+            "beside which it lies under its name: rename one of the two"
+        )
+    return str(found), _values(config, str(found), shapes)
 
 
 def config_beside(path: Path) -> Path | None:

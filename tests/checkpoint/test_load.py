@@ -474,6 +474,15 @@ def test_sidecar_decides(tmp_path, name):
     assert info.defaults["H"] == (768 if name.endswith("-v") else 512)
 
 
+def test_a_yaml_of_something_else_beside_a_file_is_named_with_a_way_out(tmp_path):
+    (tmp_path / "mine.yaml").write_text("data: {params: {batch_size: 1}}")
+    path = full_size(tmp_path / "mine.safetensors", "sd2")
+    with pytest.raises(
+        InputError, match=r"mine.yaml has no section model.* mine.safetensors, .*re"
+    ):
+        inspect_checkpoint(path)
+
+
 def test_given_configuration_comes_before_the_sidecar(tmp_path):
     (tmp_path / "mine.yaml").write_text("nonsense: true")
     path = full_size(tmp_path / "mine.safetensors", "sd2")
