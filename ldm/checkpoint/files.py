@@ -253,7 +253,8 @@ def _open_folder(path: Path) -> StateDict:
         raise InputError(f"{path} is a diffusers folder, not a single checkpoint file; {hint}")
     parts = [open_state_dict(file) for file in sorted(path.glob("*.safetensors"))]
     if not parts:
-        others = sorted(f.name for f in path.iterdir() if f.suffix in SUFFIXES)
+        found = sorted([*path.iterdir(), *path.glob("checkpoints/*")])  # those of a training run
+        others = [str(f.relative_to(path)) for f in found if f.suffix in SUFFIXES]
         hint = f"; name one of its files: {', '.join(others)}" if others else ""
         raise InputError(f"{path} is a folder without .safetensors files{hint}")
     owner: dict[str, str] = {}

@@ -308,6 +308,13 @@ def test_folder_of_other_checkpoints_lists_them(tmp_path):
         open_state_dict(tmp_path)
 
 
+def test_folder_of_a_training_run_lists_its_checkpoints(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(InputError, match=r"name one of its files: checkpoints/last\.ckpt$"):
+        open_state_dict(tmp_path)
+
+
 def test_folder_of_several_models(tmp_path):
     save_file(WEIGHTS, tmp_path / "one.safetensors")
     save_file(WEIGHTS, tmp_path / "two.safetensors")

@@ -443,12 +443,13 @@ class LatentDiffusion(nn.Module):
         weights.require_weights(stored[name] for name in names if is_weight(name))
         state = {name: weights[stored[name]] for name in names}
         missing, unexpected = self.load_state_dict(state, strict=False)
-        missing = [name for name in missing if name not in SCHEDULE]
+        missing = [name for name in missing if name not in settings]
         self.has_loaded_scale = self.scale_by_std and "scale_factor" in state
         if len(unexpected) == len(state):
             raise InputError(f"{escaped(path)} has no weights of this model in it")
         if self.use_ema and has_ema(missing):  # pruned files may hold the counters alone
             self.model_ema = LitEma(self.model)  # an average of these weights, not of random ones
+            missing = [name for name in missing if not name.startswith("model_ema.")]
         # whole components may come from elsewhere
         begun = tuple(part for part in COMPONENTS if any(name.startswith(part) for name in state))
         lost = [n for n in missing if n.startswith(begun) and not n.startswith(left_out)]

@@ -191,7 +191,8 @@ def test_weights_are_loaded_from_a_file(tmp_path, suffix):
         build(ckpt_path=str(tmp_path / "missing.ckpt"))
 
 
-def test_averages_that_a_file_lacks_begin_as_its_weights(tmp_path):
+def test_averages_that_a_file_lacks_begin_as_its_weights(tmp_path, caplog):
+    caplog.set_level("INFO")
     stored = {n: t + 1 for n, t in build(use_ema=True).state_dict().items()}
     counters = {n: t for n, t in stored.items() if not n.startswith("model_ema.diffusion_model")}
     average = "model_ema.diffusion_modelstepweight"
@@ -202,6 +203,8 @@ def test_averages_that_a_file_lacks_begin_as_its_weights(tmp_path):
         assert torch.equal(model.get_buffer(average), weight)
         assert torch.equal(weight, stored[STEP])
         assert (model.model_ema.num_updates > 0) == (kept is stored)
+        assert "tensors, 0 missing, 0 without a place" in caplog.text
+        caplog.clear()
 
 
 @pytest.mark.parametrize(
