@@ -28,6 +28,8 @@ examples:
     python scripts/train.py --base configs/demo/classifier.yaml --train
   go on where a run stopped:
     python scripts/train.py --resume logs/2026-01-31T12-00-00_diffusion --train
+  a checkpoint, trained further on your own pictures (docs/training.md has such a photos.yaml):
+    python scripts/train.py --base model.yaml photos.yaml --finetune_from model.ckpt --train
   change a setting:
     python scripts/train.py --base diffusion.yaml --train data.params.batch_size=8
 """

@@ -333,6 +333,28 @@ def test_the_shipped_configurations_pass_the_check(name):
     assert trainer_settings(config["lightning"]["trainer"], lambda: 0)
 
 
+@pytest.mark.parametrize("base", ["stable-diffusion/v1-inference", "demo/unet"])
+def test_the_document_s_example_trains_a_checkpoint_further(base, tmp_path):
+    document = (SCRIPT.parents[1] / "docs/training.md").read_text()
+    example = yaml.safe_load(document.split("```yaml\n")[1].split("```")[0])
+    (bucket,) = example["data"]["params"]["train"]["params"]["buckets"]
+    assert bucket["params"] == {"folder": "photos", "size": 512}
+    bucket["params"] = {"folder": str(pictures(tmp_path / "photos")), "size": 16}
+    example["data"]["params"]["num_workers"] = 0
+    shipped = yaml.safe_load((SCRIPT.parents[1] / f"configs/{base}.yaml").read_text())
+    tiny = tiny_config()
+    for key in ("unet_config", "first_stage_config", "cond_stage_config"):
+        shipped["model"]["params"][key] = tiny["model"]["params"][key]
+    torch.save(tiny_weights(tiny), tmp_path / "tiny.ckpt")
+    files = [write(tmp_path / "model.yaml", shipped), write(tmp_path / "photos.yaml", example)]
+    flags = ["--finetune_from", tmp_path / "tiny.ckpt", "--logdir", tmp_path / "logs"]
+    flags += ["--max_steps", 2, "--accelerator", "cpu", "--precision", "32-true"]
+    main(["--train", "--base", *map(str, [*files, *flags]), "--enable_progress_bar", "false"])
+    state = torch.load(run_of(tmp_path / "logs") / "checkpoints/last.ckpt", weights_only=False)
+    assert state["global_step"] == 2
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(4e-5)
+
+
 def test_upstreams_autoencoder_configuration_trains(tmp_path):
     config = toy_config(pictures(tmp_path / "pictures"))
     config["model"]["base_learning_rate"] = 4.5e-6
