@@ -62,6 +62,20 @@ class ToMeConfig:
             InputError: a key is unknown, a value cannot do what it says, or two keys set the
                 amount; the message names the key, the value and the limit.
         """
+        config = cls._checked(mapping)
+        pairs = [*pairwise(config.rules), *pairwise(config.second_pass.rules)]
+        hidden = [(b.min_tokens, a.min_tokens) for a, b in pairs if b.min_tokens >= a.min_tokens]
+        for tokens in dict.fromkeys(hidden):
+            logger.warning(
+                "ToMe rules: the entry from %d tokens never acts after that from %d; begin with "
+                "the most tokens",
+                *tokens,
+            )
+        return config
+
+    @classmethod
+    def _checked(cls, mapping: Mapping[str, Any] | None) -> ToMeConfig:
+        """What `from_mapping` gives, without a word of what never acts."""
         given = spelled_out(mapping or {})
         values: dict[str, Any] = {}
         for name, value in given.items():
@@ -77,13 +91,6 @@ class ToMeConfig:
         values.setdefault("window", 3 if values["method"] == "grid" else None)
         _set_metric(values)
         rules = tuple(_rule(spelled_out(entry), given) for entry in values.pop("rules", ()))
-        for first, second in pairwise(rules):
-            if second.min_tokens >= first.min_tokens:
-                logger.warning(
-                    "ToMe rules: the entry from %d tokens never acts after that from %d; begin "
-                    "with the most tokens",
-                    *(second.min_tokens, first.min_tokens),
-                )
         if values.get("hires") is not None:
             values["hires"] = _second_pass(values["hires"], given)
         return cls(**values, rules=rules)
@@ -277,7 +284,7 @@ def refuse_contradictions(mapping: Mapping[str, Any]) -> None:
     errors = []
     for base in below:
         try:
-            ToMeConfig.from_mapping(overlay(base, mapping))
+            ToMeConfig._checked(overlay(base, mapping))
         except InputError as error:
             errors.append(error)
         else:
@@ -365,7 +372,7 @@ def _rule(entry: Mapping[str, Any], base: Mapping[str, Any]) -> ToMeConfig:
         )
     # Where nothing else is said, min_tokens alone decides where a rule acts.
     keys = {"max_downsample": 8, **overlay(beside, entry)}
-    config = ToMeConfig.from_mapping(keys)
+    config = ToMeConfig._checked(keys)
     lost = [key for key in AMOUNTS if beside.get(key) and keys.get(key) is None]
     if lost and not own and not config._has_amount:
         raise InputError(
@@ -380,7 +387,7 @@ def _second_pass(entry: Mapping[str, Any], base: Mapping[str, Any]) -> ToMeConfi
     if "hires" in entry:
         raise InputError("ToMe hires: it cannot hold another 'hires'")
     beside = {key: value for key, value in base.items() if key != "hires"}
-    return ToMeConfig.from_mapping(overlay(beside, entry))
+    return ToMeConfig._checked(overlay(beside, entry))
 
 
 # --- ratio: auto --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from ldm.cli.tome_flags import parse_flag
 from ldm.errors import InputError
-from ldm.modules.tome.config import ToMeConfig, overlay, refuse_contradictions
+from ldm.modules.tome.config import ToMeConfig, ToMeWish, overlay, refuse_contradictions
 from ldm.modules.tome.keys import KEYS
 
 PRESETS = Path(__file__).parents[3] / "configs" / "tome"
@@ -39,6 +39,20 @@ def test_of_two_rules_that_fit_the_first_wins_and_one_that_never_acts_is_named(
     assert not caplog.records
     assert config(rules=[small, large]).for_tokens(4096).ratio == 0.5
     assert "the entry from 4096 tokens never acts after that from 64" in caplog.text
+
+
+def test_a_rule_that_never_acts_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    rules = [{"min_tokens": 64, "ratio": 0.5}, {"min_tokens": 4096, "ratio": 0.2}]
+    keys = {"rules": rules, "hires": {"window": 5}}
+    refuse_contradictions(keys)
+    assert not caplog.records
+    ToMeWish(keys).over(None)
+    (record,) = caplog.records
+    assert "never acts" in record.getMessage()
+    caplog.clear()
+    later = {"rules": [{"min_tokens": 64, "ratio": 0.2}], "hires": {"rules": rules}}
+    ToMeWish(later).over(None)
+    (record,) = caplog.records
 
 
 @pytest.mark.parametrize(
