@@ -52,7 +52,7 @@ examples:
     torchrun --nproc-per-node 8 scripts/appendix_f.py --protocol tomesd --ckpt sd-v1-5.safetensors
 
 A file for --settings names each setting and gives its keys, those of configs/tome, for example:
-    kv 3/4, 5x5 cells: {preset: balanced, window: 5}
+    kv 3/4, 5x5 cells: {preset: quality, window: 5}
     all tokens of a cell: {method: grid, ratio: 0.75, apply_to: [kv], proportional: true}
     random pairs, 3/4: {control: random, ratio: 0.75}
 Controls are: again, rounding, precision, none, random, drop. Settings that merge nothing at a size

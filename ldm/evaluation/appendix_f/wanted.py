@@ -179,15 +179,26 @@ def chosen_settings(args: Arguments, protocol: Protocol, sampling: Settings) -> 
 
 
 def chosen_against(text: str | None, plan: Plan) -> list[str]:
-    """The settings to list differences to."""
+    """The settings to list differences to; of names with commas the longest that fits is meant."""
     names = dict.fromkeys(s.name for settings in plan.settings.values() for s in settings)
     if text is None:
         return [name for name in AGAINST if name in names]
-    found = words(text, "--against", may_be_empty=True)
-    for name in found:
-        if name not in names:
-            raise InputError(f"--against {name}: the settings are {', '.join(names)}")
-    return found
+    words(text, "--against", may_be_empty=True)  # not too many
+    known = {_parts(name): name for name in names}
+    rest = _parts(text)
+    found = []
+    while rest:
+        lengths = range(max(map(len, known)), 0, -1)
+        fitting = next((rest[:n] for n in lengths if rest[:n] in known), None)
+        if fitting is None:
+            raise InputError(f"--against {rest[0]}: the settings are {'; '.join(names)}")
+        found.append(known[fitting])
+        rest = rest[len(fitting) :]
+    return list(dict.fromkeys(found))
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
 def is_of_use(setting: Setting, saved: Work) -> bool:
