@@ -163,6 +163,14 @@ def test_the_suite_for_a_card_is_rehearsed_on_the_processor(tiny, tmp_path, caps
         main("--suite", "gpu", "--quick")
 
 
+@pytest.mark.parametrize(
+    "flags", [("--sizes", "768"), ("--dtypes", "float32"), ("--suite", "gpu"), ("--no-peers",)]
+)
+def test_what_counting_does_not_heed_is_refused(flags):
+    with pytest.raises(InputError, match=f"counts at 512 and 1024 .*: leave out {flags[0]}$"):
+        main("--count", *flags)
+
+
 def test_counts_are_printed(tiny, capsys):
     main("--count", "--models", tiny, "--presets", "fast", "--ratios", "0.5")
     printed = capsys.readouterr().out

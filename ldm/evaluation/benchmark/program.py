@@ -58,6 +58,11 @@ GPU_SUITE = [
 CPU_SIZES = "512"
 GPU_SIZES = "512,768,1024,2048"
 MOST_PIXELS, MOST_ROWS, MOST_ROUNDS = 8192, 1024, 1000
+# Flags that mean nothing to --count.
+ONLY_MEASURED = (
+    *("suite", "sizes", "dtypes", "attention", "batch", "rounds", "no_oracles", "compile"),
+    *("graphs", "kernels", "no_peers", "upstream"),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +122,8 @@ def build_parser() -> Parser:
     add(
         "--count",
         action="store_true",
-        help="measure no time: count the operators of a block and of a step, on any machine",
+        help="measure no time: count the operators of a block and of a step, on any machine, at "
+        "512 and 1024 pixels in float16",
     )
     add("--rounds", type=int, metavar="N", help="measurements of each (default: 5)")
     add("--device", default="auto", help="auto (default), cpu, mps, cuda or cuda:1")
@@ -142,6 +148,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.suite and args.quick:
         raise InputError("--suite and --quick both say what is measured: leave one out")
+    idle = [f"--{name.replace('_', '-')}" for name in ONLY_MEASURED if getattr(args, name)]
+    if args.count and idle:
+        raise InputError(
+            "--count measures no time, and counts at 512 and 1024 pixels in float16: leave out "
+            f"{', '.join(idle)}"
+        )
     command = shlex.join(
         ["python", "scripts/benchmark.py", *(sys.argv[1:] if argv is None else argv)]
     )
