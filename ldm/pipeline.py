@@ -251,6 +251,20 @@ class Pipeline(LoadedModel):
             settings = dataclasses.replace(settings, H=height, W=width)
         reuse = self.model.model.diffusion_model.reuse.every
         settings = settings.filled({"reuse_deep": reuse, **self.defaults})
+        self.check(settings)
+        if settings.scale == 1 and settings.negative_prompt:
+            logger.warning("the negative prompt has no effect at scale 1")
+        if settings.hires_scale == 1 and self._merger.config.hires:
+            logger.warning("ToMe hires has no effect without a second pass (hires_scale)")
+        return settings
+
+    def check(self, settings: Settings) -> None:
+        """Refuse what this model cannot have, before anything is drawn.
+
+        Raises:
+            InputError: a setting cannot be used with this model.
+        """
+        settings = settings.filled(self.defaults)
         self.model.cond_stage_model.check_clip_skip(settings.clip_skip)
         for name in ("C", "f"):
             if getattr(settings, name) != self.defaults[name]:
@@ -258,11 +272,8 @@ class Pipeline(LoadedModel):
                     f"{name} {getattr(settings, name)}: this model's is {self.defaults[name]}; "
                     "leave the setting out"
                 )
-        if settings.scale == 1 and settings.negative_prompt:
-            logger.warning("the negative prompt has no effect at scale 1")
-        if settings.hires_scale == 1 and self._merger.config.hires:
-            logger.warning("ToMe hires has no effect without a second pass (hires_scale)")
-        return settings
+        if settings.hires_scale > 1:
+            settings.second_pass()
 
     def about(
         self, settings: Settings, prompt: str, seed: int, drawn: Pass | None = None

@@ -22,7 +22,9 @@ from ldm.cli.jobs import Job, without_first
 from ldm.cli.parser import Arguments
 from ldm.cli.program import said_when_stopped
 from ldm.distributed import ALONE, Process
+from ldm.errors import InputError
 from ldm.images import Gallery, Mask, Picture, Pixels
+from ldm.modules.tome.config import ToMeConfig
 from ldm.numbered import Numbers
 
 if TYPE_CHECKING:  # torch comes only after the flags are checked
@@ -119,7 +121,7 @@ class Canvas:
             getattr(self.args, "skip", 0),
         )
         # what cannot be used is said before anything is drawn
-        merging = [pipeline.tome_config(job.tome) for job in jobs]
+        merging = [self._checked(job) for job in jobs]
         n_pictures = sum(job.settings.n_pictures for job in jobs)
         if process.n_processes > 1:  # every picture gets the number that it has without the others
             sizes = [len(batch) for job in jobs for batch in job.settings.batches()]
@@ -151,6 +153,14 @@ class Canvas:
             yield itertools.chain.from_iterable(runs(on_step))
         self.gallery.close()
         print(where_saved(self.gallery, self.args))
+
+    def _checked(self, job: Job) -> ToMeConfig:
+        """What a run merges with this model; raise InputError where it cannot have its settings."""
+        try:
+            self.pipeline.check(job.settings)
+            return self.pipeline.tome_config(job.tome)
+        except InputError as error:
+            raise InputError(f"{job.where}: {error}" if job.where else str(error)) from None
 
     def save(self, picture: Picture) -> None:
         """Save one of the pictures."""

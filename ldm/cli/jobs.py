@@ -20,10 +20,17 @@ from ldm.text import parse_json
 
 @dataclass(frozen=True)
 class Job:
-    """One run: the settings, and what is asked of Token Merging."""
+    """One run: the settings, and what is asked of Token Merging.
+
+    Attributes:
+        settings: what is drawn, and how.
+        tome: what is merged.
+        where: file and line that ask for it, if it is one of a file.
+    """
 
     settings: Settings
     tome: ToMeWish
+    where: str = ""
 
     def with_prompt(self, prompt: str) -> Job:
         """This run, of a prompt if it has none of its own."""
@@ -81,7 +88,7 @@ def read_jobs(args: Arguments) -> list[Job]:
         try:
             if changes.get("seed") is None:
                 own = own.changed({"seed": seed})
-            job = Job(own.settings(prompts), own.tome)
+            job = Job(own.settings(prompts), own.tome, f"{where}, line {number}")
         except InputError as error:
             raise InputError(f"{where}, line {number}: {error}") from None
         jobs.append(job)

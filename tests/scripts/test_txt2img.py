@@ -172,6 +172,27 @@ def test_lines_with_settings_of_their_own(run, refused, tiny_checkpoint, tmp_pat
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('"clip_skip": 9', "clip_skip 9: this model's text encoder takes"),
+        ('"C": 5', "C 5: this model's is 4"),
+        ('"schedule": "karras"', "schedule karras needs one of the samplers"),
+        ('"H": 16384, "hires_scale": 2', "H 32768"),
+        ('"tome": {"ratio": 0.9}', "ToMe ratio=0.9"),
+    ],
+)
+def test_a_line_that_the_model_cannot_draw_is_named_before_any_is_drawn(
+    refused, tiny_checkpoint, tmp_path, setting, message
+):
+    lines = tmp_path / "lines.txt"
+    lines.write_text('a hill\n{"prompt": "a lake", ' + setting + "}\n")
+    out = tmp_path / "out"
+    told = refused("--ckpt", tiny_checkpoint, "--from-file", lines, "--outdir", out)
+    assert f"lines.txt, line 2: {message}" in told
+    assert not out.exists()
+
+
 def test_prompt_after_prompt_with_one_model(
     run, refused, tiny_checkpoint, tmp_path, capsys, monkeypatch
 ):
