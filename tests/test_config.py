@@ -360,6 +360,7 @@ def test_token_merging_of_a_model_stands_in_its_place():
     [
         ({"method": "grid"}, True),
         (ToMeWish({"stride": [2, 2]}), True),
+        (ToMeWish({"seed": 3}), True),
         ({"method": "grid", "ratio": 0.5}, False),
         ({"ratio": 0}, False),
         ({}, False),

@@ -271,7 +271,7 @@ class ToMeWish:
         if self.is_off:
             return ToMeConfig()
         found = ToMeConfig.from_mapping(overlay(own, self.keys))
-        if self.keys and found == ToMeConfig():  # of other settings the run's report says it
+        if self.keys and replace(found, seed=0) == ToMeConfig():  # of other settings the run's report says it
             logger.warning(NO_AMOUNT)
         return found
 
