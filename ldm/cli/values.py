@@ -86,10 +86,17 @@ class Wishes:
                 key that has it, as in YAML. {"tome": "fast"} is a preset.
 
         Raises:
-            InputError: a name is none of these, or a value is not of its type.
+            InputError: a name is none of these, or a value is not of its type, or two names say
+                the same.
         """
         new = self
+        names: dict[str, str] = {}
         for name, value in _flat(changes):
+            meant = "sampler" if name in SAMPLER_FLAGS else OTHER_NAMES.get(name, name)
+            if meant in names:
+                said = " and ".join(dict.fromkeys((names[meant], name)))
+                raise InputError(f"{said}: this is said twice; leave one out")
+            names[meant] = name
             new = new._with(name, value)
         return new
 
