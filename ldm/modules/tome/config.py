@@ -271,7 +271,8 @@ class ToMeWish:
         if self.is_off:
             return ToMeConfig()
         found = ToMeConfig.from_mapping(overlay(own, self.keys))
-        if self.keys and replace(found, seed=0) == ToMeConfig():  # of other settings the run's report says it
+        # of other settings the run's report says it
+        if self.keys and replace(found, seed=0) == ToMeConfig():
             logger.warning(NO_AMOUNT)
         return found
 
