@@ -69,7 +69,8 @@ def delta(kind: str, t: Tensors) -> Tensor:
             second = _tucker(t["k_t2"], t["k2_a"], t["k2_b"])
         else:
             second = t["k2_a"] @ t["k2_b"]
-        return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second)
+        first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
+        return torch.kron(first.contiguous(), second.contiguous())  # it takes no other strides
     return t["diff" if kind == "difference" else "bias"]
 
 

@@ -344,11 +344,14 @@ def made(kind, shape, random):
             names |= {f"hada_t{i}": t, f"hada_w{i}_a": a, f"hada_w{i}_b": b}
             product = product * core(t, a, b)
         return names, product
-    if kind in ("LoKr", "whole LoKr"):
+    if kind.endswith("LoKr"):
         k1, a, b = new(2, 4), new(n_out // 2, 2), new(2, shape[1:].numel() // 4)
         k2 = (a @ b).reshape(n_out // 2, n_in // 4, *kernel)
-        names = {"lokr_w1": k1}
-        names |= {"lokr_w2": k2} if kind == "whole LoKr" else {"lokr_w2_a": a, "lokr_w2_b": b}
+        names = {"lokr_w2": k2} if kind == "whole LoKr" else {"lokr_w2_a": a, "lokr_w2_b": b}
+        if kind == "tucker LoKr":
+            t, a, b = new(2, 2, *kernel), new(2, n_out // 2), new(2, n_in // 4)
+            names, k2 = {"lokr_t2": t, "lokr_w2_a": a, "lokr_w2_b": b}, core(t, a, b)
+        names["lokr_w1"] = k1
         spread = k1.repeat_interleave(n_out // 2, 0).repeat_interleave(n_in // 4, 1)
         tiled = k2.repeat(2, 4, *[1] * len(kernel))
         return names, spread.reshape(*spread.shape, *[1] * len(kernel)) * tiled
@@ -358,7 +361,11 @@ def made(kind, shape, random):
 
 @pytest.mark.parametrize("layer", [LINEAR, CONV])
 @pytest.mark.parametrize(
-    "kind", ["tucker LoCon", "LoHa", "tucker LoHa", "LoKr", "whole LoKr", "difference"]
+    "kind",
+    [
+        *("tucker LoCon", "LoHa", "tucker LoHa", "LoKr", "tucker LoKr", "whole LoKr"),
+        "difference",
+    ],
 )
 def test_other_kinds_add_what_their_papers_say(model, shapes, tmp_path, kind, layer):
     shape = torch.Size(shapes[f"{UNET}{layer}.weight"])
