@@ -25,6 +25,13 @@ class _Inert:
     def __setstate__(self, state: Any) -> None: ...
 
 
+class _Entries(_Inert):
+    """Takes the place of a dictionary of some other class, as torch fills in plain ones alone."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return {}
+
+
 class StoredParameters(_Inert):
     """Takes the place of torch's ParameterDict: its parameters, and nothing that acts."""
 
@@ -40,7 +47,6 @@ class StoredParameters(_Inert):
 TOLERATED = [
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
     "numpy.core.multiarray.scalar",
@@ -58,7 +64,6 @@ TOLERATED = [
     "omegaconf.nodes.IntegerNode",
     "omegaconf.nodes.FloatNode",
     "omegaconf.nodes.BooleanNode",
-    "collections.defaultdict",
     "typing.Any",
     "builtins.dict",
     "builtins.list",
@@ -69,11 +74,20 @@ TOLERATED = [
     "pathlib.PosixPath",
     "pathlib.WindowsPath",
 ]
+DICTIONARIES = [
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "collections.defaultdict",
+]
+_PROTOCOL = 2  # the one that torch.save writes, and the newest that its restricted unpickler reads
 
 
 def _stubs() -> list[Any]:
     """A class for each tolerated name, such that torch finds it by that name."""
     bases: dict[str, type[_Inert]] = dict.fromkeys(TOLERATED, _Inert)
+    bases |= dict.fromkeys(DICTIONARIES, _Entries)
     bases["torch.nn.modules.container.ParameterDict"] = StoredParameters
     split = ((*name.rpartition("."), base) for name, base in bases.items())
     return [type(name, (base,), {"__module__": module}) for module, _, name, base in split]
@@ -95,7 +109,9 @@ def unpickle(path: Path, kind: str) -> Mapping[Any, Any]:
     if path.suffix == ".safetensors":  # torch goes by the name there
         raise InputError(f"{path} is a pickle in spite of its name; rename it to .ckpt")
     damaged = f"{path} is not a checkpoint, or it is damaged or truncated"
+    protocol = 0
     try:
+        protocol = _protocol(path, kind)
         if kind == "zip" and _is_compressed(path):
             raise InputError(f"{path} is a compressed archive, not a checkpoint; unpack it first")
         with torch.serialization.safe_globals(_stubs()), warnings.catch_warnings():
@@ -112,6 +128,12 @@ def unpickle(path: Path, kind: str) -> Mapping[Any, Any]:
                 f"{path} asks for the Python object '{escaped(foreign[1])}', which no weights "
                 "need; it was not executed. Look for a .safetensors file of this model"
             ) from error
+        if protocol > _PROTOCOL:
+            raise InputError(
+                f"{path} is a pickle of protocol {protocol}, and up to {_PROTOCOL} is read; save "
+                "it again with torch.save and no pickle_protocol, or look for a .safetensors file "
+                "of this model"
+            ) from error
         raise InputError(damaged) from error
     for _ in range(4):  # Lightning wraps once, some exporters twice; one that holds itself ends
         if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
@@ -119,6 +141,18 @@ def unpickle(path: Path, kind: str) -> Mapping[Any, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+def _protocol(path: Path, kind: str) -> int:
+    """The protocol of a pickle by its first two bytes; 0 where it has none."""
+    if kind == "zip":
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            head = archive.open(names[0]).read(2) if names else b""
+    else:
+        with path.open("rb") as file:
+            head = file.read(2)
+    return head[1] if head[:1] == b"\x80" else 0
 
 
 def _is_compressed(path: Path) -> bool:

@@ -4,6 +4,7 @@ import pickle
 import re
 import sys
 import zipfile
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.parsing import AttributeDict
 from safetensors.torch import save_file
 
 from ldm.checkpoint.files import INDEX, open_state_dict, stem_of
@@ -151,6 +153,32 @@ def test_lightning_file_with_numpys_old_names(tmp_path):
         name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
         assert b"numpy.core.multiarray" in archive.read(name)
     check(open_state_dict(path))
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        AttributeDict(lr=1e-4, heads=[1, 2]),
+        defaultdict(list, a=[1]),
+        AttributeDict(),
+        Counter("aab"),
+    ],
+    ids=lambda kept: f"{type(kept).__name__} of {len(kept)}",
+)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_dictionaries_of_other_classes_are_read_as_plain_ones(tmp_path, kept, is_zip):
+    content = {"hyper_parameters": kept, "state_dict": WEIGHTS}
+    torch.save(content, tmp_path / "m.ckpt", _use_new_zipfile_serialization=is_zip)
+    check(open_state_dict(tmp_path / "m.ckpt"))
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_pickle_of_a_newer_protocol_is_not_called_damaged(tmp_path, protocol, is_zip):
+    path = tmp_path / "m.ckpt"
+    torch.save(WEIGHTS, path, pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(InputError, match=f"m.ckpt is a pickle of protocol {protocol}, and up to 2"):
+        open_state_dict(path)
 
 
 def test_training_libraries_are_neither_called_nor_needed(tmp_path, monkeypatch):
