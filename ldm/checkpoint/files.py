@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.checkpoint.pickles import unpickle
@@ -304,7 +305,7 @@ def _require_one_split(path: Path, parts: list[StateDict], owner: Mapping[str, s
 def _open_pickle(path: Path, kind: str) -> StateDict:
     """The tensors of a pickle."""
     content = unpickle(path, kind).items()
-    tensors = {str(n): t for n, t in content if isinstance(t, Tensor)}
+    tensors = {str(n): torch.as_tensor(t) for n, t in content if _is_stored(str(n), t)}
     stored: dict[int, int] = {}
     total = 0
     for tensor in tensors.values():
@@ -322,6 +323,12 @@ def _open_pickle(path: Path, kind: str) -> StateDict:
         for name, tensor in tensors.items()
     }
     return StateDict(path, entries, {})
+
+
+def _is_stored(name: str, value: object) -> bool:
+    """Whether an item of a pickle is a tensor, or a plain number below a layer, such as alpha."""
+    is_number = isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+    return isinstance(value, Tensor) or (is_number and "." in name)
 
 
 def kind_of(tensor: Tensor) -> str:

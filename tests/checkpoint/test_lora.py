@@ -229,6 +229,15 @@ def test_alpha_scales(shapes, tmp_path):
     assert {change.scale for change in read_lora(path, 1, shapes).changes} == {1.0}
 
 
+def test_alpha_in_a_pickle_may_be_a_plain_number(shapes, tmp_path):
+    tensors = kohya(*all_factors(shapes), alpha=None)
+    for alpha in (1, 1.0):
+        numbers = {n.replace("lora_up.weight", "alpha"): alpha for n in tensors if "_up." in n}
+        torch.save({**tensors, **numbers, "epoch": 3, "a.b": 2**70}, tmp_path / "style.pt")
+        found = read_lora(tmp_path / "style.pt", 1, shapes).changes
+        assert {change.scale for change in found} == {1 / RANK}
+
+
 def test_a_layer_under_two_names_is_refused(shapes, tmp_path):
     """Which of both holds, or whether both do, nobody knows."""
     both = kohya(*all_factors(shapes), 1) | dotted(*all_factors(shapes), "lora_A", "lora_B")
