@@ -20,16 +20,17 @@ from ldm.text import parse_json, read_json
 
 logger = logging.getLogger(__name__)
 
+_ADAPTER = r"(?:\.\w+)?"  # PEFT's name of an adapter in a model, such as .default_0
 _SUFFIXES = [
-    (r"\.lora_(?:down|A)(?:\.default)?\.weight", "down"),
-    (r"\.lora_(?:up|B)(?:\.default)?\.weight", "up"),
+    (rf"\.lora_(?:down|A){_ADAPTER}\.weight", "down"),
+    (rf"\.lora_(?:up|B){_ADAPTER}\.weight", "up"),
     (r"\.lora_mid\.weight", "mid"),
     (r"(?:\.lora|\.lora_linear_layer|_lora)\.(down|up|mid)\.weight", ""),
     (r"\.hada_(w[12]_[ab]|t[12])", ""),
     (r"\.lokr_w([12](?:_[ab])?)", "k"),
     (r"\.lokr_t2", "k_t2"),
     (r"\.dora_scale", "dora"),
-    (r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", "magnitude"),
+    (rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?", "magnitude"),
     (r"\.(?:diff|w_norm)", "diff"),
     (r"\.(?:diff_b|b_norm)", "bias"),
     (r"(?:\.lora|\.lora_linear_layer|_lora)?\.alpha", "alpha"),

@@ -127,6 +127,7 @@ LAYOUTS = {
         **dotted(unet, {}, "lora.down", "lora.up"),
         **dotted({}, text, "lora_linear_layer.down", "lora_linear_layer.up"),
     },
+    "named_adapter": lambda unet, text: dotted(unet, text, "lora_A.default_0", "lora_B.default_0"),
     "flat_text": lambda unet, text: {
         name.replace("text_encoder.text_model.", "text_encoder."): tensor
         for name, tensor in dotted(unet, text, "lora_A", "lora_B").items()
@@ -236,6 +237,14 @@ def test_alpha_in_a_pickle_may_be_a_plain_number(shapes, tmp_path):
         torch.save({**tensors, **numbers, "epoch": 3, "a.b": 2**70}, tmp_path / "style.pt")
         found = read_lora(tmp_path / "style.pt", 1, shapes).changes
         assert {change.scale for change in found} == {1 / RANK}
+
+
+def test_two_adapters_in_one_file_are_refused(shapes, tmp_path):
+    first, second = (
+        dotted(*all_factors(shapes), f"lora_A.{name}", f"lora_B.{name}") for name in ("a", "b")
+    )
+    with pytest.raises(InputError, match=r"18 of 36 tensors have no place .*lora_A\.b"):
+        read_lora(write(tmp_path, first | second), 1, shapes)
 
 
 def test_a_layer_under_two_names_is_refused(shapes, tmp_path):
