@@ -152,7 +152,7 @@ class Queue(Generic[Task, Report]):
         """Wait, in an event loop, until the version is another one, at most so many seconds."""
         listener = (asyncio.get_running_loop(), asyncio.Event())
         with self._lock:
-            if self.version != since or self._is_closed:
+            if self.version != since:
                 return
             self._listeners.add(listener)
         try:
@@ -183,7 +183,7 @@ class Queue(Generic[Task, Report]):
                 self._end(self._waiting.popleft(), State.STOPPED)
             if self._running is not None:
                 self._running.stop.set()
-            self._lock.notify_all()
+        self.tell()
         self._thread.join(timeout)
 
     # --- in the thread ----------------------------------------------------------------------

@@ -108,6 +108,28 @@ def test_who_waits_for_a_change_is_told_from_another_thread(queue, gate):
     assert asyncio.run(watch()) is State.DONE
 
 
+def test_who_waits_for_a_job_leaves_the_loop_to_others_while_the_server_ends(queue, gate):
+    async def watch():
+        job = queue.add("x", [])
+        waiting = asyncio.create_task(queue.end_of(job))
+        await asyncio.sleep(0)
+        while not job.report:
+            await asyncio.sleep(0)
+        closing = threading.Thread(target=queue.close)
+        closing.start()
+        while not job.stop.is_set():
+            await asyncio.sleep(0)
+        for _ in range(10):  # others have their turn
+            await asyncio.sleep(0)
+        assert job.state is State.RUNNING
+        gate.set()
+        await asyncio.wait_for(waiting, 30)
+        closing.join(30)
+        return job.state
+
+    assert asyncio.run(watch()) is State.STOPPED
+
+
 def test_after_the_end_nothing_is_accepted(queue, gate):
     job = queue.add(0, [])
     waiting = queue.add(1, [])
