@@ -100,6 +100,8 @@ class Api:
                 async with self._turn:
                     order, job = await run_in_threadpool(self._order, body, has_picture)
                 await self.desk.queue.end_of(job)
+                if job.error is not None:
+                    return _refusal(job.error)
                 return JSONResponse(await run_in_threadpool(self._result, body, order, job))
             except Exception as error:
                 return _refusal(error)
@@ -134,8 +136,6 @@ class Api:
 
     def _result(self, body: Any, order: Order, job: DrawJob) -> dict[str, Any]:
         """Pictures in base64, what was asked for, and what came of it as a text of JSON."""
-        if job.error is not None:
-            raise job.error
         names = [one.name for one in job.report.pictures]
         sent = [] if body.get("send_images") is False else names
         files = [base64.b64encode(self.pictures.path(name).read_bytes()) for name in sent]

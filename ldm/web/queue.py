@@ -208,6 +208,12 @@ class Queue(Generic[Task, Report]):
         self._over.append(job)
 
 
+def _bare(error: InputError) -> InputError:
+    """The error alone: its traceback would keep what the job had, a whole model, in memory."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
 def _outcome(
     work: Callable[[Job[Task, Report]], None], job: Job[Task, Report]
 ) -> tuple[State, Exception | None]:
@@ -217,7 +223,7 @@ def _outcome(
     except Stopped:
         return State.STOPPED, None
     except InputError as error:
-        return State.FAILED, error
+        return State.FAILED, _bare(error)
     except BaseException as error:
         if is_out_of_memory(error):
             return State.FAILED, OutOfMemory()

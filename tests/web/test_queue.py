@@ -1,5 +1,6 @@
 import asyncio
 import threading
+import weakref
 
 import pytest
 
@@ -128,6 +129,26 @@ def test_who_waits_for_a_job_leaves_the_loop_to_others_while_the_server_ends(que
         return job.state
 
     assert asyncio.run(watch()) is State.STOPPED
+
+
+def test_a_job_that_failed_keeps_nothing_of_what_it_had():
+    """The model above all: another one could not be loaded beside it."""
+    had = []
+
+    def work(job):
+        model = threading.Event()
+        had.append(weakref.ref(model))
+        try:
+            model.wait(job.task)
+        except TypeError:
+            raise InputError("what happened") from None
+
+    queue = Queue(work)
+    job = queue.add("x", [])
+    queue.wait(job, 30)
+    queue.close()
+    assert str(job.error) == "what happened"
+    assert had[0]() is None
 
 
 def test_after_the_end_nothing_is_accepted(queue, gate):
