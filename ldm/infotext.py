@@ -331,6 +331,13 @@ def _unquoted(value: str) -> str:
     return value
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
 def _size(text: str) -> dict[str, Any]:
     width, height = text.split("x")
     return {"W": int(width), "H": int(height)}
@@ -379,11 +386,11 @@ def _rng(text: str) -> dict[str, Any]:
 
 
 def _ratio(text: str) -> dict[str, Any]:
-    return {"tome": {"ratio": float(text)}}
+    return {"tome": {"ratio": _finite(text)}}
 
 
 def _hires_ratio(text: str) -> dict[str, Any]:
-    return {"tome": {"hires": {"ratio": float(text)}}}
+    return {"tome": {"hires": {"ratio": _finite(text)}}}
 
 
 # What a picture does not set, and the flag that does.
@@ -392,16 +399,16 @@ _READERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "Steps": _as("steps", int),
     "Sampler": _sampler,
     "Schedule type": _schedule,
-    "CFG scale": _as("scale", float),
+    "CFG scale": _as("scale", _finite),
     "Seed": _as("seed", int),
     "Size": _size,
-    "Denoising strength": _as("strength", float),
-    "Hires upscale": _as("hires_scale", float),
+    "Denoising strength": _as("strength", _finite),
+    "Hires upscale": _as("hires_scale", _finite),
     "Hires steps": _as("hires_steps", int),
     "Hires upscaler": _upscaler,
     "Clip skip": _as("clip_skip", int),
-    "Eta": _as("eta", float),
-    "Eta DDIM": _as("eta", float),
+    "Eta": _as("eta", _finite),
+    "Eta DDIM": _as("eta", _finite),
     "Token merging ratio": _ratio,
     "Token merging ratio hr": _hires_ratio,
     "Version": lambda text: {},

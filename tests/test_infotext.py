@@ -145,6 +145,9 @@ def test_syntax_that_is_not_included_is_named_before_anything_is_drawn(prompt, k
         ("Steps: 20, Sampler: Restart, Seed: 1, RNG: CPU, Size: 512x512", "Sampler 'Restart'"),
         ("Steps: many, Sampler: Euler a, Seed: 1, RNG: CPU", "Steps 'many'"),
         ("Steps: 20, Sampler: Euler a, Seed: 1, RNG: CPU, Size: 512", "Size '512'"),
+        ("Steps: 20, Sampler: Euler a, Seed: 1, RNG: CPU, CFG scale: nan", "CFG scale 'nan'"),
+        ("Steps: 20, Sampler: Euler a, Seed: 1, RNG: CPU, Hires upscale: inf", "Hires upscale"),
+        ("Steps: 20, Seed: 1, RNG: CPU, Token merging ratio: nan", "Token merging ratio 'nan'"),
         (f"Steps: {'9' * 5000}, Sampler: Euler a, Seed: 1, RNG: CPU", "Steps '999"),
         (
             "Steps: 20, Sampler: Euler a, Seed: 1, RNG: CPU, Schedule type: Turbo",
