@@ -131,8 +131,8 @@ class Api:
         return order, job
 
     def _model(self) -> str:
-        runner = self.desk.runner
-        return runner.loaded or next(iter(runner.models))
+        """The model of jobs that name none: what others last drew with does not matter."""
+        return self.options.model or next(iter(self.desk.runner.models))
 
     def _result(self, body: Any, order: Order, job: DrawJob) -> dict[str, Any]:
         """Pictures in base64, what was asked for, and what came of it as a text of JSON."""
@@ -159,10 +159,10 @@ class Api:
     def _options(self) -> dict[str, Any]:
         options = self.options
         wishes = self.base.wishes.changed(options.changes())
-        config = self.desk.runner.resolve(options.model or self._model(), wishes.tome)
+        config = self.desk.runner.resolve(self._model(), wishes.tome)
         is_number = isinstance(config.ratio, int | float)
         return {
-            "sd_model_checkpoint": options.model or self._model(),
+            "sd_model_checkpoint": self._model(),
             "token_merging_ratio": (0.0 if config.is_off else config.ratio if is_number else None),
             "token_merging_ratio_img2img": options.img2img_ratio or 0.0,
             "token_merging_ratio_hr": options.hires_ratio or 0.0,

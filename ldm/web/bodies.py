@@ -42,7 +42,6 @@ THEIRS = {
 WHOLE = {"seed", "steps", "W", "H", "n_samples", "n_iter", "hires_steps"}
 # Values that change nothing, besides None, "", 0, False and empty lists.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "subseed": (-1,),
     "seed_resize_from_h": (-1,),
     "seed_resize_from_w": (-1,),
     "s_noise": (1,),
@@ -51,11 +50,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hr_checkpoint_name": ("Use same checkpoint",),
     "hr_sampler_name": ("Use same sampler",),
     "hr_scheduler": ("Use same scheduler",),
+    "hr_additional_modules": (["Use same choices"],),
+    "distilled_cfg_scale": (3.5,),  # of Forge, for Flux alone
+    "seed_enable_extras": (True,),
+    "styles": (["None"], ["None", "None"]),
+}
+# What the second pass may have of its own there; here it is the same.
+AGAIN = {
+    "hr_prompt": "prompt",
+    "hr_negative_prompt": "negative_prompt",
+    "hr_cfg": "cfg_scale",
+    "hr_sampler_name": "sampler_name",
+    "hr_scheduler": "scheduler",
 }
 # What says how to answer, not what to draw.
 ABOUT_THE_ANSWER = {
     *("save_images", "do_not_save_samples", "do_not_save_grid", "include_init_images", "comments"),
-    *("send_images", "override_settings_restore_afterwards", "force_task_id", "session_hash"),
+    *("send_images", "force_task_id", "session_hash"),
+    *("url", "auth"),  # of the server itself, which SillyTavern writes into the body, too
 }
 # Of painting inside a mask: done otherwise here, and said so.
 OTHERWISE = (
@@ -69,7 +81,7 @@ class Options:
     """What ``/sdapi/v1/options`` sets for all jobs, and ``override_settings`` for one.
 
     Attributes:
-        model: a checkpoint's name; None: the one that is loaded.
+        model: a checkpoint's name; None: the one that the program was started with.
         ratio: share of tokens merged away; None: as the program was started.
         img2img_ratio: likewise, in img2img; None: as ``ratio``.
         hires_ratio: likewise, in the second pass.
@@ -172,7 +184,22 @@ def read_body(
         options = replace(options, img2img_ratio=None)
     if "tome" in body:
         options = options.changed({"tome": body.pop("tome")}, models)
+    skip = _whole(body.pop("clip_skip", None))  # so SD.Next calls it
+    if skip:
+        if overrides.get("CLIP_stop_at_last_layers") not in (None, skip):
+            raise InputError(
+                f"clip_skip {shown(skip)}: override_settings has another CLIP_stop_at_last_layers"
+            )
+        options = options.changed({"CLIP_stop_at_last_layers": skip}, models)
+    for again, first in AGAIN.items():
+        if again in body and body[again] == body.get(first):
+            del body[again]
     changes, not_used = options.changes(has_picture), list(options.not_used)
+    restores = body.pop("override_settings_restore_afterwards", None)
+    if overrides and restores is False:  # overrides never outlive their request
+        not_used.append("override_settings_restore_afterwards")
+    if not body.get("subseed_strength"):
+        body.pop("subseed", None)
     for theirs, ours in SAME.items():
         if body.get(theirs) is not None:
             changes[ours] = _whole(body[theirs]) if ours in WHOLE else body[theirs]

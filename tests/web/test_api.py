@@ -109,6 +109,36 @@ def test_what_a1111_has_by_default_asks_for_nothing(base):
     assert painted.not_used == ("denoising_strength", *unused)
 
 
+def test_what_other_clients_say_beside_it_asks_for_nothing(base):
+    """SillyTavern's body, a Discord bot's, and Forge's names for what is as in the first pass."""
+    body = {
+        **{"prompt": "hills", "cfg_scale": 7, "url": "http://127.0.0.1:7860", "auth": "me:secret"},
+        **{"clip_skip": 2, "subseed": 7, "subseed_strength": 0, "seed_enable_extras": True},
+        **{"styles": ["None"], "distilled_cfg_scale": 3.5, "restore_faces": False},
+        **{"enable_hr": True, "hr_additional_modules": ["Use same choices"], "hr_cfg": 7},
+        **{"hr_prompt": "hills", "override_settings": {"CLIP_stop_at_last_layers": 2}},
+    }
+    order = read_body(body, base.wishes, Options(), {})
+    given = {"prompt": "hills", "scale": 7, "seed": -1, "clip_skip": 2, "hires_scale": 2.0}
+    assert (order.wishes, order.not_used) == (
+        base.wishes.changed({**given, "hires_upscaler": "latent"}),
+        (),
+    )
+    alone = read_body({"clip_skip": 2.0}, base.wishes, Options(clip_skip=1), {})
+    assert alone.wishes.given["clip_skip"] == 2
+
+
+def test_an_override_that_shall_outlive_its_request_does_not_and_that_is_said(base):
+    body = {"override_settings": {"token_merging_ratio": 0.5}}
+    for restores, not_used in (
+        (False, ("override_settings_restore_afterwards",)),
+        (True, ()),
+        (None, ()),
+    ):
+        said = {**body, "override_settings_restore_afterwards": restores}
+        assert read_body(said, base.wishes, Options(), {}).not_used == not_used
+
+
 def test_a_name_of_two_files_stands_for_the_one_that_it_names_whole(base, tmp_path, monkeypatch):
     models = {"old/v1.safetensors": tmp_path / "old/v1.safetensors"}
     models |= {"v1.safetensors": tmp_path / "v1.safetensors", "v2": tmp_path / "v2.ckpt"}
@@ -183,6 +213,24 @@ def test_options_hold_until_they_are_changed(client):
     assert "choose one of tiny, broken" in answer.json()["detail"]
 
 
+def test_what_others_draw_with_changes_no_choice_of_a_model(client, desk):
+    desk.runner.models = {**desk.runner.models, "other": desk.runner.models["tiny"]}
+    other = {"override_settings": {"sd_model_checkpoint": "other"}, **DRAW}
+
+    def last():
+        return desk.queue.jobs()[-1].task.model
+
+    client.txt2img(**other)
+    assert (last(), client.util_get_current_model()) == ("other", "tiny")
+    client.txt2img(**DRAW)
+    assert last() == "tiny"
+    client.txt2img(**other)
+    client.set_options({"sd_model_checkpoint": "other"})
+    client.txt2img(override_settings={"sd_model_checkpoint": "tiny"}, **DRAW)
+    client.txt2img(**DRAW)
+    assert (last(), client.util_get_current_model()) == ("other", "other")
+
+
 def test_options_that_are_read_and_sent_back_change_nothing(client):
     client.set_options({"tome": {"ratio": 0.5}})
     said = client.get_options()
@@ -224,6 +272,9 @@ def test_a_picture_says_how_it_was_made(client):
     result = client.png_info(image)
     assert result.info.startswith("a house\nSteps: 2, Sampler: Euler a")
     assert result.parameters["seed"] == 5
+    image.info = {"parameters": "hills\nSteps: 2, Sampler: Euler, CFG scale: nan, Seed: 1"}
+    odd = client.png_info(image)
+    assert (odd.parameters["seed"], "scale" in odd.parameters) == (1, False)
     plain = client.png_info(Image.new("RGB", (4, 4)))
     assert (plain.info, plain.parameters) == ("", {})
 
@@ -289,6 +340,10 @@ def test_requests_are_drawn_in_the_order_in_which_they_came(client, desk):
         ({"token_merging_ratio": 0.5}, "'token_merging_ratio' 0.5: put it into override_settings"),
         ({"alwayson_scripts": {"controlnet": {}}}, "'alwayson_scripts'"),
         ({"restore_faces": True}, "'restore_faces' True"),
+        ({"subseed": 7, "subseed_strength": 0.5}, "'subseed' 7"),
+        ({"enable_hr": True, "hr_cfg": 1, "cfg_scale": 7}, "'hr_cfg' 1"),
+        ({"clip_skip": 2, "override_settings": {"CLIP_stop_at_last_layers": 1}}, "has another"),
+        ({"clip_skip": "x"}, "must be a whole number, not 'x'"),
         ({"infotext": "hills\nSteps: 9"}, "'infotext' 'hills"),
         ({"enable_hr": True, "firstphase_width": 256}, "'firstphase_width' 256"),
         ({"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, "hr_upscaler"),
