@@ -11,16 +11,17 @@ FACTORS = {"(": 1.1, "[": 1 / 1.1}  # what a pair of brackets multiplies the wei
 PARTNERS = {")": "(", "]": "["}
 BREAK = ("BREAK", -1.0)  # the piece that ends a chunk
 MAX_WEIGHT = 100.0
+MAX_DEPTH = 100  # open brackets; each of them costs time for every piece after it
 _PARTS = re.compile(
     r"\\[()\[\]\\]|[(\[]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[)\]]|[^\\()\[\]:]+|[\\:]"
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"(?:(?<!\s)\s+)?\bBREAK\b\s*")  # spaces are looked at once
 # What is inside a pair of brackets, pairs without any inside included; a backslash makes a bracket
 # a character.
 _PAIR = r"\[(?:\\.|[^\[\]\\])*\]"
 _INSIDE = rf"(?:\\.|[^\[\]\\]|{_PAIR})*"
 _OPEN = rf"(?<!\\)(?:\\\\)*\[(?={_INSIDE}\])"
-_NUMBER = r"\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?\s*"
+_NUMBER = r"\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?\s*"
 _FLAG = re.compile(r"(?<!\S)--[a-zA-Z][\w-]*")  # as other programs' lines have them
 # What the web UIs read as more than words, and what it is called.
 _EMPHASIS = (
@@ -57,7 +58,7 @@ def parse_emphasis(prompt: str) -> list[tuple[str, float]]:
     Source: AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py, parse_prompt_attention.
 
     Raises:
-        InputError: a weight is beyond 100.
+        InputError: a weight is beyond 100, or more than 100 brackets are open.
     """
     pieces: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # number of pieces before each
@@ -72,6 +73,11 @@ def parse_emphasis(prompt: str) -> list[tuple[str, float]]:
         part = match[0]
         if part in opened:
             opened[part].append(len(pieces))
+            if sum(map(len, opened.values())) > MAX_DEPTH:
+                raise InputError(
+                    f"{escaped(prompt[match.start() :], 40)!r} in a prompt: more than {MAX_DEPTH} "
+                    r"brackets are open; close them, or write \( and \[ where they are meant"
+                )
         elif match[1] is not None and opened["("]:
             multiply(opened["("].pop(), float(match[1]))
         elif part in PARTNERS and opened[PARTNERS[part]]:

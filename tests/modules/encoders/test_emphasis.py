@@ -47,6 +47,19 @@ def test_huge_weights_are_refused():
         parse_emphasis("a (red:1000000)")
 
 
+def test_brackets_are_open_in_bounds():
+    assert parse_emphasis("[" * 50 + "(" * 50 + "red")[0][1] == pytest.approx(1)
+    with pytest.raises(InputError, match=r"'\[\(\[\(.*\.\.\.' in a prompt: more than 100 brackets"):
+        parse_emphasis("[(" * 10_000 + "red")
+
+
+def test_a_chunk_ends_at_the_word_alone_with_its_spaces():
+    for prompt in ("a BREAK b", "a  BREAK \n b", "a\nBREAK b"):
+        assert parse_emphasis(prompt) == [("a", 1.0), BREAK, ("b", 1.0)]
+    assert parse_emphasis(" BREAK BREAK") == [BREAK, BREAK]
+    assert parse_emphasis("BREAKS a_BREAK") == [("BREAKS a_BREAK", 1.0)]
+
+
 @pytest.mark.parametrize("prompt", ["a (red:1.2)", "a (red (sun):1.2)", "((red))", "[[red]]"])
 def test_weights_that_are_not_read_are_named(prompt):
     (said,) = syntax_remarks(prompt)
