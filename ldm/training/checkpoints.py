@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from ldm.util import written_whole
 
 STEP_FOLDER = "trainstep_checkpoints"
 """Where upstream's metrics_over_trainsteps_checkpoint keeps weights, beside a run's checkpoints."""
+SAVED = "saved_at"
+"""Entry of a checkpoint: when it was written, in seconds since 1970."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ class WholeCheckpoints(CheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(target) as file:
-            torch.save(checkpoint, file)
+            torch.save({**checkpoint, SAVED: time.time()}, file)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
@@ -138,9 +141,11 @@ def check_whole(path: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, int]:
-    """The whole checkpoint of a run with the highest step, and that step.
+    """The whole checkpoint of a run that was written last, and its step.
 
-    Damaged ones are passed over with a line.
+    That need not be the highest one: the run may have gone on from an earlier one since. Of those
+    of older versions, which do not say when they were written, the highest step counts. Damaged
+    ones are passed over with a line.
 
     Args:
         folder: of the run.
@@ -153,12 +158,14 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int]:
         if path.parent.name == STEP_FOLDER:
             continue
         try:
-            step = read_checkpoint(path, is_glance=True)["global_step"]
+            content = read_checkpoint(path, is_glance=True)
         except InputError as error:
             logger.warning("%s; passed over", error)
             continue
-        found.append((step, path.stat().st_mtime, path))
-    for step, _, path in sorted(found, reverse=True):
+        step, saved = content["global_step"], content.get(SAVED)
+        known = saved if isinstance(saved, float) else 0.0
+        found.append((known, step, path.stat().st_mtime, path))
+    for _, step, _, path in sorted(found, reverse=True):
         try:
             check_whole(path)
         except InputError as error:

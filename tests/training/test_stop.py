@@ -155,6 +155,16 @@ def test_the_newest_whole_checkpoint_is_taken(
         newest_checkpoint(tmp_path)
 
 
+def test_a_run_that_went_on_from_an_earlier_checkpoint_goes_on_with_what_came_of_it(
+    tmp_path: Path,
+) -> None:
+    config = write(tmp_path / "toy.yaml", toy_config(pictures(tmp_path / "p"), max_steps=3))
+    run = train(config, tmp_path / "logs")
+    (early,) = (run / "checkpoints").glob("*step=000000001.ckpt")
+    main(["--resume", str(early), "--train", "--max_steps", "2"])
+    assert newest_checkpoint(run) == (run / "checkpoints" / "last.ckpt", 2)
+
+
 def test_two_processes_do_not_go_on_with_one_run(tmp_path: Path) -> None:
     config = write(tmp_path / "toy.yaml", toy_config(pictures(tmp_path / "p"), max_steps=1))
     run = train(config, tmp_path / "logs")
