@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.training import run
-from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.autoencoder import AutoencoderTraining, peak_signal_to_noise
 from tests.tiny_models import FIRST_STAGE
 
 
@@ -29,6 +29,16 @@ def test_training_lowers_the_loss(tiny):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_the_psnr_is_the_mean_of_the_pictures_whatever_the_batch():
+    pictures = torch.rand(3, 3, 16, 16) - 0.5
+    others = pictures + torch.tensor([0.4, 0.01, 0.1])[:, None, None, None]
+    pairs = zip(others[:, None], pictures[:, None], strict=True)
+    alone = [peak_signal_to_noise(*pair).item() for pair in pairs]
+    assert alone == pytest.approx([13.979, 46.021, 26.021], abs=1e-3)
+    assert peak_signal_to_noise(others, pictures).item() == pytest.approx(sum(alone) / 3)
+    assert peak_signal_to_noise(pictures, pictures) == 100
 
 
 def test_logged_pictures(tiny):
