@@ -204,7 +204,7 @@ def _plain(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
 def _median(values: Tensor, name: str) -> float | None:
     found = values[..., COLUMNS.index(name)]
     found = found[found.isfinite()]
-    return found.median().item() if len(found) else None
+    return found.quantile(0.5).item() if len(found) else None  # torch's median is the lower one
 
 
 def add_equal_time(

@@ -111,6 +111,17 @@ def test_memory_is_shared_by_the_pictures_that_are_drawn_together(tmp_path):
     assert [row["saved_whole"] for row in table] == [0.1, None]
 
 
+def test_of_two_pictures_the_median_lies_between(tmp_path):
+    plan = Plan({16: SETTINGS[:1]}, ("a", "b"), 1, Settings(n_samples=2))
+    store = Store(tmp_path)
+    (batch,) = plan.batches()
+    about = [{"prompt": prompt, "seed": seed} for prompt, seed in batch.pictures]
+    pixels = [np.zeros((16, 16, 3), np.uint8)] * 2
+    store.add(SETTINGS[0], batch, pixels, about, [{"seconds": 1.0}, {"seconds": 3.0}])
+    (row,) = make_table(plan, read(plan, store, ALONE), {(16, SETTINGS[0].key): Work()}, {})
+    assert row["seconds"] == 2.0
+
+
 def test_of_two_floors_the_worse_one_counts(tmp_path):
     floors = Setting("other type", control="precision"), Setting("formula", control="rounding")
     psnr = {"half": 58.0, "most": 56.0, "other type": 57.0, "formula": 90.0}
