@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ldm.errors import InputError
-from ldm.training.order import EpochBatches, SeededItems, shuffled
+from ldm.training.order import EpochBatches, SeededItems, dealt_out, shuffled
 from ldm.util import instantiate_from_config
 
 SPLITS = ("train", "validation", "test", "predict")
@@ -153,10 +153,15 @@ class DataModuleFromConfig(pl.LightningDataModule):
             draw: Any = partial(draw_buckets, n_ranks)
             batches = EpochBatches(draw, self.seed, lambda: 0, rank, n_ranks)
             return self._loader(items, self.num_val_workers, batch_sampler=batches)
-        is_shuffled = self.is_shuffled.get(split, False)
-        sampler: Any = DistributedSampler(items, n_ranks, rank, is_shuffled, self.seed)
-        size = self.batch_size
-        return self._loader(items, self.num_val_workers, batch_size=size, sampler=sampler)
+        if split == "predict":  # Lightning takes no batches of others there
+            own: Any = DistributedSampler(items, n_ranks, rank, shuffle=False)
+            size = self.batch_size
+            return self._loader(items, self.num_val_workers, batch_size=size, sampler=own)
+        order = torch.arange(len(items))
+        if self.is_shuffled[split]:
+            order = torch.randperm(len(items), generator=torch.Generator().manual_seed(self.seed))
+        dealt = dealt_out(order, self.batch_size, rank, n_ranks)
+        return self._loader(items, self.num_val_workers, batch_sampler=dealt)
 
     def _loader(self, dataset: Any, n_workers: int, **order: Any) -> DataLoader:
         return DataLoader(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 MAX_SEED = 2**32 - 1  # numpy's
@@ -123,3 +124,25 @@ def shuffled(n_items: int, batch_size: int) -> list[list[int]]:
     """All full batches of so many items in random order."""
     order = torch.randperm(n_items).tolist()
     return [order[i : i + batch_size] for i in range(0, n_items - batch_size + 1, batch_size)]
+
+
+def dealt_out(order: Tensor, batch_size: int, rank: int, n_ranks: int) -> list[list[int]]:
+    """A process's batches of items that are measured: each item counts once among all processes.
+
+    All have as many batches, since they wait for each other; so the last ones of several processes
+    may be smaller, or have one item more. Of fewer items than processes each reads all.
+
+    Args:
+        order: the items' numbers, (n,).
+        batch_size: items in a batch.
+        rank: of this process.
+        n_ranks: how many processes there are.
+    """
+    if len(order) < n_ranks:
+        rank, n_ranks = 0, 1
+    rounds, rest = divmod(len(order), batch_size * n_ranks)
+    if rest < n_ranks and rounds:
+        rounds, rest = rounds - 1, rest + batch_size * n_ranks
+    full, last = order[: len(order) - rest], order[len(order) - rest :]
+    batches = [*full.view(-1, batch_size), *last.tensor_split(n_ranks)]
+    return [batch.tolist() for batch in batches[rank::n_ranks]]
