@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 from ldm.cli import txt2img
 from ldm.evaluation.appendix_f import program as appendix_f
+from ldm.evaluation.appendix_f.draw import Experiment
 from ldm.evaluation.appendix_f.networks import alexnet_layers
 from ldm.evaluation.appendix_f.protocols import imagenet
-from ldm.images import load_rgb, read_settings
+from ldm.images import Picture, load_rgb, read_settings
 from tests.tiny_models import tiny_config, tiny_weights, write_safetensors
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +141,48 @@ def test_what_is_damaged_is_drawn_anew(run, argv, tmp_path, capsys):
     assert run(*argv, out, "--no-controls") == 0
     assert "is damaged" in capsys.readouterr().err
     assert {path: load_rgb(path).tobytes() for path in pictures} == pictures
+    assert (out / "report/table.csv").read_bytes() == first
+
+
+def test_distances_to_pictures_that_are_gone_do_not_count(run, argv, tmp_path, monkeypatch):
+    """Another machine drew the folder: its unmerged pictures are lost, or are being replaced."""
+    out = tmp_path / "out"
+    argv = [*argv, out, "--no-controls", "--n_prompts", 1]
+    assert run(*argv) == 0
+    first = (out / "report/table.csv").read_bytes()
+    unmerged, half, random = (
+        sorted((out / "pictures/16").glob(f"{name}-*/*.png"))
+        for name in ("unmerged", "half", "random-pairs")
+    )
+
+    def draw_elsewhere():
+        for path in (*unmerged, *half):
+            made = read_settings(path)
+            made["measures"] |= {"psnr_db": 1.0} if path in half else {}
+            Picture(255 - load_rgb(path), made).save(path)
+
+    draw_elsewhere()
+    for path in unmerged:
+        path.unlink()
+    assert run(*argv) == 0
+    assert (out / "report/table.csv").read_bytes() == first
+
+    draw_elsewhere()
+    random[0].unlink()
+    add, added = Experiment._add, []
+
+    def add_one(self, setting, *rest):
+        if added:
+            raise KeyboardInterrupt
+        added.append(setting.name)
+        add(self, setting, *rest)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Experiment, "_add", add_one)
+        assert run(*argv) == 130
+    assert added == ["unmerged"]
+    random[1].unlink()
+    assert run(*argv) == 0
     assert (out / "report/table.csv").read_bytes() == first
 
 

@@ -116,8 +116,10 @@ class Experiment:
                 "them are drawn anew, so that they can be compared",
                 *(batch.first, batch.numbers[-1]),
             )
-            is_there, missing = False, others
+            is_there = False
         if not is_there:
+            missing = others  # the distances of those that are there are to another picture
+            self.store.remove(batch)
             self._add(unmerged, batch, reference, None)
             yield
         names = tqdm(missing, leave=False, unit="setting", disable=not self.process.is_first)

@@ -147,6 +147,12 @@ class Store:
             notes = {"setting": setting.name, "measures": {**row, "batch": place}}
             Picture(picture, {**made, **notes}).save(self.path(setting, batch.size, number))
 
+    def remove(self, batch: Batch) -> None:
+        """Remove a batch's pictures of all settings, also of those that a plan leaves out."""
+        for number in batch.numbers:
+            for path in self.folder.glob(f"pictures/{batch.size}/*/{number:05}.png"):
+                path.unlink(missing_ok=True)
+
     def pixels(self, setting: Setting, size: int, number: int) -> Pixels:
         """A finished picture, (H, W, 3)."""
         return load_rgb(self.path(setting, size, number))
