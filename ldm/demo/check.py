@@ -213,9 +213,9 @@ def check(
     to_training = nearest(pictures, training)
     report["copies"] = {
         "closest_sample": to_training.min().item(),
-        "median_sample": to_training.median().item(),
+        "median_sample": to_training.quantile(0.5).item(),
         "closest_fresh_render": nearest(fresh, training).min().item(),
-        "median_fresh_render": nearest(fresh, training).median().item(),
+        "median_fresh_render": nearest(fresh, training).quantile(0.5).item(),
     }
     if n_controls:
         report["attention"] = attention_matters(model, prompts[:n_controls], steps, scale, size)
