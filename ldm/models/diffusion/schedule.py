@@ -71,8 +71,10 @@ def check_betas(betas: Float64Array) -> None:
     """Refuse noise variances, (T,), with which there is no model; the last may be 1.
 
     Raises:
-        InputError: there are none, or one adds no noise or leaves no picture.
+        InputError: there are none, they are no list, or one adds no noise or leaves no picture.
     """
+    if betas.ndim != 1:
+        raise InputError(f"given_betas of shape {betas.shape}: must be a list of numbers")
     is_beta = (betas > 0) & (betas < 1)  # NaN is not, either
     is_beta[-1:] |= betas[-1:] == 1
     if len(betas) == 0 or not is_beta.all():

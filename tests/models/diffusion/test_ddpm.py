@@ -65,6 +65,8 @@ def test_inert_arguments_are_accepted_and_others_refused():
         ({"beta_schedule": "cosine", "cosine_s": -1.0}, "betas .* nan: must be above 0"),
         ({"given_betas": [0.1, 1.0, 0.2]}, "betas .* 1: must be above 0"),
         ({"given_betas": []}, "betas .* none: must be above 0"),
+        ({"given_betas": [[]]}, r"given_betas of shape \(1, 0\): must be a list of numbers"),
+        ({"given_betas": 0.1}, r"given_betas of shape \(\): must be a list of numbers"),
         ({"scale_factor": 0}, "scale_factor 0: must be a number from 1e-06 to 1e"),
         ({"scale_factor": -0.18}, r"scale_factor -0\.18: must be a number"),
         ({"v_posterior": 2}, "v_posterior 2: must be a number from 0 to 1"),
