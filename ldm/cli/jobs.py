@@ -58,7 +58,7 @@ def read_jobs(args: Arguments) -> list[Job]:
         return [Job(wishes.settings(), wishes.tome)]
     where = "standard input" if args.from_file == "-" else args.from_file
     lines = options.read_lines(args.from_file, args.repeat)
-    runs: list[tuple[int, dict[str, Any], Wishes, list[str]]] = []
+    runs: list[tuple[str, dict[str, Any], Wishes, list[str]]] = []
     known: set[Tags] = set()
     uses_flag = False
     for number, line in lines:
@@ -78,19 +78,19 @@ def read_jobs(args: Arguments) -> list[Job]:
             raise InputError(f"{at}: there is no prompt in it")
         others = {name: value for name, value in changes.items() if name != "prompt"}
         if not runs or runs[-1][1] != others or "seed" in others:
-            runs.append((number, others, own, []))
+            runs.append((at, others, own, []))
         runs[-1][3].extend(itertools.repeat(prompt, args.repeat))
     if not uses_flag:
         options.say_unused_prompt(args)
     seed = Settings(seed=args.seed).seed  # the same for the whole file, also where one is chosen
     jobs: list[Job] = []
-    for number, changes, own, prompts in runs:
+    for at, changes, own, prompts in runs:
         try:
             if changes.get("seed") is None:
                 own = own.changed({"seed": seed})
-            job = Job(own.settings(prompts), own.tome, f"{where}, line {number}")
+            job = Job(own.settings(prompts), own.tome, at)
         except InputError as error:
-            raise InputError(f"{where}, line {number}: {error}") from None
+            raise InputError(f"{at}: {error}") from None
         jobs.append(job)
         seed += job.settings.n_pictures
     return jobs
